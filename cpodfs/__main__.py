@@ -1,0 +1,5 @@
+"""``python -m cpodfs``."""
+
+from cpodfs.cli import main
+
+main()

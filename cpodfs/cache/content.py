@@ -1,0 +1,89 @@
+"""File contents on the local disk: one data file per inode, named by its number.
+
+Imports nothing of ours. The data file of a dirty inode holds all of its bytes and its size is the
+file's size. Reading is from the page cache on the event loop when it would not block, else in a
+thread; writing goes to the page cache, which does not wait for the disk. Names from servers and
+pods never become file names here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import trio
+
+COPY_CHUNK = 1 << 20
+
+
+class Content:
+    """The data files below one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for shard in range(256):
+            (root / f"{shard:02x}").mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def path(self, ino: int) -> Path:
+        return self.root / f"{ino & 0xFF:02x}" / str(ino)
+
+    def create(self, ino: int, size: int = 0) -> int:
+        """A new data file of ``size`` zero bytes, replacing any; returns an open descriptor."""
+        fd = os.open(self.path(ino), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        if size:
+            os.ftruncate(fd, size)
+        return fd
+
+    def open(self, ino: int) -> int:
+        return os.open(self.path(ino), os.O_RDWR | os.O_CLOEXEC)
+
+    def size(self, ino: int) -> int:
+        return os.stat(self.path(ino)).st_size
+
+    def remove(self, ino: int) -> None:
+        self.path(ino).unlink(missing_ok=True)
+
+    def sync(self, ino: int, fd: int) -> None:
+        """Make the data file and its name survive a loss of power. Blocks: run it in a thread."""
+        os.fdatasync(fd)
+        folder = os.open(self.path(ino).parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def used(self) -> int:
+        """Bytes that the data files occupy on disk. Blocks: run it in a thread."""
+        return sum(
+            entry.stat(follow_symlinks=False).st_blocks * 512
+            for shard in os.scandir(self.root)
+            for entry in os.scandir(shard)
+        )
+
+
+async def read(fd: int, offset: int, size: int) -> bytes:
+    """At most ``size`` bytes at ``offset``; fewer only at the end of the file."""
+    buffer = bytearray(size)
+    try:
+        got = os.preadv(fd, [buffer], offset, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP):
+            raise
+        got = -1
+    if got == size:
+        return bytes(buffer)
+    # Short: the end of the file, or the rest is not in the page cache.
+    return await trio.to_thread.run_sync(_read_fully, fd, offset, size)
+
+
+def _read_fully(fd: int, offset: int, size: int) -> bytes:
+    parts = []
+    while size:
+        part = os.pread(fd, size, offset)
+        if not part:
+            break
+        parts.append(part)
+        offset += len(part)
+        size -= len(part)
+    return b"".join(parts)

@@ -1,0 +1,57 @@
+"""One account's cache folder: its lock, its metadata and its contents.
+
+Imports the cache. Layout: ``lock``, ``meta.db`` (+ ``-wal``), ``content/``, ``runs/``, and
+``last-unmount.json``. The lock is the kernel's (flock), so a dead driver's is free by itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cpodfs.cache.content import Content
+from cpodfs.cache.store import Store
+from cpodfs.errors import CacheError, CacheLocked
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    folder: Path
+    store: Store
+    content: Content
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Cache]:
+    """The cache in ``folder``, made if missing. Raises CacheLocked, CacheVersion or CacheError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise CacheError(f"{folder}: cannot use the cache folder: {error}") from error
+    try:
+        _lock(folder, lock)
+        store = Store(folder / "meta.db")
+        try:
+            yield Cache(folder, store, Content(folder / "content"))
+        finally:
+            store.close()
+    finally:
+        os.close(lock)
+
+
+def _lock(folder: Path, lock: int) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+        raise CacheLocked(
+            f"{folder}: in use: this account is mounted already (process {owner}); "
+            "use that mount, or unmount it first"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)

@@ -1,0 +1,411 @@
+"""The two trees (``schema.py``) as Python values: small, synchronous, every change committed.
+
+May import the schema and errors. Every method runs to its end without an await, so a caller on the
+event loop sees each one as atomic; several that must hold together go inside ``transaction()``.
+A commit here survives the death of the process; ``sync()`` (blocking: call it in a thread) makes it
+survive the machine's.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpodfs.cache.schema import DIR, FILE, PLACE, ROOT, SCHEMA, SENT, VERSION
+from cpodfs.errors import CacheError, CacheVersion
+
+INODE_COLUMNS = (
+    "ino, parent, name, kind, mode, size, atime_ns, mtime_ns, ctime_ns, target, cached, dirty, "
+    "dirty_s, listed_s, used_s, error"
+)
+REMOTE_COLUMNS = "rid, rparent, name, kind, size, mtime_s, mode, readonly, ino, to_parent, to_name"
+
+
+@dataclass(frozen=True, slots=True)
+class Inode:
+    """A row of the local tree; the columns are explained in ``schema.py``."""
+
+    ino: int
+    parent: int | None
+    name: str | None
+    kind: str
+    mode: int
+    size: int
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+    target: str | None
+    cached: int
+    dirty: int
+    dirty_s: float
+    listed_s: float
+    used_s: float
+    error: str | None
+
+    @property
+    def is_dir(self) -> bool:
+        return self.kind == DIR
+
+    @property
+    def is_file(self) -> bool:
+        return self.kind == FILE
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A row of the remote tree; the columns are explained in ``schema.py``."""
+
+    rid: int
+    rparent: int | None
+    name: str
+    kind: str
+    size: int
+    mtime_s: int | None
+    mode: int
+    readonly: int
+    ino: int | None
+    to_parent: int | None
+    to_name: str | None
+
+
+class Store:
+    """The metadata of one account. Not thread-safe: one owner, the event loop."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or create the database. Raises CacheVersion or CacheError."""
+        self._path = path
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, cached_statements=256)
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._check_version()
+        except sqlite3.Error as error:
+            raise CacheError(f"{path}: not a usable cache: {error}") from error
+        self._depth = 0
+
+    def _check_version(self) -> None:
+        (found,) = self._db.execute("PRAGMA user_version").fetchone()
+        if found == VERSION:
+            return
+        if found != 0:
+            self._db.close()
+            raise CacheVersion(
+                f"{self._path}: written in format {found}, this cpodfs knows only {VERSION}; use the "
+                "cpodfs that wrote it to upload what is pending, then remove the folder"
+            )
+        os.chmod(self._path, 0o600)
+        self._db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+
+    def close(self) -> None:
+        self._db.close()
+
+    def sync(self) -> None:
+        """Make every commit so far survive a loss of power. Blocks: run it in a thread."""
+        for suffix in ("-wal", ""):
+            try:
+                fd = os.open(f"{self._path}{suffix}", os.O_RDONLY)
+            except FileNotFoundError:
+                continue
+            try:
+                os.fdatasync(fd)
+            finally:
+                os.close(fd)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing; may be nested (the outermost commits). Must not contain an await."""
+        if self._depth:
+            yield
+            return
+        self._db.execute("BEGIN IMMEDIATE")
+        self._depth = 1
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        else:
+            self._db.execute("COMMIT")
+        finally:
+            self._depth = 0
+
+    # -- the local tree ---------------------------------------------------------------------------
+
+    def get(self, ino: int) -> Inode | None:
+        return self._inode("ino = ?", (ino,))
+
+    def child(self, parent: int, name: str) -> Inode | None:
+        return self._inode("parent = ? AND name = ?", (parent, name))
+
+    def children(self, parent: int, after: int = 0, limit: int = -1) -> list[Inode]:
+        """Children in the order of their inode numbers, those above ``after``; -1: no limit."""
+        rows = self._db.execute(
+            f"SELECT {INODE_COLUMNS} FROM inode WHERE parent = ? AND ino > ? ORDER BY ino LIMIT ?",
+            (parent, after, limit),
+        )
+        return [Inode(*row) for row in rows]
+
+    def has_children(self, parent: int) -> bool:
+        query = "SELECT 1 FROM inode WHERE parent = ? LIMIT 1"
+        return self._db.execute(query, (parent,)).fetchone() is not None
+
+    def create(
+        self,
+        parent: int,
+        name: str,
+        kind: str,
+        mode: int,
+        *,
+        size: int = 0,
+        mtime_ns: int | None = None,
+        target: str | None = None,
+        cached: int = 0,
+        dirty: int = 0,
+    ) -> Inode:
+        """A new inode under a name that must be free. Times are now unless ``mtime_ns`` is given."""
+        now = time.time_ns()
+        mtime = now if mtime_ns is None else mtime_ns
+        row = self._db.execute(
+            f"INSERT INTO inode ({INODE_COLUMNS}) VALUES "
+            "(NULL,?,?,?,?,?,?,?,?,?,?,?,?,0,?,NULL) RETURNING " + INODE_COLUMNS,
+            (
+                *(parent, name, kind, mode, size, mtime, mtime, mtime if mtime_ns else now),
+                *(target, cached, dirty, now / 1e9, now / 1e9),
+            ),
+        ).fetchone()
+        return Inode(*row)
+
+    def set(self, ino: int, **columns: Any) -> None:
+        """Change columns (trusted names) of one inode."""
+        names = ", ".join(f"{name} = ?" for name in columns)
+        self._db.execute(
+            f"UPDATE inode SET {names} WHERE ino = ?",
+            (*columns.values(), ino),
+        )
+
+    def mark(self, ino: int, bits: int) -> None:
+        """Set ``dirty`` bits and the time of the change; an earlier error no longer counts."""
+        self._db.execute(
+            "UPDATE inode SET dirty = dirty | ?, dirty_s = ?, error = NULL WHERE ino = ?",
+            (bits, time.time(), ino),
+        )
+
+    def unmark(self, ino: int, bits: int) -> None:
+        self._db.execute("UPDATE inode SET dirty = dirty & ~? WHERE ino = ?", (bits, ino))
+
+    def detach(self, ino: int) -> Remote | None:
+        """Take the inode's name away. Its remote object becomes an orphan, which is returned."""
+        with self.transaction():
+            self._assume_sent(ino)
+            remote = self.remote_of(ino)
+            self._db.execute(
+                "UPDATE inode SET parent = NULL, name = NULL, dirty = 0, ctime_ns = ? WHERE ino = ?",
+                (time.time_ns(), ino),
+            )
+            self._db.execute("UPDATE remote SET ino = NULL WHERE ino = ?", (ino,))
+            return remote
+
+    def drop(self, ino: int) -> None:
+        """Forget an unlinked inode for good."""
+        with self.transaction():
+            self._db.execute("DELETE FROM xattr WHERE ino = ?", (ino,))
+            self._db.execute("DELETE FROM inode WHERE ino = ? AND parent IS NULL", (ino,))
+
+    def place(self, ino: int, parent: int, name: str) -> None:
+        """Move an inode to a free name; PLACE is set or cleared to match the remote tree."""
+        with self.transaction():
+            self._assume_sent(ino)
+            self.set(ino, parent=parent, name=name, ctime_ns=time.time_ns())
+            self.replace(ino)
+
+    def _assume_sent(self, ino: int) -> None:
+        """Before a file leaves a name under which an upload may have arrived: suppose it did.
+
+        Else the server could keep a file that nobody here knows to delete.
+        """
+        inode = self.get(ino)
+        if inode is None or not inode.dirty & SENT or self.remote_of(ino) is not None:
+            return
+        home = self.remote_of(inode.parent) if inode.parent is not None else None
+        if home is None or inode.name is None:
+            return
+        there = self.remote_at(home.rid, inode.name)
+        if there is None:
+            self.add_remote(home.rid, inode.name, FILE, size=0, mtime_s=None, mode=0o600, ino=ino)
+        elif there.ino is None:
+            self.set_remote(there.rid, ino=ino)
+
+    def replace(self, ino: int) -> None:
+        """Recompute the PLACE bit of an inode from the two trees."""
+        inode, remote = self.get(ino), self.remote_of(ino)
+        if inode is None or inode.parent is None or inode.kind not in (FILE, DIR):
+            return
+        home = self.remote_of(inode.parent)
+        if home and remote and (remote.rparent, remote.name) == (home.rid, inode.name):
+            self.unmark(ino, PLACE)
+        else:
+            self.mark(ino, PLACE)
+
+    def pending_inodes(self, after: int = 0, limit: int = -1) -> list[Inode]:
+        rows = self._db.execute(
+            f"SELECT {INODE_COLUMNS} FROM inode WHERE dirty != 0 AND ino > ? ORDER BY ino LIMIT ?",
+            (after, limit),
+        )
+        return [Inode(*row) for row in rows]
+
+    def unlinked(self) -> list[int]:
+        """Inodes without a name: left over when the driver died while they were open."""
+        rows = self._db.execute("SELECT ino FROM inode WHERE parent IS NULL AND ino != ?", (ROOT,))
+        return [ino for (ino,) in rows]
+
+    def ancestors(self, ino: int) -> list[Inode]:
+        """The inode and the directories above it, nearest first, without the root.
+
+        Empty for the root; ends early (and so does not end in a pod) for an unlinked inode.
+        """
+        found: list[Inode] = []
+        inode = self.get(ino)
+        while inode is not None and inode.ino != ROOT:
+            found.append(inode)
+            inode = self.get(inode.parent) if inode.parent is not None else None
+        return found
+
+    def path(self, ino: int) -> str:
+        """Where the user sees the inode, relative to the mount; for messages."""
+        return "/".join(i.name or "(deleted)" for i in reversed(self.ancestors(ino)))
+
+    def totals(self) -> dict[str, int]:
+        """Counts for ``status``: objects, bytes, errors, deletions. Uses the partial indexes."""
+        one = self._db.execute
+        return {
+            "pending": one("SELECT count(*) FROM inode WHERE dirty != 0").fetchone()[0],
+            "bytes": one(
+                "SELECT coalesce(sum(size), 0) FROM inode WHERE dirty & 1 AND dirty != 0"
+            ).fetchone()[0],
+            "errors": one(
+                "SELECT count(*) FROM inode WHERE dirty != 0 AND error IS NOT NULL"
+            ).fetchone()[0],
+            "deletions": one("SELECT count(*) FROM remote WHERE ino IS NULL").fetchone()[0],
+        }
+
+    def cached_files(self) -> list[tuple[int, float]]:
+        """Clean files with content here, least recently used first, as (inode, Unix time)."""
+        return self._db.execute(
+            "SELECT ino, used_s FROM inode WHERE cached = 1 AND dirty = 0 ORDER BY used_s"
+        ).fetchall()
+
+    # -- extended attributes ----------------------------------------------------------------------
+
+    def xattr(self, ino: int, name: bytes) -> bytes | None:
+        row = self._db.execute(
+            "SELECT value FROM xattr WHERE ino = ? AND name = ?", (ino, name)
+        ).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def xattrs(self, ino: int) -> list[bytes]:
+        return [
+            bytes(name)
+            for (name,) in self._db.execute("SELECT name FROM xattr WHERE ino = ?", (ino,))
+        ]
+
+    def set_xattr(self, ino: int, name: bytes, value: bytes) -> None:
+        self._db.execute("INSERT OR REPLACE INTO xattr VALUES (?,?,?)", (ino, name, value))
+
+    def remove_xattr(self, ino: int, name: bytes) -> bool:
+        return (
+            self._db.execute("DELETE FROM xattr WHERE ino = ? AND name = ?", (ino, name)).rowcount
+            > 0
+        )
+
+    # -- the remote tree --------------------------------------------------------------------------
+
+    def remote(self, rid: int) -> Remote | None:
+        return self._remote("rid = ?", (rid,))
+
+    def remote_of(self, ino: int) -> Remote | None:
+        return self._remote("ino = ?", (ino,))
+
+    def remote_at(self, rparent: int, name: str) -> Remote | None:
+        return self._remote("rparent = ? AND name = ?", (rparent, name))
+
+    def remote_children(self, rid: int, limit: int = -1) -> list[Remote]:
+        rows = self._db.execute(
+            f"SELECT {REMOTE_COLUMNS} FROM remote WHERE rparent = ? LIMIT ?", (rid, limit)
+        )
+        return [Remote(*row) for row in rows]
+
+    def remote_moving_to(self, rparent: int, name: str) -> Remote | None:
+        """The object that a rename with an unknown outcome may have put at this place."""
+        return self._remote("to_parent = ? AND to_name = ?", (rparent, name))
+
+    def orphans(self) -> list[int]:
+        return [r for (r,) in self._db.execute("SELECT rid FROM remote WHERE ino IS NULL")]
+
+    def add_remote(
+        self,
+        rparent: int,
+        name: str,
+        kind: str,
+        *,
+        size: int,
+        mtime_s: int | None,
+        mode: int,
+        ino: int | None,
+        readonly: int = 0,
+    ) -> int:
+        """A new remote row (its place must be free); returns the rid."""
+        cursor = self._db.execute(
+            "INSERT INTO remote (rparent, name, kind, size, mtime_s, mode, readonly, ino) "
+            "VALUES (?,?,?,?,?,?,?,?)",
+            (rparent, name, kind, size, mtime_s, mode, readonly, ino),
+        )
+        rid = cursor.lastrowid
+        assert rid is not None
+        return rid
+
+    def set_remote(self, rid: int, **columns: Any) -> None:
+        """Change columns (trusted names) of one remote row."""
+        names = ", ".join(f"{name} = ?" for name in columns)
+        self._db.execute(
+            f"UPDATE remote SET {names} WHERE rid = ?",
+            (*columns.values(), rid),
+        )
+
+    def drop_remote(self, rid: int) -> None:
+        """Forget a remote object and, for a directory, all that it held."""
+        with self.transaction():
+            for child in self.remote_children(rid):
+                self.drop_remote(child.rid)
+            self._db.execute("DELETE FROM remote WHERE rid = ?", (rid,))
+
+    def remote_path(self, rid: int) -> list[str]:
+        """Components from the pod's name on down of where the server has this object."""
+        parts: list[str] = []
+        remote = self.remote(rid)
+        while remote is not None and remote.rparent is not None:
+            parts.append(remote.name)
+            remote = self.remote(remote.rparent)
+        return parts[::-1]
+
+    # -- rows -------------------------------------------------------------------------------------
+
+    def _inode(self, where: str, arguments: tuple[Any, ...]) -> Inode | None:
+        row = self._db.execute(
+            f"SELECT {INODE_COLUMNS} FROM inode WHERE {where}",
+            arguments,
+        ).fetchone()
+        return None if row is None else Inode(*row)
+
+    def _remote(self, where: str, arguments: tuple[Any, ...]) -> Remote | None:
+        row = self._db.execute(
+            f"SELECT {REMOTE_COLUMNS} FROM remote WHERE {where}",
+            arguments,
+        ).fetchone()
+        return None if row is None else Remote(*row)

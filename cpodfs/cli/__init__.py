@@ -1,0 +1,51 @@
+"""The command line: ``cpodfs COMMAND``. Each module holds one group of commands and no logic."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from cpodfs import __version__
+from cpodfs.cli.demo import demo
+from cpodfs.cli.inspect import refresh, status, sync
+from cpodfs.cli.mount import mount
+from cpodfs.cli.umount import umount
+from cpodfs.config import config_path, toml_defaults
+from cpodfs.devnet.cli import devnet
+from cpodfs.errors import CpodfsError
+
+
+class _Cli(click.Group):
+    """Errors that are ours become one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CpodfsError as error:
+            click.echo(f"cpodfs: {error}", err=True)
+            sys.exit(1)
+
+
+@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cpodfs")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Pods of FairOS-DFS as folders, and Golem runs by touching a file.
+
+    \b
+      cpodfs mount ~/pods           every pod is a folder
+      touch ~/pods/blender/.run     start what its recipe says
+      tail -f ~/pods/blender/logs/*/stdout.log
+      cpodfs umount ~/pods          upload what is pending, then unmount
+
+    Every option can also be an environment variable (CPODFS_MOUNT_USER, …) or stand in
+    ~/.config/cpodfs/config.toml, in that order; the names are the same.
+    """
+    defaults = toml_defaults(config_path())
+    ctx.default_map = dict.fromkeys(main.commands, defaults)
+
+
+for command in (mount, umount, status, sync, refresh, demo, devnet):
+    main.add_command(command)

@@ -1,0 +1,43 @@
+"""How commands talk to a running driver: through attributes of the mount, as the owner may."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cpodfs import mountpoint as mp
+from cpodfs.errors import MountError
+
+
+def mount_of(path: Path | None) -> Path:
+    """The mount that ``path`` is in; without one, the only mount there is. Raises MountError."""
+    if path is not None:
+        entry = mp.containing(path)
+        if entry is None:
+            raise MountError(f"{path}: not in a cpodfs mount; see: cpodfs mount --help")
+        return entry.mountpoint
+    ours = [m.mountpoint for m in mp.mounts() if m.fstype == mp.FSTYPE]
+    if len(ours) != 1:
+        listed = ", ".join(map(str, ours)) or "none"
+        raise MountError(f"which mount? Give its path; there are: {listed}")
+    return ours[0]
+
+
+def ask(mount: Path, what: str) -> dict[str, Any]:
+    """A report of the driver. Raises MountError."""
+    try:
+        answer = os.getxattr(mount, f"user.cpodfs.{what}")
+    except OSError as error:
+        raise MountError(f"{mount}: the driver does not answer: {error.strerror}") from error
+    report: dict[str, Any] = json.loads(answer)
+    return report
+
+
+def tell(path: Path, what: str, value: str = "1") -> None:
+    """A command to the driver, about ``path``. Raises MountError."""
+    try:
+        os.setxattr(path, f"user.cpodfs.{what}", value.encode())
+    except OSError as error:
+        raise MountError(f"{path}: {what}: {error.strerror}") from error

@@ -1,0 +1,96 @@
+"""``cpodfs umount``: flush with a progress bar, unmount, and say what could not be uploaded."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cpodfs import mountpoint as mp
+from cpodfs.cli.control import ask, mount_of, tell
+from cpodfs.cli.progress import drain_progress
+from cpodfs.errors import MountError
+
+POLL_S = 0.1
+END_S = 60.0
+
+
+@click.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--stall",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="Give up after so many seconds without progress; what is left stays in the cache.",
+)
+def umount(mountpoint: Path, stall: float) -> None:
+    """Upload what is pending at MOUNTPOINT, then unmount it.
+
+    Exits with 1, naming the files, if something could not be uploaded: it waits in the cache and is
+    sent by the next mount.
+    """
+    point = mount_of(mountpoint)
+    if mp.is_dead(point):
+        mp.unmount(point, lazy=True)
+        raise MountError(f"{point}: the driver had died; unmounted. Mount again to upload the rest")
+    tell(point, "drain")
+    with drain_progress() as progress:
+        status = wait_until_idle(point, stall, progress)
+    driver = os.pidfd_open(status["pid"])
+    try:
+        mp.unmount(point)
+    except MountError as error:
+        tell(point, "drain", "0")
+        if error.errno == errno.EBUSY:
+            raise MountError(
+                f"{point}: in use: close what is open there, or leave the folder"
+            ) from error
+        raise
+    select.select([driver], [], [], stall + END_S)
+    sys.exit(_verdict(status))
+
+
+def wait_until_idle(
+    point: Path, stall_s: float, progress: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Wait until nothing is pending, or nothing moved for ``stall_s``; returns the last status."""
+    moved, last = time.monotonic(), (-1, -1)
+    while True:
+        status = ask(point, "status")
+        progress(status)
+        now = (status["done"], sum(u["sent"] for u in status["uploads"]))
+        if now != last:
+            moved, last = time.monotonic(), now
+        changes = status["pending"] + status["deletions"]
+        stuck = changes <= len(status["failed"]) and not status["uploads"] and not status["offline"]
+        waited = time.monotonic() - moved
+        if not changes or waited > stall_s or (stuck and waited > min(stall_s, 3.0)):
+            return status
+        time.sleep(POLL_S)
+
+
+def _verdict(status: dict[str, Any]) -> int:
+    """The driver's last word, which counts what came in while it was being unmounted."""
+    try:
+        report = json.loads((Path(status["cache"]) / "last-unmount.json").read_text())
+    except (OSError, ValueError):
+        report = {}
+    if report.get("pid") != status["pid"]:
+        click.echo("cpodfs: the driver has not ended yet; it is still uploading", err=True)
+        return 1
+    for entry in report["left"][:50]:
+        click.echo(
+            f"cpodfs: not uploaded: {entry['path']}: {entry['error'] or 'no answer'}", err=True
+        )
+    if report["left"]:
+        click.echo("cpodfs: kept in the cache; the next mount uploads it", err=True)
+    return 1 if report["left"] else 0

@@ -1,0 +1,105 @@
+"""What the user may choose, from flags, environment and one TOML file, as one frozen value.
+
+A leaf: imports only errors. Click reads flags and ``CPODFS_*`` variables; ``toml_defaults`` gives it
+the file ``$XDG_CONFIG_HOME/cpodfs/config.toml`` as the lowest layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import stat
+import subprocess
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import platformdirs
+
+from cpodfs.errors import ConfigError
+
+APP = "cpodfs"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All times in seconds."""
+
+    server: str
+    user: str
+    mountpoint: Path
+    cache_dir: Path
+    writeback_delay_s: float = 5.0
+    attr_ttl_s: float = 60.0
+    timeout_s: float = 30.0
+    stall_s: float = 30.0
+    uploads: int = 4
+    changes: int = 8
+    downloads: int = 4
+    allow_other: bool = False
+    yagna_url: str = "http://127.0.0.1:7465"
+
+
+def config_path() -> Path:
+    return platformdirs.user_config_path(APP) / "config.toml"
+
+
+def toml_defaults(path: Path) -> dict[str, Any]:
+    """The file's values as click's defaults, dashes and underscores alike. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except FileNotFoundError:
+        return {}
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if "password" in values:
+        raise ConfigError(
+            f"{path}: password: not here; use password-file, password-command or CPODFS_PASSWORD"
+        )
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def account_cache(base: Path | None, server: str, user: str) -> Path:
+    """The cache folder of one account: readable by people, unique by a hash."""
+    base = base or platformdirs.user_cache_path(APP)
+    digest = hashlib.sha256(f"{server.rstrip('/')}\0{user}".encode()).hexdigest()[:12]
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", f"{user}@{urlsplit(server).netloc}")[:80]
+    return base / f"{readable}-{digest}"
+
+
+def read_password_file(path: Path) -> str:
+    """The first line of a file that only its owner may read. Raises ConfigError."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_IMODE(mode) & 0o077:
+                raise ConfigError(
+                    f"{path}: others may read it; run: chmod 600 {shlex.quote(str(path))}"
+                )
+            password = file.readline(4096).rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the password: {error}") from error
+    if not password:
+        raise ConfigError(f"{path}: empty; the password belongs on its first line")
+    return password
+
+
+def run_password_command(command: str) -> str:
+    """What a credential helper prints on its first line. Raises ConfigError; shows no output."""
+    try:
+        argv = shlex.split(command)
+        done = subprocess.run(
+            argv, stdout=subprocess.PIPE, timeout=60, check=True, text=True, encoding="utf-8"
+        )
+    except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
+        kind = type(error).__name__
+        raise ConfigError(f"password-command {command!r} failed: {kind}") from None
+    password = done.stdout.partition("\n")[0]
+    if not password:
+        raise ConfigError(f"password-command {command!r} printed nothing")
+    return password

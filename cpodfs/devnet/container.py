@@ -1,0 +1,317 @@
+"""What a task sees as its container: a folder at ``/golem``, another at ``/tmp``, and programs.
+
+Imports `rest` for the log. With bubblewrap: no network, no capabilities, a system to read and
+two folders to write. Without: plain processes, where ``/golem`` and ``/tmp`` in a command's
+words are replaced by the folders' real paths (a program that builds such a path itself does not
+find it). A task's folder is hostile ground: files in it are opened without following links.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from cpodfs.devnet.rest import log
+
+Output = Callable[[str, bytes], None]
+"""Called with ``"stdout"`` or ``"stderr"`` and what a process has just written there."""
+
+VOLUMES = ("golem", "tmp")
+WORK_DIR = "/golem/work"
+_GOLEM_DIRS = ("work", "input", "output", "resource")
+_SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "opt")
+_ETC = (
+    *("alternatives", "group", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime"),
+    *("mime.types", "nsswitch.conf", "passwd", "python3", "python3.11", "ssl/certs"),
+)
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_CHUNK = 8192
+"""Of output: small enough that its JSON fits one line of an event stream in aiohttp's client."""
+_PIPES_GRACE_S = 1.0
+
+
+class ContainerError(Exception):
+    """A command that cannot be carried out, said as its requestor should read it."""
+
+
+class Isolation:
+    """How processes are kept apart, found out once for each market (`probe`)."""
+
+    def __init__(self, bwrap: str | None) -> None:
+        self.bwrap = bwrap
+
+    @classmethod
+    def probe(cls, scratch: Path) -> Isolation:
+        """Try bubblewrap as it will be used; without it, say so in the log. Blocks briefly."""
+        bwrap = shutil.which("bwrap")
+        if bwrap is None:
+            log.warning("sandbox_missing hint='install bubblewrap: tasks run unconfined'")
+            return cls(None)
+        container = Container(scratch, cls(bwrap), "probe")
+        container.create()
+        try:
+            done = subprocess.run(
+                container.command(["/bin/sh", "-c", "echo > /golem/work/probe"]),
+                capture_output=True,
+                timeout=10,
+                check=False,
+                env={},
+            )
+            works = done.returncode == 0 and container.path("/golem/work/probe").exists()
+            reason = done.stderr.decode(errors="replace").strip()
+        except (OSError, subprocess.TimeoutExpired) as error:
+            works, reason = False, str(error)
+        finally:
+            container.remove()
+        if not works:
+            log.warning("sandbox_broken reason=%r hint='tasks run unconfined'", reason)
+        return cls(bwrap if works else None)
+
+
+class Container:
+    """The folder of one activity and the processes in it.
+
+    ``on_process`` is told the process group that runs (pid, start time in clock ticks), and
+    (None, None) when it has ended, so that somebody can end it when this process cannot.
+    ``cpu_s`` is the processor time of everything that ran here, and only grows.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        isolation: Isolation,
+        hostname: str,
+        on_process: Callable[[int | None, int | None], None] = lambda _pid, _started: None,
+    ) -> None:
+        self.folder = folder.absolute()
+        self._isolation = isolation
+        self._hostname = re.sub(r"[^A-Za-z0-9-]", "-", hostname)[:63] or "provider"
+        self._on_process = on_process
+        self.cpu_s = 0.0
+
+    def create(self) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (self.folder / "tmp").mkdir(exist_ok=True)
+        for name in _GOLEM_DIRS:
+            (self.folder / "golem" / name).mkdir(parents=True, exist_ok=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def path(self, container_path: str) -> Path:
+        """Where a container path lies here, links not followed. Raises ContainerError."""
+        parts = PurePosixPath(container_path).parts
+        if len(parts) < 2 or parts[0] != "/" or ".." in parts or "\0" in container_path:
+            raise ContainerError(f"{container_path}: not an absolute path in the container")
+        if parts[1] not in VOLUMES:
+            raise ContainerError(f"{container_path}: only below /golem and /tmp can be transferred")
+        return self.folder.joinpath(*parts[1:])
+
+    def open_to_read(self, container_path: str) -> int:
+        """A descriptor of a regular file; no part of its path may be a link."""
+        path = self.path(container_path)
+        with self._parent(path, container_path, create=False) as parent:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            handle = _open(path.name, flags, parent, container_path)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise ContainerError(f"{container_path}: not a regular file")
+        return handle
+
+    def open_to_write(self, container_path: str) -> int:
+        """A descriptor of a new, empty file in place of what was there; makes its folders."""
+        path = self.path(container_path)
+        with self._parent(path, container_path, create=True) as parent:
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                os.unlink(path.name, dir_fd=parent)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            return _open(path.name, flags, parent, container_path)
+
+    @contextlib.contextmanager
+    def _parent(self, path: Path, said: str, *, create: bool) -> Iterator[int]:
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        at = os.open(self.folder, flags)
+        try:
+            for name in path.relative_to(self.folder).parts[:-1]:
+                if create:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(name, dir_fd=at)
+                inner = _open(name, flags, at, said)
+                os.close(at)
+                at = inner
+            yield at
+        finally:
+            os.close(at)
+
+    def command(self, argv: Sequence[str]) -> list[str]:
+        """The words to start ``argv`` with, confined if that is possible."""
+        if self._isolation.bwrap is None:
+            return [self._here(word) for word in argv]
+        return [
+            *(self._isolation.bwrap, "--unshare-all", "--die-with-parent", "--new-session"),
+            *("--cap-drop", "ALL", "--hostname", self._hostname, *_system_mounts()),
+            *("--proc", "/proc", "--dev", "/dev"),
+            *(word for name in VOLUMES for word in ("--bind", str(self.folder / name), f"/{name}")),
+            *("--remount-ro", "/", "--chdir", WORK_DIR, "--", *argv),
+        ]
+
+    def _here(self, word: str) -> str:
+        """A word with container paths replaced, wherever one begins in it."""
+        return re.sub(
+            r"(?<![\w./~-])/(golem|tmp)(?=[/\s\"';|&)>]|$)",
+            lambda found: str(self.folder / found[1]),
+            word,
+        )
+
+    def _environment(self) -> dict[str, str]:
+        confined = self._isolation.bwrap is not None
+        home = WORK_DIR if confined else str(self.path(WORK_DIR))
+        temp = "/tmp" if confined else str(self.path("/tmp"))  # noqa: S108 - the container's
+        return {"PATH": _PATH, "HOME": home, "TMPDIR": temp, "LANG": "C.UTF-8"}
+
+    async def run(self, argv: Sequence[str], on_output: Output) -> int:
+        """Run a program to its end, passing on its output as it comes.
+
+        Returns the exit code, as a shell gives it (128 + number for a signal). Its whole process group is killed when this is cancelled, and what it leaves behind when
+        it ends. Raises ContainerError when it cannot be started.
+        """
+        try:
+            process = subprocess.Popen(  # noqa: ASYNC220 - returns at once, waits by pidfd
+                self.command(argv),
+                cwd=self.path(WORK_DIR),
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            raise ContainerError(f"{argv[0]}: cannot be started: {error}") from None
+        self._on_process(process.pid, started_at(process.pid))
+        assert process.stdout is not None
+        assert process.stderr is not None
+        readers = [
+            asyncio.create_task(_pump("stdout", process.stdout.fileno(), on_output)),
+            asyncio.create_task(_pump("stderr", process.stderr.fileno(), on_output)),
+        ]
+        try:
+            await _exited(process.pid)
+        finally:
+            # The leader is still there, if only as a zombie: its group's number cannot be reused.
+            kill_group(process.pid)
+            _pid, status, usage = os.wait4(process.pid, 0)  # noqa: ASYNC222 - it is dead
+            code = os.waitstatus_to_exitcode(status)
+            process.returncode = code
+            self.cpu_s += usage.ru_utime + usage.ru_stime
+            self._on_process(None, None)
+            try:
+                await asyncio.wait(readers, timeout=_PIPES_GRACE_S)
+            finally:
+                for reader in readers:
+                    reader.cancel()
+                process.stdout.close()
+                process.stderr.close()
+        return code if code >= 0 else 128 - code
+
+
+def _system_mounts() -> list[str]:
+    words: list[str] = []
+    for name in _SYSTEM:
+        path = Path("/", name)
+        if path.is_symlink():
+            words += ["--symlink", os.readlink(path), str(path)]
+        elif path.is_dir():
+            words += ["--ro-bind", str(path), str(path)]
+    for name in _ETC:
+        words += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
+    return words
+
+
+def _open(name: str, flags: int, parent: int, said: str) -> int:
+    try:
+        return os.open(name, flags, 0o644, dir_fd=parent)
+    except OSError as error:
+        raise ContainerError(f"{said}: {error.strerror} (links are not followed)") from None
+
+
+async def _exited(pid: int) -> None:
+    """Wait until a child has ended, leaving it to be reaped."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    handle = os.pidfd_open(pid)
+    loop.add_reader(handle, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(handle)
+        os.close(handle)
+
+
+async def _pump(name: str, handle: int, on_output: Output) -> None:
+    loop = asyncio.get_running_loop()
+    os.set_blocking(handle, False)
+    readable = asyncio.Event()
+    loop.add_reader(handle, readable.set)
+    try:
+        while True:
+            try:
+                data = os.read(handle, _CHUNK)
+            except BlockingIOError:
+                readable.clear()
+                await readable.wait()
+                continue
+            if not data:
+                return
+            on_output(name, data)
+            # A program that writes without end must not keep everybody else from running.
+            await asyncio.sleep(0)
+    finally:
+        loop.remove_reader(handle)
+
+
+def kill_group(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def started_at(pid: int) -> int | None:
+    """A process's start time in clock ticks since boot, which tells it from a later namesake."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])
+
+
+def kill_leftover(pid: int, started: int | None) -> bool:
+    """End a process group that an earlier market left behind, if it is still that one."""
+    if started is None or started_at(pid) != started:
+        return False
+    kill_group(pid)
+    return True
+
+
+class Throttle:
+    """Spaces out a transfer to so many bytes a second; None lets everything through."""
+
+    def __init__(self, bytes_s: float | None) -> None:
+        self._bytes_s = bytes_s
+        self._begun = time.monotonic()
+        self._sent = 0
+
+    async def sent(self, count: int) -> None:
+        if self._bytes_s is None:
+            return
+        self._sent += count
+        ahead = self._sent / self._bytes_s - (time.monotonic() - self._begun)
+        if ahead > 0:
+            await asyncio.sleep(ahead)

@@ -1,0 +1,198 @@
+"""Faults on purpose: latency, thin pipes, errors, dropped connections, short bodies, lost sessions.
+
+Imports nothing of ours. What happens to the n-th matching request depends on (seed, n) alone, never
+on time or order of completion, so a failing test can be run again. Set new faults while the server
+runs with ``POST /devnet/faults``; that starts counting at 1 again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pydantic
+from aiohttp import web
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Outcome = Literal["pass", "error", "drop-before", "drop-after"]
+
+_DRAIN_CHUNK = 1 << 18
+
+
+@checked_dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class Faults:
+    """What goes wrong, and how often. The default is nothing, at full speed.
+
+    Attributes:
+        latency_s, latency_jitter_s: wait before each answer, plus up to so much more.
+        bandwidth: bytes per second in each direction, shared by all transfers; None = no limit.
+        error_rate, status: share of requests answered with this status, undone.
+        drop_rate: share of connections closed without an answer, half of them after the work.
+        truncate_rate: share of downloads that end early.
+        expire_every: all sessions end at each n-th request that needs one; 0 = never.
+        seed: None draws one. match: regular expression searched in the path.
+        directory_race: concurrent changes of one directory lose entries, as the real server does;
+            race_window_s is the time between reading and writing a directory's list.
+        rmdir_bug: removing a nested directory edits the wrong list, as the real server does.
+    """
+
+    latency_s: float = Field(default=0.0, ge=0)
+    latency_jitter_s: float = Field(default=0.0, ge=0)
+    bandwidth: int | None = Field(default=None, gt=0)
+    error_rate: float = Field(default=0.0, ge=0, le=1)
+    status: int = Field(default=500, ge=400, le=599)
+    drop_rate: float = Field(default=0.0, ge=0, le=1)
+    truncate_rate: float = Field(default=0.0, ge=0, le=1)
+    expire_every: int = Field(default=0, ge=0)
+    seed: int | None = None
+    match: str = ""
+    directory_race: bool = False
+    race_window_s: float = Field(default=0.02, ge=0)
+    rmdir_bug: bool = True
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"match: {error}") from error
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> Faults:
+        """Raises ValueError, naming the field, for what is unknown or out of range."""
+        return pydantic.TypeAdapter(cls).validate_python(dict(options))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to one request. ``truncate_at``: share of the body that is sent, or None."""
+
+    outcome: Outcome = "pass"
+    latency_s: float = 0.0
+    truncate_at: float | None = None
+
+
+def plan(faults: Faults, seed: int, n: int) -> Plan:
+    """The fate of the ``n``-th matching request: a pure function."""
+    rng = random.Random(f"{seed}:{n}")  # noqa: S311 - reproducible on purpose
+    jitter, drop, side, error, cut, where = (rng.random() for _ in range(6))
+    outcome: Outcome = "pass"
+    if drop < faults.drop_rate:
+        outcome = "drop-before" if side < 0.5 else "drop-after"
+    elif error < faults.error_rate:
+        outcome = "error"
+    return Plan(
+        outcome,
+        faults.latency_s + jitter * faults.latency_jitter_s,
+        where if cut < faults.truncate_rate else None,
+    )
+
+
+class Pipe:
+    """One direction of a line that all transfers share. ``wait(n)`` returns when n bytes are over."""
+
+    def __init__(self) -> None:
+        self._free_at = 0.0
+
+    async def wait(self, size: int, bandwidth: int | None) -> None:
+        if bandwidth is None:
+            return
+        now = time.monotonic()
+        self._free_at = max(self._free_at, now) + size / bandwidth
+        await asyncio.sleep(self._free_at - now)
+
+
+class FaultBox:
+    """The faults in force and the counts that decide. ``on_expire(n)`` ends all sessions."""
+
+    def __init__(self, faults: Faults, on_expire: Callable[[bool], None]) -> None:
+        self.up, self.down = Pipe(), Pipe()
+        self._on_expire = on_expire
+        self.set(faults)
+
+    def set(self, faults: Faults) -> None:
+        self.faults = faults
+        self.seed = secrets.randbits(32) if faults.seed is None else faults.seed
+        self.seen = 0
+        self._needing_session = 0
+        self._pattern = re.compile(faults.match)
+
+    def next_plan(self, request: web.Request) -> Plan:
+        """Count the request if it matches, and say what is to happen to it."""
+        if not self._pattern.search(request.path):
+            return Plan()
+        self.seen += 1
+        self._maybe_expire(request)
+        return plan(self.faults, self.seed, self.seen)
+
+    def _maybe_expire(self, request: web.Request) -> None:
+        if not self.faults.expire_every or request.path.endswith(("/user/login", "/user/signup")):
+            return
+        self._needing_session += 1
+        if self._needing_session % self.faults.expire_every == 0:
+            rng = random.Random(f"{self.seed}:expire:{self._needing_session}")  # noqa: S311
+            self._on_expire(rng.random() < 0.5)
+
+
+BOX = web.AppKey("faults", FaultBox)
+
+
+@web.middleware
+async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Carry out the plan. Handlers find it in ``request["plan"]`` (truncation is theirs)."""
+    if request.path.startswith("/devnet/"):
+        return await handler(request)
+    box = request.app[BOX]
+    fate = box.next_plan(request)
+    request["plan"] = fate
+    if fate.latency_s:
+        await asyncio.sleep(fate.latency_s)
+    if fate.outcome == "drop-before":
+        return hang_up(request)
+    if fate.outcome == "error":
+        return await _error(request, box.faults.status)
+    if fate.outcome == "drop-after":
+        request["silent"] = True
+        await handler(request)
+        return hang_up(request)
+    return await handler(request)
+
+
+def hang_up(request: web.Request) -> web.Response:
+    """Close the connection at once; the response returned is never sent."""
+    request["dropped"] = True
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response(status=500)
+
+
+async def _error(request: web.Request, status: int) -> web.Response:
+    async for _ in request.content.iter_chunked(_DRAIN_CHUNK):
+        pass
+    headers = {"Retry-After": "1"} if status in (429, 503) else {}
+    body = {"message": "devnet: injected fault", "code": status}
+    return web.json_response(body, status=status, headers=headers)
+
+
+async def show(request: web.Request) -> web.Response:
+    """GET /devnet/faults."""
+    box = request.app[BOX]
+    body = dataclasses.asdict(box.faults) | {"seed": box.seed, "seen": box.seen}
+    return web.json_response(body)
+
+
+async def change(request: web.Request) -> web.Response:
+    """POST /devnet/faults: what the JSON object does not name is off."""
+    try:
+        request.app[BOX].set(Faults.parse(await request.json()))
+    except (ValueError, TypeError) as error:
+        return web.json_response({"message": str(error)}, status=400)
+    return await show(request)

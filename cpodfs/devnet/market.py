@@ -1,0 +1,280 @@
+"""A yagna-compatible market on this machine: requestors speak REST to it, providers live in it.
+
+Imports its own package only. This module puts the parts together and owns their life: who is
+booked when, what happens at a start after a crash, who ends what nobody asks for any more. The
+app is to be bound to 127.0.0.1 and nowhere else: its tasks are this machine's processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from cpodfs.devnet.activity import TERMINATED, Activity
+from cpodfs.devnet.activity_api import ActivityApi
+from cpodfs.devnet.agreements import Agreement, new_id
+from cpodfs.devnet.container import Container, Isolation, kill_leftover
+from cpodfs.devnet.gftp import Registry
+from cpodfs.devnet.ledger import Ledger
+from cpodfs.devnet.market_api import MarketApi
+from cpodfs.devnet.negotiation import Negotiation
+from cpodfs.devnet.net_api import NetApi
+from cpodfs.devnet.payment_api import PaymentApi
+from cpodfs.devnet.provider import (
+    DEFAULT_PROVIDERS,
+    PLATFORMS,
+    Misbehaviour,
+    Provider,
+    ProviderSpec,
+)
+from cpodfs.devnet.registry_api import RegistryApi
+from cpodfs.devnet.rest import Problem, iso, log, problems_as_json
+from cpodfs.devnet.transfer import Transfers
+
+_OPEN_PATHS = ("/registry/",)
+_SWEEP_S = 5.0
+_INVOICE_DUE = timedelta(days=1)
+
+
+class Market:
+    """The parts and what connects them. Lives in one event loop; `running` is its life."""
+
+    def __init__(
+        self,
+        state_dir: Path,
+        *,
+        providers: Sequence[ProviderSpec],
+        seed: int,
+        misbehave: Misbehaviour,
+        gftp_dir: Path,
+        requestor_idle_s: float,
+        sandbox: bool,
+    ) -> None:
+        self._state_dir = state_dir
+        self._sandbox = sandbox
+        self._idle_s = requestor_idle_s
+        self._misbehave = misbehave
+        self._isolation = Isolation(None)
+        self._ledger = Ledger(state_dir)
+        self._transfers = Transfers(Registry(gftp_dir))
+        self._activities: dict[str, tuple[Agreement, Activity]] = {}
+        self._notes: dict[str, asyncio.Task[None]] = {}
+        self.negotiation = Negotiation(
+            [Provider.create(spec, seed) for spec in providers],
+            self._ledger.identity(),
+            misbehave,
+            self._book_agreement,
+            self._close_agreement,
+        )
+        self._payment = PaymentApi(self._ledger)
+
+    def routes(self) -> list[web.RouteDef]:
+        activity = ActivityApi(self._activities, self._create_activity, self._end_activity)
+        return [
+            web.get("/me", self._me),
+            *MarketApi(self.negotiation).routes(),
+            *activity.routes(),
+            *self._payment.routes(),
+            *NetApi().routes(),
+            *RegistryApi().routes(),
+        ]
+
+    async def _me(self, _request: web.Request) -> web.Response:
+        found = {"identity": self._ledger.identity(), "name": "devnet", "role": "manager"}
+        return web.json_response(found)
+
+    async def running(self, _app: web.Application) -> AsyncIterator[None]:
+        """aiohttp's ``cleanup_ctx``: clear up after a crash, sweep while serving, end everything."""
+        self._recover()
+        if self._sandbox:
+            probe_dir = self._state_dir / "providers" / ".probe"
+            self._isolation = await asyncio.to_thread(Isolation.probe, probe_dir)
+        else:
+            log.warning("sandbox_off hint='tasks run unconfined, as you asked'")
+        async with self._transfers:
+            sweeper = asyncio.create_task(self._sweep(), name="market sweeper")
+            try:
+                yield
+            finally:
+                sweeper.cancel()
+                for agreement in list(self.negotiation.agreements.values()):
+                    if agreement.state == "Approved":
+                        reason = {"message": "the market is stopping"}
+                        await self.negotiation.terminate(agreement, "Provider", reason)
+                self._ledger.close()
+
+    def _recover(self) -> None:
+        """A market that was killed left processes and agreements open: end and bill them."""
+        for row in self._ledger.activities_left_open():
+            if row["pid"] is not None and kill_leftover(row["pid"], row["pid_started"]):
+                log.warning("leftover_killed activity=%s pid=%s", row["id"], row["pid"])
+            self._ledger.activity_abandoned(row["id"])
+        for key in self._ledger.open_agreements():
+            log.warning("agreement_closed agreement=%s reason='market restarted'", key)
+            self._ledger.agreement_ended(key, "the market was restarted")
+            self._ledger.issue_invoice(key, _due())
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(min(_SWEEP_S, self._idle_s / 4))
+            try:
+                await self.negotiation.drop_abandoned(self._idle_s)
+            except Exception:  # noqa: BLE001 - one that fails must not end all that follow
+                log.exception("sweep_failed")
+            known = self.negotiation.agreements
+            for key, (agreement, _activity) in list(self._activities.items()):
+                if agreement.id not in known:
+                    del self._activities[key]
+
+    # --- what Negotiation decides is booked here ---
+
+    def _book_agreement(self, agreement: Agreement) -> None:
+        chosen = agreement.demand_properties.get("golem.com.payment.chosen-platform", PLATFORMS[0])
+        address = agreement.demand_properties.get(f"golem.com.payment.platform.{chosen}.address")
+        self._ledger.agreement_approved(
+            agreement.id,
+            provider=agreement.provider.spec.name,
+            provider_id=agreement.provider.node_id,
+            platform=chosen,
+            payer=address or self._ledger.identity(),
+        )
+
+    async def _close_agreement(self, agreement: Agreement, reason: str) -> None:
+        for key in agreement.activities:
+            await self._end_activity(self._activities[key][1], "the agreement was terminated")
+        self._ledger.agreement_ended(agreement.id, reason)
+        self._ledger.issue_invoice(agreement.id, _due())
+        self._payment.changed.fire()
+
+    # --- activities ---
+
+    async def _create_activity(self, agreement_id: str) -> Activity:
+        agreement = self.negotiation.agreements.get(agreement_id)
+        if agreement is None:
+            raise Problem(404, f"agreement {agreement_id} is not known")
+        if agreement.state != "Approved":
+            raise Problem(410, f"agreement {agreement_id} is {agreement.state}")
+        agreement.seen_now()
+        key = new_id()
+        provider = agreement.provider
+        container = Container(
+            self._state_dir / "providers" / provider.spec.name / key,
+            self._isolation,
+            provider.spec.name,
+            lambda pid, started: self._ledger.activity_process(key, pid, started),
+        )
+        activity = Activity(
+            provider,
+            container,
+            self._transfers,
+            key=key,
+            misbehave=self._misbehave,
+            on_change=self._book_activity,
+        )
+        self._ledger.activity_created(key, agreement.id)
+        self._activities[key] = (agreement, activity)
+        agreement.activities.append(key)
+        await activity.begin()
+        self._notes[key] = asyncio.create_task(self._write_debit_notes(agreement, activity))
+        return activity
+
+    def _book_activity(self, activity: Activity) -> None:
+        self._ledger.activity_used(
+            activity.id,
+            activity.state,
+            cpu_s=activity.cpu_s,
+            duration_s=activity.duration_s,
+            cost=activity.cost,
+        )
+
+    async def _end_activity(self, activity: Activity, reason: str | None = None) -> None:
+        await activity.end(reason)
+        notes = self._notes.pop(activity.id, None)
+        if notes is not None:
+            notes.cancel()
+            self._debit(*self._activities[activity.id])
+
+    async def _write_debit_notes(self, agreement: Agreement, activity: Activity) -> None:
+        terms = agreement.proposal.properties
+        interval_s = float(terms["golem.com.scheme.payu.debit-note.interval-sec?"])
+        while True:
+            await asyncio.sleep(interval_s)
+            if activity.state == TERMINATED:
+                return
+            self._book_activity(activity)
+            self._debit(agreement, activity)
+
+    def _debit(self, agreement: Agreement, activity: Activity) -> None:
+        self._ledger.issue_debit_note(agreement.id, activity.id, activity.cost, activity.usage)
+        self._payment.changed.fire()
+
+
+def _due() -> str:
+    return iso(datetime.now(UTC) + _INVOICE_DUE)
+
+
+def _require_key(app_key: str) -> Middleware:
+    expected = f"Bearer {app_key}".encode()
+
+    @web.middleware
+    async def require_key(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode()
+        if not request.path.startswith(_OPEN_PATHS) and not hmac.compare_digest(given, expected):
+            raise Problem(401, "the app-key is missing or wrong")
+        return await handler(request)
+
+    return require_key
+
+
+def create_market_app(
+    state_dir: Path,
+    *,
+    app_key: str,
+    providers: Sequence[ProviderSpec] = DEFAULT_PROVIDERS,
+    seed: int = 0,
+    misbehave: Misbehaviour | None = None,
+    gftp_dir: Path,
+    requestor_idle_s: float = 60.0,
+    sandbox: bool = True,
+) -> web.Application:
+    """The market as an aiohttp application; ``state_dir`` gets the ledger and providers' folders.
+
+    The devnet starts it in an asyncio process of its own::
+
+        app = create_market_app(state / "market", app_key=key, gftp_dir=state / "gftp")
+        runner = web.AppRunner(app, shutdown_timeout=1.0)
+        await runner.setup()                      # after a crash: leftovers are ended and billed
+        site = web.TCPSite(runner, "127.0.0.1", port)
+        await site.start()
+        ...
+        await runner.cleanup()                    # ends activities, agreements, processes
+
+    and hands requestors `run_env.run_environment` with the same ``app_key`` and ``gftp_dir``.
+    ``shutdown_timeout`` bounds the wait for long polls. One market per ``state_dir`` at a time.
+
+    ``requestor_idle_s``: agreements whose requestor gives no sign of life for so many seconds
+    are ended by their providers. ``sandbox``: confine tasks with bubblewrap if it works here;
+    whether it does is said in the log. Raises OSError or sqlite3.Error when the state cannot be opened.
+    """
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    market = Market(
+        state_dir,
+        providers=providers,
+        seed=seed,
+        misbehave=misbehave or Misbehaviour(),
+        gftp_dir=gftp_dir,
+        requestor_idle_s=requestor_idle_s,
+        sandbox=sandbox,
+    )
+    app = web.Application(
+        middlewares=[problems_as_json, _require_key(app_key)], client_max_size=16 << 20
+    )
+    app.add_routes(market.routes())
+    app.cleanup_ctx.append(market.running)
+    return app

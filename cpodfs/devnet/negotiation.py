@@ -1,0 +1,212 @@
+"""Who offers what to whom, and who has signed: demands to agreements, and their ends.
+
+Imports `agreements`, `constraints`, `provider`, `rest`. A provider serves one agreement at a time
+(`Provider.busy_with`): while it does, it offers nothing, and drafts asked of it are put off until
+it is free again. `Negotiation` decides; the two callbacks book what it decided.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+from cpodfs.devnet.agreements import Agreement, Demand, Proposal
+from cpodfs.devnet.constraints import ConstraintError, parse
+from cpodfs.devnet.provider import Misbehaviour, Provider
+from cpodfs.devnet.rest import Json, Problem, Signal, log, stamp
+
+MAX_DEMANDS = 1000
+MAX_KEPT_EVENTS = 1000
+
+Booker = Callable[[Agreement], None]
+Closer = Callable[[Agreement, str], Awaitable[None]]
+
+
+class Negotiation:
+    """``on_approved`` books a signed agreement; ``on_ending`` ends its activities and bills it."""
+
+    def __init__(
+        self,
+        providers: Sequence[Provider],
+        requestor_id: str,
+        misbehave: Misbehaviour,
+        on_approved: Booker,
+        on_ending: Closer,
+    ) -> None:
+        self.providers = providers
+        self.requestor_id = requestor_id
+        self.demands: dict[str, Demand] = {}
+        self.proposals: dict[str, Proposal] = {}
+        self.agreements: dict[str, Agreement] = {}
+        self.events: list[Json] = []
+        self.changed = Signal()
+        self._misbehave = misbehave
+        self._on_approved = on_approved
+        self._on_ending = on_ending
+        self._put_off: list[Proposal] = []
+
+    # --- demands and proposals ---
+
+    def subscribe(self, properties: Json, constraints: str) -> Demand:
+        """A new demand; every free provider that fits offers at once. Raises Problem 400."""
+        if len(self.demands) >= MAX_DEMANDS:
+            raise Problem(429, "too many demands")
+        try:
+            demand = Demand(properties, constraints, parse(constraints))
+        except ConstraintError as error:
+            raise Problem(400, f"constraints: {error}") from None
+        self.demands[demand.id] = demand
+        for provider in self.providers:
+            self._offer(provider, demand)
+        return demand
+
+    def unsubscribe(self, demand: Demand) -> None:
+        self.demands.pop(demand.id, None)
+        self._put_off = [said for said in self._put_off if said.demand is not demand]
+        demand.changed.fire()
+
+    def _offer(self, provider: Provider, demand: Demand) -> None:
+        if self._misbehave.no_offers or provider.busy_with or provider.node_id in demand.offered:
+            return
+        if not provider.fits(demand.properties, demand.wanted):
+            return
+        demand.offered.add(provider.node_id)
+        offer = (provider.node_id, "Initial", provider.offer, provider.constraints)
+        self._tell(Proposal(demand, provider, *offer))
+
+    def _tell(self, proposal: Proposal) -> None:
+        self.proposals[proposal.id] = proposal
+        proposal.demand.tell(proposal.event())
+
+    def counter(
+        self, demand: Demand, previous: Proposal, properties: Json, constraints: str
+    ) -> Proposal:
+        """The requestor's answer to a proposal. The provider's follows as an event."""
+        try:
+            wanted = parse(constraints)
+        except ConstraintError as error:
+            raise Problem(400, f"constraints: {error}") from None
+        provider = previous.provider
+        said = Proposal(
+            *(demand, provider, self.requestor_id, "Draft", properties, constraints, previous)
+        )
+        self.proposals[said.id] = said
+        if provider.draws(self._misbehave.reject_proposals):
+            self._reject(said, "the provider does not want this (injected)")
+        elif not provider.fits(properties, wanted):
+            self._reject(said, "offer and demand do not match")
+        elif provider.busy_with:
+            self._put_off.append(said)
+        else:
+            self._draft(said)
+        return said
+
+    def _draft(self, said: Proposal) -> None:
+        provider = said.provider
+        offer = (provider.node_id, "Draft", provider.draft(said.properties), provider.constraints)
+        self._tell(Proposal(said.demand, provider, *offer, previous=said))
+
+    def _reject(self, said: Proposal, reason: str) -> None:
+        event = {
+            "eventType": "ProposalRejectedEvent",
+            "eventDate": stamp(),
+            "proposalId": said.id,
+            "reason": {"message": reason},
+        }
+        said.demand.tell(event)
+
+    def turn_down(self, proposal: Proposal) -> None:
+        """The requestor rejects a provider's proposal."""
+        self.proposals[proposal.id] = replace(proposal, state="Rejected")
+
+    # --- agreements ---
+
+    def create_agreement(self, proposal_id: str, valid_to: str) -> Agreement:
+        proposal = self.proposals.get(proposal_id)
+        if proposal is None:
+            raise Problem(404, f"proposal {proposal_id} is not known")
+        if proposal.state != "Draft" or proposal.issuer_id == self.requestor_id:
+            raise Problem(400, f"proposal {proposal_id} is not a provider's draft")
+        agreement = Agreement(proposal, valid_to, self.requestor_id)
+        self.agreements[agreement.id] = agreement
+        return agreement
+
+    def confirm(self, agreement: Agreement) -> None:
+        """The requestor signs; the provider does too, unless it serves another by now."""
+        if agreement.state != "Proposal":
+            raise Problem(410, f"agreement {agreement.id} is {agreement.state}")
+        provider = agreement.provider
+        if provider.busy_with:
+            agreement.state = "Rejected"
+            self._record("AgreementRejectedEvent", agreement, reason={"message": "busy"})
+        else:
+            provider.busy_with = agreement.id
+            agreement.state, agreement.approved = "Approved", stamp()
+            for demand in self.demands.values():
+                demand.offered.discard(provider.node_id)
+            self._on_approved(agreement)
+            self._record("AgreementApprovedEvent", agreement)
+        agreement.changed.fire()
+
+    def cancel(self, agreement: Agreement) -> None:
+        if agreement.state != "Proposal":
+            raise Problem(410, f"agreement {agreement.id} is {agreement.state}")
+        agreement.state = "Cancelled"
+        self._record("AgreementCancelledEvent", agreement)
+        agreement.changed.fire()
+
+    async def terminate(self, agreement: Agreement, terminator: str, reason: Json) -> None:
+        """End an approved agreement for good; its provider is free afterwards."""
+        if agreement.state != "Approved":
+            raise Problem(410, f"agreement {agreement.id} is {agreement.state}")
+        agreement.state = "Terminated"
+        message = str(reason.get("message", ""))
+        try:
+            await self._on_ending(agreement, message)
+        finally:
+            details = {"terminator": terminator, "reason": {"message": message, **reason}}
+            self._record("AgreementTerminatedEvent", agreement, signature="", **details)
+            agreement.changed.fire()
+            agreement.provider.busy_with = None
+            self._is_free(agreement.provider)
+
+    def _is_free(self, provider: Provider) -> None:
+        waiting = [said for said in self._put_off if said.provider is provider]
+        self._put_off = [said for said in self._put_off if said.provider is not provider]
+        for said in waiting:
+            self._draft(said)
+        for demand in self.demands.values():
+            self._offer(provider, demand)
+
+    def _record(self, kind: str, agreement: Agreement, **details: object) -> None:
+        self.events.append(
+            {"eventType": kind, "eventDate": stamp(), "agreementId": agreement.id, **details}
+        )
+        del self.events[:-MAX_KEPT_EVENTS]
+        self.changed.fire()
+
+    # --- requestors that are gone ---
+
+    async def drop_abandoned(self, idle_s: float) -> None:
+        """End what belongs to requestors that gave no sign of life for ``idle_s`` seconds."""
+        limit = time.monotonic() - idle_s
+        for agreement in list(self.agreements.values()):
+            gone = agreement.last_seen() < limit
+            if agreement.state == "Approved" and (gone or agreement.expired()):
+                message = "the requestor is gone" if gone else "the computation's time is over"
+                log.warning("agreement_ended agreement=%s reason=%r", agreement.id, message)
+                await self.terminate(agreement, "Provider", {"message": message})
+            elif not gone or agreement.state == "Approved":
+                continue
+            elif agreement.state == "Proposal":
+                self.cancel(agreement)
+            else:
+                del self.agreements[agreement.id]
+        for demand in list(self.demands.values()):
+            if not demand.polls and demand.seen < limit:
+                self.unsubscribe(demand)
+        used = {agreement.proposal.id for agreement in self.agreements.values()}
+        for key, proposal in list(self.proposals.items()):
+            if proposal.demand.id not in self.demands and key not in used:
+                del self.proposals[key]

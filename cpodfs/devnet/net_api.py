@@ -1,0 +1,112 @@
+"""The Net API as far as yapapi asks it: networks, their addresses and their nodes, in memory.
+
+Imports `rest`. It keeps the books of a VPN; no packet is ever carried: the nodes of a local
+network cannot reach one another, and the VPN's sockets are not offered.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from cpodfs.devnet.agreements import new_id
+from cpodfs.devnet.rest import Json, Problem, body_object, text_field
+
+
+@dataclass
+class _Network:
+    id: str
+    net: ipaddress.IPv4Network | ipaddress.IPv6Network
+    gateway: str | None
+    addresses: set[str] = field(default_factory=set)
+    nodes: dict[str, str] = field(default_factory=dict)
+    """Node id to address."""
+
+    def json(self) -> Json:
+        found = {"id": self.id, "ip": str(self.net.network_address), "mask": str(self.net.netmask)}
+        return {**found, "gateway": self.gateway}
+
+    def claim(self, ip: str) -> str:
+        """An address of this network that nobody has yet. Raises Problem."""
+        try:
+            inside = ipaddress.ip_address(ip) in self.net
+        except ValueError:
+            raise Problem(400, f"{ip!r} is not an address") from None
+        if not inside:
+            raise Problem(400, f"{ip} is not in {self.net}")
+        if ip in self.addresses or ip in self.nodes.values():
+            raise Problem(409, f"{ip} is taken")
+        return ip
+
+
+class NetApi:
+    def __init__(self) -> None:
+        self._networks: dict[str, _Network] = {}
+
+    def routes(self, root: str = "/net-api/v1") -> list[web.RouteDef]:
+        one = f"{root}/net/{{id}}"
+        return [
+            web.get(f"{root}/net", self.list_networks),
+            web.post(f"{root}/net", self.create),
+            web.get(one, self.get),
+            web.delete(one, self.remove),
+            web.get(f"{one}/addresses", self.list_addresses),
+            web.post(f"{one}/addresses", self.add_address),
+            web.get(f"{one}/nodes", self.list_nodes),
+            web.post(f"{one}/nodes", self.add_node),
+            web.delete(f"{one}/nodes/{{node}}", self.remove_node),
+        ]
+
+    def _find(self, request: web.Request) -> _Network:
+        network = self._networks.get(request.match_info["id"])
+        if network is None:
+            raise Problem(404, f"network {request.match_info['id']} is not known")
+        return network
+
+    async def create(self, request: web.Request) -> web.Response:
+        body = await body_object(request)
+        ip, mask = text_field(body, "ip"), body.get("mask")
+        try:
+            net = ipaddress.ip_network(
+                f"{ip}/{mask}" if mask and "/" not in ip else ip, strict=False
+            )
+        except ValueError as error:
+            raise Problem(400, str(error)) from None
+        network = _Network(new_id(), net, body.get("gateway"))
+        self._networks[network.id] = network
+        return web.json_response(network.json())
+
+    async def list_networks(self, _request: web.Request) -> web.Response:
+        return web.json_response([network.json() for network in self._networks.values()])
+
+    async def get(self, request: web.Request) -> web.Response:
+        return web.json_response(self._find(request).json())
+
+    async def remove(self, request: web.Request) -> web.Response:
+        del self._networks[self._find(request).id]
+        return web.json_response(None)
+
+    async def list_addresses(self, request: web.Request) -> web.Response:
+        return web.json_response([{"ip": ip} for ip in sorted(self._find(request).addresses)])
+
+    async def add_address(self, request: web.Request) -> web.Response:
+        network = self._find(request)
+        network.addresses.add(network.claim(text_field(await body_object(request), "ip")))
+        return web.json_response(None)
+
+    async def list_nodes(self, request: web.Request) -> web.Response:
+        nodes = self._find(request).nodes.items()
+        return web.json_response([{"id": node, "ip": ip} for node, ip in nodes])
+
+    async def add_node(self, request: web.Request) -> web.Response:
+        network, body = self._find(request), await body_object(request)
+        network.nodes[text_field(body, "id")] = network.claim(text_field(body, "ip"))
+        return web.json_response(None)
+
+    async def remove_node(self, request: web.Request) -> web.Response:
+        network = self._find(request)
+        if network.nodes.pop(request.match_info["node"], None) is None:
+            raise Problem(404, f"node {request.match_info['node']} is not in this network")
+        return web.json_response(None)

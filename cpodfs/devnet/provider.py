@@ -1,0 +1,162 @@
+"""What providers are: their names, prices, speeds, offers, and how they may misbehave.
+
+Imports `constraints`. Pure data and arithmetic, no I/O: what a provider *does* is in `activity`
+and `container`. Prices are per second of use, as in an offer's coefficients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from cpodfs.devnet.constraints import Filter, parse
+
+USAGE_VECTOR = ("golem.usage.cpu_sec", "golem.usage.duration_sec")
+
+PLATFORMS = (
+    *(f"erc20-{network}-tglm" for network in ("holesky", "hoodi", "sepolia", "amoy", "goerli")),
+    *(f"erc20-{network}-glm" for network in ("mainnet", "polygon")),
+)
+"""Every platform that yapapi can ask for is fine here: nothing is paid outside the ledger."""
+
+_DEBIT_NOTE_INTERVAL = "golem.com.scheme.payu.debit-note.interval-sec?"
+_ACCEPT_TIMEOUT = "golem.com.payment.debit-notes.accept-timeout?"
+
+_OFFER_CONSTRAINTS = "(&(golem.srv.comp.expiration>0))"
+
+
+@dataclass(frozen=True)
+class ProviderSpec:
+    """One provider of the local market. It serves one agreement at a time."""
+
+    name: str
+    start_price: float = 0.0
+    """GLM for each activity."""
+    cpu_price: float = 0.0001
+    """GLM for each second of processor time."""
+    duration_price: float = 0.00002
+    """GLM for each second that an activity exists."""
+    speed: float = 1.0
+    """Below 1, a command takes ``1/speed`` times as long as its process; at most 1."""
+    bandwidth: float | None = None
+    """Bytes a second for transfers; None for as fast as the disk."""
+    cores: int = 2
+    threads: int = 4
+    mem_gib: float = 8.0
+    storage_gib: float = 40.0
+    subnet: str = "public"
+    capabilities: tuple[str, ...] = ("vpn",)
+    platforms: tuple[str, ...] = PLATFORMS
+    debit_note_interval_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.speed <= 1:
+            raise ValueError(f"{self.name}: speed is above 0 and at most 1")
+
+    def node_id(self, seed: int) -> str:
+        """The same for the same name and seed: 0x and 40 hex digits."""
+        digest = hashlib.sha256(f"{seed}:{self.name}".encode()).hexdigest()
+        return f"0x{digest[:40]}"
+
+    def offer(self, node_id: str) -> dict[str, Any]:
+        """The properties of its offer, all that yapapi's default strategy wants to see."""
+        return {
+            "golem.activity.caps.transfer.protocol": ["http", "https", "gftp"],
+            "golem.com.payment.debit-notes.accept-timeout?": 240,
+            **{
+                f"golem.com.payment.platform.{platform}.address": node_id
+                for platform in self.platforms
+            },
+            "golem.com.pricing.model": "linear",
+            "golem.com.pricing.model.linear.coeffs": [
+                *(float(self.cpu_price), float(self.duration_price), float(self.start_price)),
+            ],
+            "golem.com.scheme": "payu",
+            _DEBIT_NOTE_INTERVAL: int(self.debit_note_interval_s),
+            "golem.com.scheme.payu.payment-timeout-sec?": 86400,
+            "golem.com.usage.vector": list(USAGE_VECTOR),
+            "golem.inf.cpu.architecture": "x86_64",
+            "golem.inf.cpu.cores": self.cores,
+            "golem.inf.cpu.threads": self.threads,
+            "golem.inf.mem.gib": float(self.mem_gib),
+            "golem.inf.storage.gib": float(self.storage_gib),
+            "golem.node.debug.subnet": self.subnet,
+            "golem.node.id.name": self.name,
+            "golem.node.net.is-public": False,
+            "golem.runtime.capabilities": list(self.capabilities),
+            "golem.runtime.name": "vm",
+            "golem.runtime.version": "0.3.0",
+            "golem.srv.caps.multi-activity": True,
+        }
+
+    def cost(self, cpu_s: float, duration_s: float) -> Decimal:
+        """What an activity has cost so far, by the linear model, to 1e-12 GLM."""
+        terms = ((self.cpu_price, cpu_s), (self.duration_price, duration_s), (self.start_price, 1))
+        total = sum((Decimal(str(price)) * Decimal(str(use)) for price, use in terms), Decimal(0))
+        return total.quantize(Decimal("1e-12"))
+
+
+DEFAULT_PROVIDERS: tuple[ProviderSpec, ...] = (
+    ProviderSpec("amber-falcon", cpu_price=0.00003, duration_price=0.00001),
+    ProviderSpec("brave-otter", cpu_price=0.00005, duration_price=0.00001, cores=4, threads=8),
+    ProviderSpec("calm-heron", cpu_price=0.00008, duration_price=0.00002, mem_gib=16.0),
+    ProviderSpec("dusty-lynx", cpu_price=0.00010, duration_price=0.00002, speed=0.5, mem_gib=4.0),
+)
+"""yapapi takes the cheapest first: it is a quick one here, so that a first look is not a slow one."""
+
+
+@dataclass(frozen=True)
+class Misbehaviour:
+    """What goes wrong, on every provider alike. Chances are 0 to 1, drawn from the seed."""
+
+    no_offers: bool = False
+    """Nobody answers a demand."""
+    reject_proposals: float = 0.0
+    """The chance that a counter-proposal is rejected."""
+    fail_command: float = 0.0
+    """The chance that a ``run`` command fails (exit code 1) instead of being run."""
+    lose_activity: float = 0.0
+    """The chance that a ``run`` command ends with its whole activity instead."""
+    transfer_bandwidth: float | None = None
+    """Bytes a second for every transfer, if lower than the provider's own."""
+
+
+@dataclass
+class Provider:
+    """A provider as the market sees it. ``busy_with`` is the agreement it serves, if any."""
+
+    spec: ProviderSpec
+    node_id: str
+    offer: dict[str, Any]
+    dice: random.Random
+    """Its own, so that what happens here does not depend on the order of events elsewhere."""
+    busy_with: str | None = None
+    demands: Filter = field(default_factory=lambda: parse(_OFFER_CONSTRAINTS))
+    """What it asks of a demand."""
+
+    @classmethod
+    def create(cls, spec: ProviderSpec, seed: int) -> Provider:
+        node_id = spec.node_id(seed)
+        dice = random.Random(f"{seed}:{spec.name}")  # noqa: S311 - repeatable on purpose
+        return cls(spec, node_id, spec.offer(node_id), dice)
+
+    @property
+    def constraints(self) -> str:
+        return _OFFER_CONSTRAINTS
+
+    def fits(self, properties: dict[str, Any], wanted: Filter) -> bool:
+        """Whether demand and offer match, each by the other's constraints."""
+        return wanted.matches(self.offer) and self.demands.matches(properties)
+
+    def draft(self, demand: dict[str, Any]) -> dict[str, Any]:
+        """Its answer to a counter-proposal: the offer, with what was negotiated taken over."""
+        agreed = {
+            key: demand[key] for key in (_DEBIT_NOTE_INTERVAL, _ACCEPT_TIMEOUT) if key in demand
+        }
+        return {**self.offer, **agreed}
+
+    def draws(self, chance: float) -> bool:
+        return chance > 0 and self.dice.random() < chance

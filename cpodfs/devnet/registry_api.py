@@ -1,0 +1,31 @@
+"""The image registry that ``vm.repo(image_hash=… | image_tag=…)`` asks: every image is known here.
+
+Imports `rest`. Nothing is ever downloaded: a provider of this market runs all images alike, on
+the host's programs. Public, as the real registry is: yapapi sends it no key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from aiohttp import web
+
+from cpodfs.devnet.rest import Problem
+
+
+class RegistryApi:
+    def routes(self, root: str = "/registry") -> list[web.RouteDef]:
+        image = web.get(f"{root}/images/{{name}}", self.image, allow_head=True)
+        return [web.get(f"{root}/v1/image/info", self.info), image]
+
+    async def info(self, request: web.Request) -> web.Response:
+        """Where an image is and what it hashes to. Give ``hash`` or ``tag``."""
+        image_hash, tag = request.query.get("hash"), request.query.get("tag")
+        if bool(image_hash) == bool(tag):
+            raise Problem(400, "either hash or tag is expected")
+        digest = image_hash or hashlib.sha3_224(str(tag).encode()).hexdigest()
+        url = str(request.url.origin().with_path(f"/registry/images/{digest}.gvmi"))
+        return web.json_response({"http": url, "https": url, "sha3": digest, "size": 0})
+
+    async def image(self, _request: web.Request) -> web.Response:
+        return web.Response(body=b"", content_type="application/octet-stream")

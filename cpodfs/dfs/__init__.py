@@ -1,0 +1,38 @@
+"""The FairOS-DFS client: `Session` logs in, `Client` has one coroutine per endpoint.
+
+Imports errors only, from outside this package. The server's contract and its quirks are in the
+docstrings of `client`; what a reply means is decided in `_errors`.
+"""
+
+from __future__ import annotations
+
+from cpodfs.dfs.client import Client, Download
+from cpodfs.dfs.models import (
+    Account,
+    DirStat,
+    Entry,
+    FileShareInfo,
+    FileStat,
+    Listing,
+    PodList,
+    PodStat,
+    ShareInfo,
+)
+from cpodfs.dfs.session import Session, Stats, Timeouts
+
+__all__ = [
+    "Account",
+    "Client",
+    "DirStat",
+    "Download",
+    "Entry",
+    "FileShareInfo",
+    "FileStat",
+    "Listing",
+    "PodList",
+    "PodStat",
+    "Session",
+    "ShareInfo",
+    "Stats",
+    "Timeouts",
+]

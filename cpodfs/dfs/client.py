@@ -1,0 +1,402 @@
+"""Every FairOS-DFS endpoint that the driver needs, one typed coroutine each.
+
+Imports session, models, errors. Pods are opened when first needed and opened again once when
+the server forgot them. Mutations are never repeated after they may have been carried out, and
+the server has no locks: the caller must not run two mutations of one directory at a time.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import TypeVar
+
+import httpx
+
+from cpodfs.dfs import models
+from cpodfs.dfs._errors import upload_refusal
+from cpodfs.dfs._flight import SingleFlight
+from cpodfs.dfs._multipart import MultipartFile, Source
+from cpodfs.dfs.session import Session
+from cpodfs.errors import BadReply, NameRefused, NotFound, PodNotOpen
+
+_T = TypeVar("_T")
+
+MIN_BLOCK_SIZE = 1_000_000
+MAX_BLOCK_SIZE = 8_000_000
+INDEX_NAME = "index.dfs"
+_UPLOAD = "/v1/file/upload"
+_DOWNLOAD = "/v1/file/download"
+
+
+class Download:
+    """A file on its way. ``size`` in bytes is known from the start; iterate once for the chunks.
+
+    The iteration ends only after exactly ``size`` bytes, else it raises Unreachable (the
+    connection was lost) or BadReply.
+    """
+
+    def __init__(self, session: Session, response: httpx.Response, size: int) -> None:
+        self.size = size
+        self._session = session
+        self._response = response
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        received = 0
+        async with aclosing(self._session.chunks(self._response, _DOWNLOAD)) as chunks:
+            async for chunk in chunks:
+                received += len(chunk)
+                if received > self.size:
+                    raise BadReply(f"more than the {self.size} bytes due", endpoint=_DOWNLOAD)
+                if chunk:
+                    yield chunk
+        if received != self.size:
+            raise BadReply(f"ended at {received} of {self.size} bytes", endpoint=_DOWNLOAD)
+
+
+class Client:
+    """All methods raise DfsError (or its kin) and NameRefused for text that is not UTF-8."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._open: dict[str, int] = {}  # pod → session generation in which it was opened
+        self._openings = SingleFlight()
+
+    def __repr__(self) -> str:
+        return f"Client({self.session!r})"
+
+    # -- users -----------------------------------------------------------------------------
+
+    async def signup(self, user: str, password: str, mnemonic: str | None = None) -> models.Account:
+        """Create an account; needs funds on a real network (QuotaExceeded). Not repeated."""
+        payload = {"userName": user, "password": password}
+        if mnemonic is not None:
+            payload["mnemonic"] = mnemonic
+        endpoint = "/v2/user/signup"
+        body = await self.session.call(
+            "POST",
+            endpoint,
+            payload=_text(payload),
+            authenticated=False,
+            limit_s=self.session.timeouts.slow_s,
+            secrets=(password, mnemonic or ""),
+        )
+        return models.account(body, endpoint, user=user)
+
+    async def login(self) -> None:
+        """Optional: every call logs in when needed. Raises LoginRefused."""
+        await self.session.login()
+
+    async def logout(self) -> None:
+        if self.session.logged_in:
+            await self.session.call("POST", "/v1/user/logout")
+        self._open.clear()
+        self.session.forget()
+
+    async def user_present(self, user: str) -> bool:
+        endpoint = "/v2/user/present"
+        body = await self.session.call(
+            "GET", endpoint, params=_text({"userName": user}), repeat=True, authenticated=False
+        )
+        return models.present(body, endpoint)
+
+    async def delete_user(self, password: str) -> None:
+        """Delete the account for good, with all its pods."""
+        await self.session.call(
+            "DELETE", "/v2/user/delete", payload=_text({"password": password}), secrets=(password,)
+        )
+        self._open.clear()
+        self.session.forget()
+
+    # -- pods ------------------------------------------------------------------------------
+
+    async def pods(self) -> models.PodList:
+        endpoint = "/v1/pod/ls"
+        return models.pod_list(await self.session.call("GET", endpoint, repeat=True), endpoint)
+
+    async def create_pod(self, pod: str) -> None:
+        """The new pod is open. Raises AlreadyExists, TooLong (64 bytes), QuotaExceeded."""
+        await self._mutate("POST", "/v1/pod/new", podName=pod)
+        self._open[pod] = self.session.generation
+
+    async def open_pod(self, pod: str) -> None:
+        """Open it unless it is. Slow on Swarm. Raises NotFound."""
+        if self._open.get(pod) != self.session.generation or not self.session.logged_in:
+            await self._openings.do(pod, lambda: self._open_now(pod))
+
+    async def close_pod(self, pod: str) -> None:
+        """Let the server forget what it keeps in memory of the pod; fine if it is not open."""
+        self._open.pop(pod, None)
+        try:
+            await self.session.call("POST", "/v1/pod/close", payload=_text({"podName": pod}))
+        except (NotFound, PodNotOpen):
+            return
+
+    async def delete_pod(self, pod: str) -> None:
+        """With everything in it. For a received pod: forget it."""
+        await self._mutate("DELETE", "/v1/pod/delete", slow=True, podName=pod)
+        self._open.pop(pod, None)
+
+    async def sync_pod(self, pod: str) -> None:
+        """Make the server load what it has not loaded yet. It does NOT notice what another session
+        changed in what it has: see ``refresh_pod``. Slow."""
+        await self._in_pod(
+            pod,
+            lambda: self.session.call(
+                "POST",
+                "/v1/pod/sync",
+                payload=_text({"podName": pod}),
+                repeat=True,
+                limit_s=self.session.timeouts.slow_s,
+            ),
+        )
+
+    async def refresh_pod(self, pod: str) -> None:
+        """Close and open it, so that the server sees what another session or the owner changed."""
+        await self.close_pod(pod)
+        await self.open_pod(pod)
+
+    async def pod_stat(self, pod: str) -> models.PodStat:
+        endpoint = "/v1/pod/stat"
+        body = await self.session.call("GET", endpoint, params=_text({"podName": pod}), repeat=True)
+        return models.pod_stat(body, endpoint)
+
+    async def pod_present(self, pod: str) -> bool:
+        """Whether we own or have received it. Asks for the list, because the server's own
+        ``pod/present`` says no, without an error, when the session has expired."""
+        found = await self.pods()
+        return pod in found.own or pod in found.shared
+
+    async def share_pod(self, pod: str, name: str | None = None) -> str:
+        """A reference that reads the pod for ever, and cannot be taken back: a secret."""
+        payload = {"podName": pod} if name is None else {"podName": pod, "sharedPodName": name}
+        endpoint = "/v1/pod/share"
+        body = await self._in_pod(
+            pod, lambda: self.session.call("POST", endpoint, payload=_text(payload))
+        )
+        return models.pod_reference(body, endpoint)
+
+    async def receive_info(self, reference: str) -> models.ShareInfo:
+        endpoint = "/v1/pod/receiveinfo"
+        body = await self.session.call(
+            "GET", endpoint, params=_text({"sharingRef": reference}), repeat=True
+        )
+        return models.share_info(body, endpoint)
+
+    async def receive_pod(self, reference: str) -> None:
+        """Add the pod to the received ones, under its owner's name for it. A GET that changes
+        something, and is therefore not repeated."""
+        await self.session.call("GET", "/v1/pod/receive", params=_text({"sharingRef": reference}))
+
+    async def fork_pod(self, pod: str, new: str) -> None:
+        """Copy it file by file on the server (minutes); modes and times are not kept. When it fails
+        the new pod may exist nevertheless, empty or in part."""
+        await self._mutate("POST", "/v1/pod/fork", slow=True, podName=pod, forkName=new)
+
+    async def fork_from_reference(self, new: str, reference: str) -> None:
+        await self._mutate(
+            "POST",
+            "/v1/pod/fork-from-reference",
+            slow=True,
+            forkName=new,
+            podSharingReference=reference,
+        )
+
+    # -- directories -----------------------------------------------------------------------
+
+    async def list_dir(self, pod: str, path: str) -> models.Listing:
+        """A name missing from one listing is no proof of its deletion: the server leaves out
+        children whose metadata it could not fetch just then."""
+        body = await self._get(pod, "/v1/dir/ls", dirPath=_path(path))
+        return models.listing(body, "/v1/dir/ls")
+
+    async def mkdir(self, pod: str, path: str) -> None:
+        """Raises AlreadyExists (but not for a file of that name), NotFound (no parent), TooLong
+        (100 bytes)."""
+        await self._change(pod, "POST", "/v1/dir/mkdir", dirPath=_path(path))
+
+    async def rmdir(self, pod: str, path: str) -> None:
+        """RECURSIVE on the server: make sure that the directory is empty before you call this."""
+        if path == "/":
+            raise NameRefused("the root of a pod cannot be removed, only the pod")
+        await self._change(pod, "DELETE", "/v1/dir/rmdir", dirPath=_path(path))
+
+    async def stat_dir(self, pod: str, path: str) -> models.DirStat:
+        body = await self._get(pod, "/v1/dir/stat", dirPath=_path(path))
+        return models.dir_stat(body, "/v1/dir/stat")
+
+    async def rename_dir(self, pod: str, old: str, new: str) -> None:
+        """Neither atomic nor safe unless the whole sub-tree was listed since the pod was opened:
+        the server's copy of it would be a nil pointer. Raises AlreadyExists for a taken name.
+        ``new``'s parent MUST exist: otherwise NotFound is raised and the directory is lost."""
+        await self._change(
+            pod, "POST", "/v1/dir/rename", slow=True, oldPath=_path(old), newPath=_path(new)
+        )
+
+    async def chmod_dir(self, pod: str, path: str, mode: int) -> None:
+        bits = stat.S_IFDIR | stat.S_IMODE(mode)
+        await self._change(pod, "POST", "/v1/dir/chmod", dirPath=_path(path), mode=str(bits))
+
+    # -- files -----------------------------------------------------------------------------
+
+    async def upload(
+        self,
+        pod: str,
+        dir_path: str,
+        name: str,
+        body: Source,
+        size: int,
+        *,
+        block_size: int | None = None,
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Create or overwrite a file with the ``size`` bytes of ``body()``; its mode becomes 0600.
+
+        ``body`` is called anew for the one repeat after an expired session. What it raises comes
+        out unchanged, with the old file untouched; ChangedDuringUpload when it yields another
+        number of bytes. ``on_progress`` gets the bytes handed over so far. After any other
+        error with ``sent``, look before you repeat: the file may be stored, or unlisted.
+        """
+        fields = {
+            "podName": pod,
+            "dirPath": _path(dir_path),
+            "blockSize": str(_block_size(size) if block_size is None else block_size),
+            "overwrite": "true",
+        }
+        _text(fields)
+        _check_upload_name(name)
+
+        def make_body() -> MultipartFile:
+            return MultipartFile(fields, name, body, size, on_progress)
+
+        reply = await self._in_pod(pod, lambda: self.session.send_file(_UPLOAD, make_body))
+        complaint = models.upload_failure(reply, _UPLOAD)
+        if complaint is not None:
+            raise upload_refusal(complaint, _UPLOAD)
+
+    @asynccontextmanager
+    async def download(self, pod: str, path: str) -> AsyncIterator[Download]:
+        """``async with`` it, then iterate. The whole file or nothing: there are no ranges, but
+        leaving early is fine. Raises NotFound."""
+        params = _text({"podName": pod, "filePath": _path(path)})
+        await self.open_pod(pod)
+        async with self.session.open_stream(_DOWNLOAD, params) as response:
+            yield Download(self.session, response, _announced_size(response))
+
+    async def stat_file(self, pod: str, path: str) -> models.FileStat:
+        body = await self._get(pod, "/v1/file/stat", filePath=_path(path))
+        return models.file_stat(body, "/v1/file/stat")
+
+    async def delete_file(self, pod: str, path: str) -> None:
+        await self._change(pod, "DELETE", "/v1/file/delete", filePath=_path(path))
+
+    async def rename_file(self, pod: str, old: str, new: str) -> None:
+        """Raises AlreadyExists for a taken name. Not atomic: between the old name's end and the
+        new one's beginning the server holds the file under neither. ``new``'s parent MUST exist:
+        otherwise NotFound is raised and the file is lost."""
+        await self._change(pod, "POST", "/v1/file/rename", oldPath=_path(old), newPath=_path(new))
+
+    async def chmod_file(self, pod: str, path: str, mode: int) -> None:
+        bits = stat.S_IFREG | stat.S_IMODE(mode)
+        await self._change(pod, "POST", "/v1/file/chmod", filePath=_path(path), mode=str(bits))
+
+    async def share_file(self, pod: str, path: str, user: str) -> str:
+        """A reference by which ``user`` can take a copy of the file."""
+        body = await self._change(
+            pod, "POST", "/v1/file/share", filePath=_path(path), destUser=user
+        )
+        return models.file_reference(body, "/v1/file/share")
+
+    async def receive_file(self, pod: str, dir_path: str, reference: str) -> str:
+        """Put a shared file into a directory; returns its path in the pod. Not repeated."""
+        endpoint = "/v1/file/receive"
+        params = _text({"podName": pod, "dirPath": _path(dir_path), "sharingRef": reference})
+        body = await self._in_pod(pod, lambda: self.session.call("GET", endpoint, params=params))
+        return models.received_name(body, endpoint)
+
+    # -- how calls are made ----------------------------------------------------------------
+
+    async def _get(self, pod: str, endpoint: str, **params: str) -> bytes:
+        query = _text({"podName": pod, **params})
+        return await self._in_pod(
+            pod, lambda: self.session.call("GET", endpoint, params=query, repeat=True)
+        )
+
+    async def _change(
+        self, pod: str, method: str, endpoint: str, *, slow: bool = False, **fields: str
+    ) -> bytes:
+        return await self._in_pod(
+            pod, lambda: self._mutate(method, endpoint, slow=slow, podName=pod, **fields)
+        )
+
+    async def _mutate(
+        self, method: str, endpoint: str, *, slow: bool = False, **fields: str
+    ) -> bytes:
+        limit_s = self.session.timeouts.slow_s if slow else None
+        return await self.session.call(method, endpoint, payload=_text(fields), limit_s=limit_s)
+
+    async def _in_pod(self, pod: str, call: Callable[[], Awaitable[_T]]) -> _T:
+        await self.open_pod(pod)
+        opened = self._open.get(pod)
+        try:
+            return await call()
+        except PodNotOpen:
+            if self._open.get(pod) == opened:
+                self._open.pop(pod, None)
+            await self.open_pod(pod)
+            return await call()
+
+    async def _open_now(self, pod: str) -> None:
+        await self.session.call(
+            "POST",
+            "/v1/pod/open",
+            payload=_text({"podName": pod}),
+            repeat=True,
+            limit_s=self.session.timeouts.slow_s,
+        )
+        self._open[pod] = self.session.generation
+
+
+def _text(fields: dict[str, str]) -> dict[str, str]:
+    """Refuse what cannot be sent as UTF-8 (a name with undecodable bytes): JSON would mangle it."""
+    for value in fields.values():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise NameRefused(f"not valid UTF-8: {value!r}") from None
+    return fields
+
+
+def _path(path: str) -> str:
+    """Refuse what the server takes differently, or for which it breaks off without an answer."""
+    parts = path.split("/")
+    if path != "/" and (
+        not path.startswith("/") or any(part in ("", ".", "..") for part in parts[1:])
+    ):
+        raise NameRefused(f"not an absolute path in its plainest form: {path!r}")
+    if INDEX_NAME in parts:
+        raise NameRefused(f"{INDEX_NAME} is the server's own")
+    return path
+
+
+def _check_upload_name(name: str) -> None:
+    _text({"name": name})
+    if name == INDEX_NAME:
+        raise NameRefused(f"{INDEX_NAME} is the server's own: uploading it destroys the directory")
+    if not name or name in (".", "..") or "/" in name or "\0" in name:
+        raise NameRefused(f"the server cannot store a file of this name: {name!r}")
+
+
+def _block_size(size: int) -> int:
+    """Few, even blocks: one for a small file, the largest for a big one."""
+    return min(max(size, MIN_BLOCK_SIZE), MAX_BLOCK_SIZE)
+
+
+def _announced_size(response: httpx.Response) -> int:
+    length = response.headers.get("Content-Length", "")
+    if not (length.isascii() and length.isdigit()) or len(length) > 19:
+        raise BadReply("no usable Content-Length", endpoint=_DOWNLOAD)
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise BadReply("an encoded body was sent though none was asked for", endpoint=_DOWNLOAD)
+    return int(length)

@@ -1,0 +1,172 @@
+"""Every exception that cpodfs raises on purpose, and the errno each one becomes at the kernel.
+
+A leaf module: imports nothing of ours. The tree:
+
+CpodfsError                     EIO
+├── ConfigError                 EINVAL      a flag, variable or file that cannot be used
+├── NameRefused                 EINVAL      a name that the store would refuse or that would do harm
+│   └── NameTooLong             ENAMETOOLONG
+├── RecipeError                 ENOEXEC     the pod's recipe is broken; names file and field
+│   └── RecipeMissing           EOPNOTSUPP  the pod has no recipe, so it cannot be run
+├── RunError                    EIO
+│   └── RunInProgress           EBUSY       one run per pod
+├── CacheError                  EIO
+│   ├── CacheLocked             EBUSY       another driver owns this cache
+│   └── CacheVersion            EINVAL      written by a version of cpodfs that we do not know
+├── MountError                  EIO         the mount point cannot be used
+├── ChangedDuringUpload         EAGAIN      the file was written to while it was being sent
+└── DfsError                    EIO         what the FairOS-DFS server said, or did not say
+    ├── NotFound                ENOENT
+    ├── AlreadyExists           EEXIST
+    ├── NotLoggedIn             EACCES      the session is gone; logging in again may help
+    │   └── LoginRefused        EACCES      wrong password or no such user; trying again will not
+    ├── PodNotOpen              EIO         opening the pod again may help
+    ├── Denied                  EACCES      the server will not, ever
+    │   └── ReadOnlyPod         EROFS
+    ├── Refused                 EINVAL      the request itself is at fault (name, size, form)
+    │   └── TooLong             ENAMETOOLONG  a pod or directory name the server finds too long
+    ├── QuotaExceeded           ENOSPC      too many pods, or no funds for storage
+    ├── ServerError             EIO         5xx with no known meaning; may pass
+    │   └── Overloaded          EIO         429 or 503: come back later
+    ├── BadReply                EIO         not what the contract says: truncated, not JSON, …
+    └── Unreachable             EHOSTUNREACH  nobody answers
+        └── TimedOut            ETIMEDOUT   no answer in time; it may have been carried out
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+
+class CpodfsError(Exception):
+    """The root. ``errno`` is what the kernel is told; ``str()`` says what, where and what to do."""
+
+    errno: int = _errno.EIO
+
+
+class ConfigError(CpodfsError):
+    errno = _errno.EINVAL
+
+
+class NameRefused(CpodfsError):
+    errno = _errno.EINVAL
+
+
+class NameTooLong(NameRefused):
+    errno = _errno.ENAMETOOLONG
+
+
+class RecipeError(CpodfsError):
+    errno = _errno.ENOEXEC
+
+
+class RecipeMissing(RecipeError):
+    errno = _errno.EOPNOTSUPP
+
+
+class RunError(CpodfsError):
+    pass
+
+
+class RunInProgress(RunError):
+    errno = _errno.EBUSY
+
+
+class CacheError(CpodfsError):
+    pass
+
+
+class CacheLocked(CacheError):
+    errno = _errno.EBUSY
+
+
+class CacheVersion(CacheError):
+    errno = _errno.EINVAL
+
+
+class MountError(CpodfsError):
+    pass
+
+
+class ChangedDuringUpload(CpodfsError):
+    errno = _errno.EAGAIN
+
+
+class DfsError(CpodfsError):
+    """An answer of the server that is an error, or none at all.
+
+    ``status`` is the HTTP status (``None`` when there was no answer), ``endpoint`` the path called.
+    ``sent`` is False only when the request surely never reached the server.
+    """
+
+    def __init__(
+        self, message: str, *, endpoint: str = "", status: int | None = None, sent: bool = True
+    ) -> None:
+        where = f"{endpoint}: " if endpoint else ""
+        super().__init__(f"{where}{message}")
+        self.message = message
+        self.endpoint = endpoint
+        self.status = status
+        self.sent = sent
+
+
+class NotFound(DfsError):
+    errno = _errno.ENOENT
+
+
+class AlreadyExists(DfsError):
+    errno = _errno.EEXIST
+
+
+class NotLoggedIn(DfsError):
+    errno = _errno.EACCES
+
+
+class LoginRefused(NotLoggedIn):
+    pass
+
+
+class PodNotOpen(DfsError):
+    pass
+
+
+class Denied(DfsError):
+    errno = _errno.EACCES
+
+
+class ReadOnlyPod(Denied):
+    errno = _errno.EROFS
+
+
+class Refused(DfsError):
+    errno = _errno.EINVAL
+
+
+class TooLong(Refused):
+    errno = _errno.ENAMETOOLONG
+
+
+class QuotaExceeded(DfsError):
+    errno = _errno.ENOSPC
+
+
+class ServerError(DfsError):
+    pass
+
+
+class Overloaded(ServerError):
+    """``retry_after_s`` is the wait that the server asked for, if it named one."""
+
+    retry_after_s: float | None = None
+
+
+class BadReply(DfsError):
+    pass
+
+
+class Unreachable(DfsError):
+    errno = _errno.EHOSTUNREACH
+
+
+class TimedOut(Unreachable):
+    errno = _errno.ETIMEDOUT

@@ -1,0 +1,182 @@
+"""Pods as things that run: the control file ``.run`` and the ``user.cpodfs.*`` attributes.
+
+Imports the tree, recipes and runs. ``.run`` is never stored anywhere: it exists exactly while a run
+is in progress. Its inode number is the pod's with ``RUN_INO_BIT`` set, which no stored inode has.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from cpodfs.cache.schema import ROOT
+from cpodfs.cache.store import Inode
+from cpodfs.errors import CpodfsError, RecipeMissing
+from cpodfs.fs.tree import Tree, oserror
+from cpodfs.paths import RUN_NAME
+from cpodfs.recipe import RECIPE_LIMIT_BYTES, choose_recipe, parse_recipe
+from cpodfs.runs.manager import RunManager
+
+log = logging.getLogger(__name__)
+
+RUN_INO_BIT = 1 << 62
+CONTROL_HANDLE_BIT = 1 << 62
+XATTR_PREFIX = b"user.cpodfs."
+
+
+@dataclass(slots=True)
+class _Starter:
+    """Who created ``.run``: ``touch`` sets its times through the handle that it still has open."""
+
+    pod: int
+    pid: int
+
+
+class RunFiles:
+    """The ``.run`` of every pod. ``on_change(pod)``: the kernel may remember what is no longer so."""
+
+    def __init__(self, tree: Tree, runs: RunManager) -> None:
+        self._tree = tree
+        self._runs = runs
+        self._starting: set[int] = set()
+        self._starters: dict[int, _Starter] = {}
+        self._snapshots: dict[int, bytes] = {}
+        self._next_handle = CONTROL_HANDLE_BIT
+        self.errors: dict[int, str] = {}
+
+    def is_run_name(self, parent: int, name: str) -> bool:
+        """Whether ``name`` in this directory is the control file's."""
+        if name != RUN_NAME or parent == ROOT:
+            return False
+        inode = self._tree.store.get(parent)
+        return inode is not None and inode.parent == ROOT
+
+    def exists(self, pod: int) -> bool:
+        return self._runs.current(self._pod_name(pod)) is not None
+
+    def state(self, pod: int) -> bytes:
+        """The state of the run in progress as one line of JSON. Raises ENOENT when there is none."""
+        current = self._runs.current(self._pod_name(pod))
+        if current is None:
+            raise oserror(errno.ENOENT, RUN_NAME)
+        return json.dumps(current, ensure_ascii=False).encode() + b"\n"
+
+    async def create(self, pod: int, pid: int) -> int:
+        """Start a run: what ``touch .run`` means. Returns a handle; raises why it cannot run."""
+        if self.exists(pod) or pod in self._starting:
+            raise oserror(errno.EBUSY, RUN_NAME)
+        self._starting.add(pod)
+        try:
+            name, recipe_name, raw = await self._recipe(pod)
+            recipe = parse_recipe(raw, file=recipe_name)
+            for warning in recipe.warnings:
+                log.warning("recipe pod=%r: %s", name, warning)
+            run_id = self._runs.begin(name, recipe)
+        except CpodfsError as error:
+            self.errors[pod] = str(error)
+            log.warning("run refused pod=%r: %s", self._pod_name(pod), error)
+            raise
+        finally:
+            self._starting.discard(pod)
+        self.errors.pop(pod, None)
+        log.info("run started pod=%r run=%s", name, run_id)
+        return self._handle(_Starter(pod, pid))
+
+    async def _recipe(self, pod: int) -> tuple[str, str, bytes]:
+        self._tree.check_writable(pod)
+        await self._tree.directory(pod)
+        files = {c.name: c for c in self._tree.store.children(pod) if c.is_file and c.name}
+        chosen = choose_recipe(files)
+        name = self._pod_name(pod)
+        if chosen is None:
+            raise RecipeMissing(
+                f"{name}: not a compute pod: there is no recipe.json, .recipe or *.recipe at its root"
+            )
+        raw = await self._tree.read_whole(files[chosen].ino, RECIPE_LIMIT_BYTES + 1)
+        return name, chosen, raw
+
+    def cancel(self, pod: int) -> None:
+        """``rm .run``: the file goes when the run has ended."""
+        if not self._runs.cancel(self._pod_name(pod)):
+            raise oserror(errno.ENOENT, RUN_NAME)
+
+    def open(self, pod: int, *, writing: bool) -> int:
+        """A handle for reading a snapshot of the state; to write is to touch again."""
+        snapshot = self.state(pod)
+        if writing:
+            raise oserror(errno.EBUSY, RUN_NAME)
+        handle = self._handle(None)
+        self._snapshots[handle] = snapshot
+        return handle
+
+    def read(self, handle: int, offset: int, size: int) -> bytes:
+        return self._snapshots.get(handle, b"")[offset : offset + size]
+
+    def may_touch(self, pod: int, pid: int) -> bool:
+        """Whether a change of the file's times belongs to the touch that started the run."""
+        return any(s.pod == pod and s.pid == pid for s in self._starters.values())
+
+    def release(self, handle: int) -> None:
+        self._starters.pop(handle, None)
+        self._snapshots.pop(handle, None)
+
+    def _handle(self, starter: _Starter | None) -> int:
+        handle = self._next_handle
+        self._next_handle += 1
+        if starter is not None:
+            self._starters[handle] = starter
+        return handle
+
+    def _pod_name(self, pod: int) -> str:
+        return self._tree.inode(pod).name or ""
+
+
+class Attributes:
+    """The computed extended attributes; read-only but for commands given to the mount."""
+
+    def __init__(self, tree: Tree, runs: RunFiles) -> None:
+        self._tree = tree
+        self._runs = runs
+        self.commands: dict[bytes, Callable[[int, bytes], Awaitable[None]]] = {}
+        self.reports: dict[bytes, Callable[[], object]] = {}
+
+    def names(self, inode: Inode) -> list[bytes]:
+        names = [XATTR_PREFIX + b"state"]
+        if self._error(inode) is not None:
+            names.append(XATTR_PREFIX + b"error")
+        return names
+
+    def get(self, inode: Inode, name: bytes) -> bytes | None:
+        key = name.removeprefix(XATTR_PREFIX)
+        if key == b"state":
+            return self.state(inode).encode()
+        if key == b"error":
+            error = self._error(inode)
+            return None if error is None else error.encode(errors="backslashreplace")
+        if inode.ino == ROOT and key in self.reports:
+            return json.dumps(self.reports[key]()).encode()
+        return None
+
+    async def set(self, inode: Inode, name: bytes, value: bytes) -> None:
+        """A command, given as an attribute. Raises EPERM for what is only to be read."""
+        command = self.commands.get(name.removeprefix(XATTR_PREFIX))
+        if command is None:
+            raise oserror(errno.EPERM)
+        await command(inode.ino, value)
+
+    def state(self, inode: Inode) -> str:
+        """``clean``, ``dirty``, ``uploading`` or ``error``."""
+        if inode.ino in self._tree.engine.uploading():
+            return "uploading"
+        if inode.error is not None and inode.dirty:
+            return "error"
+        return "dirty" if inode.dirty else "clean"
+
+    def _error(self, inode: Inode) -> str | None:
+        refused = self._runs.errors.get(inode.ino)
+        if refused is not None:
+            return refused
+        return inode.error if inode.dirty else None

@@ -1,0 +1,298 @@
+"""The driver: puts the parts together, serves the mount, and takes it down without losing a byte.
+
+Imports everything below the CLI. Order at the end: no new runs, running ones cancelled; the mount
+detached (which makes the kernel hand over its dirty pages); what is pending uploaded; only then the
+process ends. Whatever could not be uploaded stays journalled and is sent by the next mount.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import pyfuse3
+import trio
+
+from cpodfs import __version__, mountpoint
+from cpodfs.cache.folder import Cache, opened
+from cpodfs.cache.schema import ROOT
+from cpodfs.config import Settings
+from cpodfs.dfs import Client, Session, Timeouts
+from cpodfs.errors import CpodfsError, LoginRefused, MountError, Unreachable
+from cpodfs.fs.control import Attributes, RunFiles
+from cpodfs.fs.handles import Handles
+from cpodfs.fs.operations import Operations
+from cpodfs.fs.tree import Tree
+from cpodfs.notify import sd_notify
+from cpodfs.runs.manager import RunManager
+from cpodfs.sync.downloads import Downloads
+from cpodfs.sync.engine import Engine, Limits
+from cpodfs.sync.lister import Lister
+from cpodfs.sync.locks import DirLocks
+from cpodfs.sync.merge import Merger, Outcome
+
+log = logging.getLogger(__name__)
+
+KERNEL_TIMEOUT_S = 10.0
+MAX_REQUESTS = 500
+"""Requests served at once. Readers that wait for the network must not keep others out."""
+RUN_GRACE_S = 10.0
+DETACH_S = 5.0
+LEFT_OVER_NAMES = 1000
+
+Environment = Callable[[], Mapping[str, str]]
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Driver:
+    """One mounted account. ``environment`` is what runs get to see beyond the usual."""
+
+    def __init__(
+        self, settings: Settings, cache: Cache, dfs: Client, environment: Environment
+    ) -> None:
+        self._settings = settings
+        self._cache = cache
+        self._dfs = dfs
+        self._mounted = False
+        store = cache.store
+        handles = Handles(store, cache.content)
+        merger = Merger(store, handles.discard)
+        locks = DirLocks(store)
+        self.lister = Lister(
+            *(store, dfs, merger, locks),
+            ttl_s=settings.attr_ttl_s,
+            parallel=settings.changes,
+            on_outcome=self._on_outcome,
+        )
+        self.engine = Engine(
+            *(store, cache.content, dfs, self.lister, merger, locks),
+            delay_s=settings.writeback_delay_s,
+            limits=Limits(settings.uploads, settings.changes),
+            on_outcome=self._on_outcome,
+        )
+        self.downloads = Downloads(store, cache.content, dfs, parallel=settings.downloads)
+        self.runs = RunManager(
+            *(cache.folder / "runs", settings.mountpoint),
+            environment=environment,
+            on_end=lambda pod: log.info("run ended pod=%r", pod),
+            cancel_grace_s=RUN_GRACE_S,
+        )
+        tree = Tree(store, cache.content, handles, self.engine, self.lister, self.downloads)
+        run_files = RunFiles(tree, self.runs)
+        attributes = Attributes(tree, run_files)
+        attributes.reports = {b"status": self.status}
+        attributes.commands = {b"drain": self._command_drain, b"refresh": self._command_refresh}
+        self._operations = Operations(
+            *(tree, run_files, attributes),
+            timeout_s=min(KERNEL_TIMEOUT_S, settings.attr_ttl_s),
+        )
+
+    # -- life -------------------------------------------------------------------------------------
+
+    async def serve(self, ready: Callable[[], None], progress: Progress) -> list[str]:
+        """Mount, call ``ready`` when the mount answers, and serve until unmounted or signalled.
+
+        Returns the paths of what could not be uploaded. ``progress`` gets ``status()`` while the
+        end is waited for. Raises MountError, LoginRefused, or Unreachable when there is no cache to
+        serve from either.
+        """
+        await self._check_account()
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self.lister.run)
+            await nursery.start(self.downloads.run)
+            await nursery.start(self.engine.run)
+            self._mount()
+            try:
+                await self._serve_mounted(ready, progress)
+            finally:
+                self._mounted = False
+                pyfuse3.close(unmount=False)
+            left = await self._finish(progress)
+            nursery.cancel_scope.cancel()
+        return left
+
+    async def _check_account(self) -> None:
+        try:
+            await self._dfs.login()
+        except LoginRefused:
+            raise
+        except Unreachable as error:
+            root = self._cache.store.get(ROOT)
+            if root is None or not root.listed_s:
+                raise
+            log.warning("the server does not answer; serving from the cache: %s", error)
+
+    def _mount(self) -> None:
+        options = set(pyfuse3.default_options) | {
+            *("fsname=cpodfs", "subtype=cpodfs", "default_permissions", "nosuid", "nodev"),
+        }
+        if self._settings.allow_other:
+            options.add("allow_other")
+        try:
+            pyfuse3.init(self._operations, str(self._settings.mountpoint), options)
+        except RuntimeError as error:
+            raise MountError(
+                f"{self._settings.mountpoint}: cannot mount: {error}; is /dev/fuse there, and "
+                "fusermount3 (apt install fuse3)? allow_other needs user_allow_other in fuse.conf"
+            ) from error
+        self._mounted = True
+
+    async def _serve_mounted(self, ready: Callable[[], None], progress: Progress) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._watch_signals, nursery)
+            nursery.start_soon(self._start_up, nursery, ready)
+            await pyfuse3.main(max_tasks=MAX_REQUESTS)
+            log.info("unmounted")
+            sd_notify(STOPPING="1", STATUS="uploading what is pending")
+            await self.runs.cancel_all(RUN_GRACE_S)
+            nursery.cancel_scope.cancel()
+
+    async def _start_up(self, nursery: trio.Nursery, ready: Callable[[], None]) -> None:
+        # A process of its own: our threads must not touch the mount, which this one serves.
+        await trio.run_process(
+            ["stat", "-f", "--", str(self._settings.mountpoint)], capture_stdout=True
+        )
+        await nursery.start(self.runs.run)
+        sd_notify(READY="1", STATUS=f"{self._settings.mountpoint} is mounted")
+        ready()
+
+    async def _watch_signals(self, nursery: trio.Nursery) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                log.info("signal %s: unmounting", signal.Signals(number).name)
+                sd_notify(STOPPING="1", STATUS="unmounting")
+                await self._detach()
+
+    async def _detach(self) -> None:
+        """End the runs, then the mount; one that is in use is detached all the same."""
+        await self.runs.cancel_all(RUN_GRACE_S)
+        path = self._settings.mountpoint
+        try:
+            await trio.to_thread.run_sync(mountpoint.unmount, path)
+        except MountError:
+            # Whoever is still inside keeps it alive: take their dirty pages, then leave.
+            with suppress(Exception), trio.move_on_after(DETACH_S):
+                await trio.run_process(["sync", "-f", str(path)], check=False)
+            with suppress(MountError):
+                await trio.to_thread.run_sync(lambda: mountpoint.unmount(path, lazy=True))
+            await trio.sleep(0.1)
+            pyfuse3.terminate()
+
+    async def _finish(self, progress: Progress) -> list[str]:
+        """Upload what is pending; a signal gives up at once. Returns the paths of what is left."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._give_up_on_signal, nursery.cancel_scope)
+            nursery.start_soon(self._report, progress)
+            await self.engine.drain(self._settings.stall_s)
+            nursery.cancel_scope.cancel()
+        progress(self.status())
+        left = self._left_over()
+        report = {"time": time.time(), "pid": os.getpid(), "left": left}
+        (self._cache.folder / "last-unmount.json").write_text(json.dumps(report))
+        return [entry["path"] for entry in left]
+
+    async def _give_up_on_signal(self, scope: trio.CancelScope) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for _ in signals:
+                scope.cancel()
+
+    async def _report(self, progress: Progress) -> None:
+        while True:
+            status = self.status()
+            progress(status)
+            sd_notify(STATUS=f"uploading: {status['pending'] + status['deletions']} changes left")
+            await trio.sleep(0.2)
+
+    def _left_over(self) -> list[dict[str, Any]]:
+        store = self._cache.store
+        left: list[dict[str, Any]] = [
+            {"path": store.path(inode.ino), "error": inode.error}
+            for inode in store.pending_inodes(limit=LEFT_OVER_NAMES)
+        ]
+        for rid in store.orphans()[:LEFT_OVER_NAMES]:
+            left.append({"path": "/".join(store.remote_path(rid)), "error": "not yet deleted"})
+        return left
+
+    # -- news between the parts -------------------------------------------------------------------
+
+    def _on_outcome(self, outcome: Outcome) -> None:
+        for item in outcome.work:
+            self.engine.touch(item)
+        if not self._mounted:
+            return
+        for change in outcome.changes:
+            pyfuse3.invalidate_entry_async(
+                pyfuse3.InodeT(change.parent), os.fsencode(change.name), ignore_enoent=True
+            )
+
+    # -- what users ask through attributes of the root --------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """What ``cpodfs status`` shows; sizes in bytes. Small enough for one attribute."""
+        store, session = self._cache.store, self._dfs.session
+        uploads = [
+            {"path": store.path(ino), "sent": sent, "size": size}
+            for ino, (sent, size) in list(self.engine.uploading().items())[:50]
+        ]
+        failed = [i for i in store.pending_inodes(limit=1000) if i.error][:50]
+        return {
+            "version": __version__,
+            "pid": os.getpid(),
+            "mountpoint": str(self._settings.mountpoint),
+            "server": self._settings.server,
+            "user": self._settings.user,
+            "cache": str(self._cache.folder),
+            "offline": self.engine.offline,
+            **store.totals(),
+            "uploads": uploads,
+            "failed": [{"path": store.path(i.ino), "error": i.error} for i in failed],
+            "done": self.engine.counters.done,
+            "bytes_sent": self.engine.counters.bytes_sent,
+            "calls": sum(session.stats.calls.values()),
+        }
+
+    async def _command_drain(self, _ino: int, value: bytes) -> None:
+        if value == b"0":
+            self.engine.relax()
+        else:
+            self.engine.hurry()
+
+    async def _command_refresh(self, ino: int, _value: bytes) -> None:
+        inode = self._cache.store.get(ino)
+        if inode is not None and not inode.is_dir:
+            ino = inode.parent or ROOT
+        await self.lister.refresh(ino)
+
+
+async def run(
+    settings: Settings,
+    password: Callable[[], str],
+    environment: Environment,
+    *,
+    ready: Callable[[], None] = lambda: None,
+    progress: Progress = lambda status: None,
+) -> list[str]:
+    """Mount an account and serve it to the end; see ``Driver.serve``."""
+    timeouts = Timeouts(metadata_s=settings.timeout_s)
+    with opened(settings.cache_dir) as cache:
+        session = Session(settings.server, settings.user, password, timeouts=timeouts)
+        async with session:
+            driver = Driver(settings, cache, Client(session), environment)
+            try:
+                return await driver.serve(ready, progress)
+            except* CpodfsError as group:
+                raise _first(group) from None
+
+
+def _first(group: BaseExceptionGroup[CpodfsError]) -> CpodfsError:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    assert isinstance(error, CpodfsError)
+    return error

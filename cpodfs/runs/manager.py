@@ -1,0 +1,438 @@
+"""The driver's side of runs: begins them, watches their supervisors, finds them again after a crash.
+
+Imports recipe, errors and `state`; trio. Never touches the mount: this process serves it, so what
+must go through the mount is done by `supervisor` in a process of its own.
+Invariant: a pod is in ``_active`` from `begin` (or recovery) until just before ``on_end``, and
+only the holder of a run's lock writes its record. All of it belongs to one trio thread; between
+``begin``'s check and its entry in ``_active`` there is no await.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from cpodfs.errors import CpodfsError, RunError, RunInProgress
+from cpodfs.recipe import Recipe
+from cpodfs.runs import state
+from cpodfs.runs.spawn import run_environment, supervisor_command, supervisor_environment
+
+if TYPE_CHECKING:
+    from cpodfs.runs.state import Record
+
+log = logging.getLogger(__name__)
+
+_UNIDENTIFIED_POLL_S = 0.1
+_LOCK_WAIT_S = 5.0
+_KILL_WAIT_S = 5.0
+_QUICK_PUBLISH_S = 5.0
+_NEW = ".new-"
+
+
+@dataclass
+class _Run:
+    pod: str
+    id: str
+    folder: Path
+    record: Record
+    # Held until the supervisor has it; None from then on.
+    lock: int | None = None
+    # Set once the supervisor listens to signals.
+    pidfd: int | None = None
+    cancelled: bool = False
+    ended: trio.Event = field(default_factory=trio.Event)
+
+
+class RunManager:
+    """At most one run per pod, each minded by a supervisor that outlives this process.
+
+    ``runs_dir``: records and spools; made if missing. ``environment()`` is asked at every start
+    for what programs get beyond the usual (YAGNA_APPKEY, …); its PATH, if any, goes before
+    everything else on the program's. It may block for a moment and may raise. ``on_end(pod)`` is
+    called in the trio thread when a run is over and its logs are complete; it must not block.
+    ``cancel_grace_s``: from SIGTERM to SIGKILL. ``keep``: runs remembered per pod.
+    ``publish_s``: how long a supervisor goes on trying to reach the mount after the program's end.
+
+    Use: ``await nursery.start(manager.run)`` recovers and returns; the rest works from then on.
+    Cancelling `run` forgets the supervisors but leaves them alone; to end them, `cancel_all`.
+    """
+
+    def __init__(
+        self,
+        runs_dir: Path,
+        mountpoint: Path,
+        *,
+        environment: Callable[[], Mapping[str, str]],
+        on_end: Callable[[str], None],
+        cancel_grace_s: float = 10.0,
+        keep: int = 20,
+        publish_s: float = 60.0,
+    ) -> None:
+        # Absolute, but links are kept: the path in the mount is what programs see.
+        self._runs_dir = Path(os.path.abspath(runs_dir))
+        self._mountpoint = Path(os.path.abspath(mountpoint))
+        self._environment = environment
+        self._on_end = on_end
+        self._grace_s = cancel_grace_s
+        self._keep = keep
+        self._publish_s = publish_s
+        self._active: dict[str, _Run] = {}
+        self._nursery: trio.Nursery | None = None
+        self._closing = False
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled. ``task_status`` is told when earlier runs have been recovered."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            try:
+                await self.recover()
+                task_status.started()
+                await trio.sleep_forever()
+            finally:
+                self._nursery = None
+
+    async def recover(self) -> None:
+        """Adopt the runs that go on, record the others as lost. Called by `run`, once.
+
+        Does not wait for the mount; copies that are missing there are completed in the background.
+        """
+        nursery = self._started()
+        alive, unpublished = await trio.to_thread.run_sync(self._scan)
+        for run in alive:
+            self._active[run.pod] = run
+            log.info("run adopted pod=%r run=%s", run.pod, run.id)
+            nursery.start_soon(self._adopt, run)
+        nursery.start_soon(self._publish_all, unpublished)
+
+    def begin(self, pod: str, recipe: Recipe) -> str:
+        """Start a run; returns its id once it is on disk (two fsyncs, some ms), not once it runs.
+
+        What goes wrong from then on is a failed run. Raises RunInProgress, or RunError if the run
+        cannot be recorded (its ``errno`` is the disk's).
+        """
+        nursery = self._started()
+        if self._closing:
+            raise RunError(f"{pod}: the mount is being taken down")
+        if pod in self._active:
+            raise RunInProgress(f"{pod}: run {self._active[pod].id} is in progress")
+        try:
+            run = self._journal(pod, recipe)
+        except OSError as exc:
+            error = RunError(f"{pod}: the run cannot be recorded: {exc}")
+            error.errno = exc.errno or error.errno
+            raise error from exc
+        self._active[pod] = run
+        log.info("run begins pod=%r run=%s", pod, run.id)
+        nursery.start_soon(self._drive, run, recipe)
+        return run.id
+
+    def current(self, pod: str) -> dict[str, Any] | None:
+        """The record of the pod's run in progress, without the recipe; None when there is none.
+
+        A small synchronous read. The state may already be a final one while logs are completed.
+        """
+        run = self._active.get(pod)
+        if run is None:
+            return None
+        record = state.public(state.read_record(run.folder) or run.record)
+        del record["recipe"]
+        return record
+
+    def cancel(self, pod: str) -> bool:
+        """Ask the pod's run to end; False when there is none. Returns at once, ``on_end`` follows."""
+        run = self._active.get(pod)
+        if run is None:
+            return False
+        run.cancelled = True
+        _signal(run, signal.SIGTERM)
+        return True
+
+    async def cancel_all(self, deadline_s: float) -> None:
+        """End every run and begin no other. After ``deadline_s`` seconds, kill what is left."""
+        self._closing = True
+        runs = list(self._active.values())
+        for run in runs:
+            self.cancel(run.pod)
+        with trio.move_on_after(deadline_s):
+            for run in runs:
+                await run.ended.wait()
+            return
+        for run in runs:
+            _signal(run, signal.SIGKILL)
+        with trio.move_on_after(_KILL_WAIT_S + _QUICK_PUBLISH_S):
+            for run in runs:
+                await run.ended.wait()
+
+    def history(self, pod: str) -> list[dict[str, Any]]:
+        """The records of the pod's runs that are remembered, the newest first."""
+        folders = _run_folders(self._runs_dir / state.pod_key(pod))
+        records = (state.read_record(folder) for folder in folders)
+        return [state.public(record) for record in records if record is not None]
+
+    def _started(self) -> trio.Nursery:
+        if self._nursery is None:
+            raise RunError("runs are not being served (yet, or any more)")
+        return self._nursery
+
+    def _journal(self, pod: str, recipe: Recipe) -> _Run:
+        """Put a new run on disk, locked. Under another name until it is complete."""
+        parent = self._runs_dir / state.pod_key(pod)
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        run_id = state.new_run_id()
+        while (parent / run_id).exists():
+            run_id = state.new_run_id()
+        record = state.new_record(run_id, pod, recipe.exec_argv, f"{recipe.log}/{run_id}")
+        record.update(recipe_file=recipe.file, recipe=recipe.raw, warnings=list(recipe.warnings))
+        draft = parent / f"{_NEW}{run_id}"
+        draft.mkdir(mode=0o700)
+        lock = state.take_lock(draft)
+        try:
+            state.write_record(draft, record, durable=True)
+            draft.rename(parent / run_id)
+            state.sync_folder(parent)
+        except OSError:
+            if lock is not None:
+                os.close(lock)
+            raise
+        return _Run(pod, run_id, parent / run_id, record, lock)
+
+    async def _drive(self, run: _Run, recipe: Recipe) -> None:
+        """A run of our own, from its journal entry to its end."""
+        try:
+            await self._supervise(run, recipe)
+        except (OSError, CpodfsError, trio.BrokenResourceError) as exc:
+            self._fail(run, f"cannot start the supervisor: {exc}")
+        except Exception as exc:
+            log.exception("run could not be started pod=%r run=%s", run.pod, run.id)
+            # The name only: what the text says is not ours and may be secret.
+            self._fail(run, f"cannot start the supervisor: {type(exc).__name__}")
+        await self._settle(run)
+
+    async def _supervise(self, run: _Run, recipe: Recipe) -> None:
+        if run.cancelled:
+            self._write_end(run, state.CANCELLED, "cancelled before the program was started")
+            return
+        folders = {name: getattr(recipe, name) for name in ("script", "payload", "output", "log")}
+        job = {
+            "env": run_environment(self._environment(), os.environ),
+            "mountpoint": str(self._mountpoint),
+            "folders": folders,
+            "grace_s": self._grace_s,
+            "publish_s": self._publish_s,
+        }
+        assert run.lock is not None
+        process = await _open_supervisor(run.folder, run.lock, [])
+        os.close(run.lock)
+        run.lock = None
+        # A job half sent is a run lost, so a cancelled driver still hands over what it has begun.
+        with trio.move_on_after(_LOCK_WAIT_S, shield=True):
+            await _hand_over(process, job)
+        run.pidfd = _pidfd_of_child(process)
+        _pass_on_cancel(run)
+        await process.wait()
+
+    async def _adopt(self, run: _Run) -> None:
+        """A run of an earlier driver: its supervisor is not our child."""
+        while (lock := state.take_lock(run.folder)) is None:
+            record = state.read_record(run.folder) or run.record
+            run.pidfd = state.open_pidfd(record["private"]["supervisor"])
+            if run.pidfd is None:
+                # It has just been started and has not said who it is, or has just ended.
+                await trio.sleep(_UNIDENTIFIED_POLL_S)
+                continue
+            _pass_on_cancel(run)
+            await trio.lowlevel.wait_readable(run.pidfd)
+            _close_pidfd(run)
+        run.lock = lock
+        await self._settle(run)
+
+    async def _settle(self, run: _Run) -> None:
+        """The supervisor is gone: complete what it left undone, then say that the run is over."""
+        _close_pidfd(run)
+        try:
+            with trio.move_on_after(_LOCK_WAIT_S):
+                while run.lock is None:
+                    run.lock = state.take_lock(run.folder)
+                    if run.lock is None:
+                        await trio.sleep(_UNIDENTIFIED_POLL_S)
+            await trio.to_thread.run_sync(self._close_record, run)
+            # False is the supervisor's: it has tried for long enough, `recover` will again.
+            if run.lock is not None and run.record["private"]["published"] is None:
+                await self._publish(run.folder, run.lock, _QUICK_PUBLISH_S)
+            await trio.to_thread.run_sync(self._prune, run.folder.parent)
+        except OSError:
+            log.exception("run could not be closed pod=%r run=%s", run.pod, run.id)
+        finally:
+            if run.lock is not None:
+                os.close(run.lock)
+                run.lock = None
+        self._forget(run)
+
+    def _forget(self, run: _Run) -> None:
+        del self._active[run.pod]
+        log.info("run ended pod=%r run=%s state=%s", run.pod, run.id, run.record["state"])
+        run.ended.set()
+        try:
+            self._on_end(run.pod)
+        except Exception:
+            log.exception("on_end failed pod=%r", run.pod)
+
+    def _close_record(self, run: _Run) -> None:
+        """Load the final record; if the supervisor wrote none, write that the run was lost."""
+        run.record = state.read_record(run.folder) or run.record
+        if run.record["state"] in state.ENDED or run.lock is None:
+            return
+        state.kill_leftovers(run.id)
+        if run.cancelled:
+            self._write_end(run, state.CANCELLED, "killed: it did not end in time")
+        else:
+            self._write_end(run, state.LOST, "the supervisor died")
+
+    def _fail(self, run: _Run, error: str) -> None:
+        log.error("run failed pod=%r run=%s error=%r", run.pod, run.id, error)
+        # Without the lock a supervisor is there after all, and has the say.
+        if run.lock is not None:
+            self._write_end(run, state.FAILED, error)
+
+    def _write_end(self, run: _Run, outcome: str, error: str) -> None:
+        state.end_record(run.record, outcome, error)
+        try:
+            with open(run.folder / state.STREAMS[1], "ab") as file:
+                file.write(f"cpodfs: {error}\n".encode(errors="backslashreplace"))
+            state.write_record(run.folder, run.record, durable=True)
+        except OSError:
+            log.exception("record not written pod=%r run=%s", run.pod, run.id)
+
+    def _scan(self) -> tuple[list[_Run], list[Path]]:
+        """The runs that somebody minds, and the folders of those not yet copied to their pods."""
+        self._runs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        alive: list[_Run] = []
+        unpublished: list[Path] = []
+        for parent in sorted(p for p in self._runs_dir.iterdir() if p.is_dir()):
+            for draft in parent.glob(f"{_NEW}*"):
+                shutil.rmtree(draft, ignore_errors=True)
+            for folder in _run_folders(parent):
+                record = state.read_record(folder)
+                if record is None:
+                    log.warning("run has no readable record folder=%s", folder)
+                    continue
+                run = _Run(record["pod"], record["id"], folder, record)
+                run.lock = state.take_lock(folder)
+                if run.lock is None:
+                    alive.append(run)
+                    continue
+                self._close_record(run)
+                os.close(run.lock)
+                if not run.record["private"]["published"]:
+                    unpublished.append(folder)
+        return alive, unpublished
+
+    async def _publish_all(self, folders: list[Path]) -> None:
+        for folder in folders:
+            lock = state.take_lock(folder)
+            if lock is None:
+                continue
+            try:
+                await self._publish(folder, lock, self._publish_s)
+            except OSError:
+                log.exception("run not copied to its pod folder=%s", folder)
+            finally:
+                os.close(lock)
+
+    async def _publish(self, folder: Path, lock: int, timeout_s: float) -> None:
+        arguments = [str(self._mountpoint), str(timeout_s)]
+        process = await _open_supervisor(folder, lock, arguments)
+        if await process.wait():
+            log.warning("run not copied to its pod yet folder=%s", folder)
+
+    def _prune(self, parent: Path) -> None:
+        for age, folder in enumerate(_run_folders(parent)):
+            record = state.read_record(folder)
+            if age < self._keep or record is None or record["state"] not in state.ENDED:
+                continue
+            # One that never reached its pod is kept for longer, but not for ever.
+            if record["private"]["published"] or age >= 5 * self._keep:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _run_folders(parent: Path) -> list[Path]:
+    """The run folders of a pod, the newest first."""
+    try:
+        names = sorted((n for n in os.listdir(parent) if not n.startswith(".")), reverse=True)
+    except FileNotFoundError:
+        return []
+    return [parent / name for name in names]
+
+
+async def _open_supervisor(folder: Path, lock: int, publish: list[str]) -> trio.Process:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    words = os.open(folder / "supervisor.log", flags, 0o600)
+    try:
+        pipe = subprocess.DEVNULL if publish else subprocess.PIPE
+        return await trio.lowlevel.open_process(
+            supervisor_command(folder, lock, publish),
+            stdin=pipe,
+            stdout=pipe,
+            stderr=words,
+            pass_fds=[lock],
+            start_new_session=True,
+            cwd="/",
+            env=supervisor_environment(os.environ),
+        )
+    finally:
+        os.close(words)
+
+
+async def _hand_over(process: trio.Process, job: dict[str, Any]) -> None:
+    """Send the job, wait until the supervisor listens to signals (or is dead)."""
+
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        await process.stdin.send_all(json.dumps(job).encode())
+        await process.stdin.aclose()
+        await process.stdout.receive_some(16)
+    except trio.BrokenResourceError:
+        # It died; that the record has no end says so.
+        log.warning("supervisor died at its start pid=%d", process.pid)
+    finally:
+        await process.stdin.aclose()
+        await process.stdout.aclose()
+
+
+def _pidfd_of_child(process: trio.Process) -> int | None:
+    # Not reaped before process.wait(), so the pid is surely its own.
+    try:
+        return os.pidfd_open(process.pid)
+    except ProcessLookupError:
+        return None
+
+
+def _signal(run: _Run, number: signal.Signals) -> None:
+    if run.pidfd is not None:
+        try:
+            signal.pidfd_send_signal(run.pidfd, number)
+        except ProcessLookupError:
+            pass
+
+
+def _pass_on_cancel(run: _Run) -> None:
+    """Make up for a `RunManager.cancel` that came before the supervisor could be signalled."""
+    if run.cancelled:
+        _signal(run, signal.SIGTERM)
+
+
+def _close_pidfd(run: _Run) -> None:
+    if run.pidfd is not None:
+        os.close(run.pidfd)
+        run.pidfd = None

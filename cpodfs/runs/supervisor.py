@@ -1,0 +1,382 @@
+"""The process that minds one run: starts the program, keeps its output, ends what it leaves behind.
+
+``python -m cpodfs.runs.supervisor RUN_FOLDER LOCK_FD`` with a job on stdin (`read_job`), or
+``… --publish RUN_FOLDER LOCK_FD MOUNTPOINT TIMEOUT_S`` to complete the pod's copy of a run that
+is over. Outlives the driver. Imports `state`, `mirror` and the standard library only: its start is
+part of the time from ``touch .run`` to the program. Holds the run's lock, so it alone writes
+``run.json``. Blocking is fine here, except in the main thread on the mount once a program runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+
+from cpodfs.runs import mirror, state
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from cpodfs.runs.state import Record
+
+_CHUNK_BYTES = 64 * 1024
+_KILL_LIMIT_S = 5.0
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def read_job(data: bytes) -> dict[str, Any] | None:
+    """The job that the driver sends, or None when it died while sending.
+
+    env: the program's whole environment but for CPODFS_*; the app-key is in it, so it is never
+    written anywhere. mountpoint: path. folders: script, payload, output, log, relative to the pod.
+    grace_s: from SIGTERM to SIGKILL. publish_s: how long to go on trying to complete the copy in
+    the pod after the end.
+    """
+    try:
+        job = json.loads(data)
+    except ValueError:
+        return None
+    return job if isinstance(job, dict) else None
+
+
+class _Stream:
+    """One of the program's outputs: a pipe, and the spool file that it goes to."""
+
+    def __init__(self, pipe: int, spool: int) -> None:
+        self.pipe = pipe
+        self.spool = spool
+        self.pending = b""
+        os.set_blocking(pipe, False)
+
+    def pump(self) -> bool | None:
+        """Move one chunk. True: moved; False: nothing now, or the spool is full; None: closed."""
+        if not self.pending:
+            try:
+                self.pending = os.read(self.pipe, _CHUNK_BYTES)
+            except BlockingIOError:
+                return False
+            if not self.pending:
+                return None
+        try:
+            while self.pending:
+                self.pending = self.pending[os.write(self.spool, self.pending) :]
+        except OSError:
+            # The disk is full: keep the chunk and let the program wait.
+            return False
+        return True
+
+
+class Supervisor:
+    """One run, from the record in state ``starting`` to its end."""
+
+    def __init__(self, folder: str, record: Record, job: dict[str, Any], wake: int) -> None:
+        self._folder = folder
+        self._record = record
+        self._job = job
+        self._wake = wake
+        self._pod = os.path.join(job["mountpoint"], record["pod"])
+        self._program: subprocess.Popen[bytes] | None = None
+        self._status: int | None = None
+        self._grace_ends: float | None = None
+        self._killed = False
+        self._streams: list[_Stream] = []
+        self._follower = mirror.Follower(
+            mirror.Mirror(folder, job["mountpoint"], record["pod"], record["log"])
+        )
+
+    def run(self) -> None:
+        """See the run through. Returns when the copy in the pod is complete or given up."""
+        spools = [self._spool(name) for name in state.STREAMS]
+        try:
+            self._start(spools)
+        except (OSError, ValueError) as exc:
+            error = _why_not(exc, self._record["exec"][0], self._pod)
+            os.write(spools[1], f"cpodfs: {error}\n".encode(errors="backslashreplace"))
+            state.end_record(self._record, state.FAILED, error)
+            self._follower.start()
+        else:
+            self._record.update(state=state.RUNNING, pid=self._pid)
+            self._save(durable=False)
+            self._follower.start()
+            self._mind()
+            self._end()
+        self._save(durable=True)
+        self._record["private"]["published"] = self._follower.finish(self._job["publish_s"])
+        self._save(durable=False)
+
+    @property
+    def _pid(self) -> int:
+        assert self._program is not None
+        return self._program.pid
+
+    def _spool(self, name: str) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        return os.open(os.path.join(self._folder, name), flags, 0o600)
+
+    def _start(self, spools: list[int]) -> None:
+        folders = self._job["folders"]
+        if not os.path.isdir(os.path.join(self._pod, folders["output"])):
+            os.close(mirror.make_folder(self._pod, folders["output"].split("/")))
+        try:
+            os.close(mirror.make_folder(self._pod, self._record["log"].split("/")))
+        except OSError:
+            # The mirror will try again; the program can do without.
+            pass
+        env = dict(self._job["env"])
+        env |= {
+            f"CPODFS_{name.upper()}": os.path.join(self._pod, folder)
+            for name, folder in folders.items()
+        }
+        env["CPODFS_RUN_ID"] = self._record["id"]
+        env["CPODFS_POD"] = self._record["pod"]
+        env["CPODFS_RUN_LOG"] = os.path.join(self._pod, self._record["log"])
+        self._record["started"] = state.utc_now()
+        self._program = subprocess.Popen(
+            self._record["exec"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=self._pod,
+            env=env,
+            process_group=0,
+        )
+        # The thread that copies started later, so that nothing but this thread was forked.
+        pipes = (self._program.stdout, self._program.stderr)
+        self._streams = [
+            _Stream(pipe.fileno(), spool)
+            for pipe, spool in zip(pipes, spools, strict=True)
+            if pipe is not None
+        ]
+
+    def _mind(self) -> None:
+        """Serve the pipes and the signals until the program has ended (and its group, if asked)."""
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        by_pipe = {stream.pipe: stream for stream in self._streams}
+        for pipe in by_pipe:
+            poll.register(pipe, select.POLLIN)
+        full: list[_Stream] = []
+        while not self._over():
+            for fd, _ in poll.poll(self._timeout_ms(bool(full))):
+                if fd == self._wake:
+                    self._signals()
+                    continue
+                stream = by_pipe[fd]
+                moved = stream.pump()
+                if moved:
+                    self._follower.notify()
+                elif moved is None:
+                    poll.unregister(fd)
+                elif stream.pending:
+                    poll.unregister(fd)
+                    full.append(stream)
+            full = self._retry(full, poll)
+            if self._grace_ends is not None and time.monotonic() >= self._grace_ends:
+                self._kill()
+
+    def _retry(self, full: list[_Stream], poll: select.poll) -> list[_Stream]:
+        left = []
+        for stream in full:
+            if stream.pump():
+                poll.register(stream.pipe, select.POLLIN)
+                self._follower.notify()
+            else:
+                left.append(stream)
+        return left
+
+    def _timeout_ms(self, spool_full: bool) -> int | None:
+        waits = [mirror.RETRY_S] if spool_full else []
+        if self._grace_ends is not None and not self._killed:
+            waits.append(max(0.0, self._grace_ends - time.monotonic()))
+        return int(min(waits) * 1000) + 1 if waits else None
+
+    def _over(self) -> bool:
+        if self._status is None:
+            return False
+        # Cancelled: what the program started may still be putting its affairs in order.
+        return self._grace_ends is None or self._killed or not state.children(os.getpid())
+
+    def _signals(self) -> None:
+        if signal.SIGTERM in os.read(self._wake, 4096) and self._grace_ends is None:
+            self._grace_ends = time.monotonic() + self._job["grace_s"]
+            if self._status is None:
+                self._signal_group(signal.SIGTERM)
+        self._reap()
+
+    def _signal_group(self, number: int) -> None:
+        try:
+            os.killpg(self._pid, number)
+        except ProcessLookupError:
+            pass
+
+    def _kill(self) -> None:
+        self._killed = True
+        if self._status is None:
+            self._signal_group(signal.SIGKILL)
+
+    def _reap(self) -> None:
+        """Collect dead children, ours and those that the program left to us."""
+        while True:
+            try:
+                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if dead is None:
+                return
+            if dead.si_pid == self._pid:
+                # Still a zombie, so the group's number cannot have been given to others.
+                if self._grace_ends is None:
+                    self._signal_group(signal.SIGKILL)
+                else:
+                    self._pass_on_term(dead.si_pid)
+            _, status = os.waitpid(dead.si_pid, 0)
+            if dead.si_pid == self._pid:
+                self._status = os.waitstatus_to_exitcode(status)
+                assert self._program is not None
+                self._program.returncode = self._status
+
+    def _pass_on_term(self, leader: int) -> None:
+        # Those in a session of their own did not get the group's SIGTERM.
+        for pid in state.children(os.getpid()):
+            if pid != leader:
+                os.kill(pid, signal.SIGTERM)
+
+    def _end(self) -> None:
+        """Kill what is left, take in the last output, write down how it ended."""
+        self._kill_children()
+        lost = 0
+        for stream in self._streams:
+            while stream.pump():
+                pass
+            lost += len(stream.pending)
+        self._follower.notify()
+        assert self._status is not None
+        cancelled = self._grace_ends is not None
+        outcome = state.FINISHED if self._status == 0 else state.FAILED
+        error = f"{lost} bytes or more of output were lost: no space for the log" if lost else None
+        state.end_record(self._record, state.CANCELLED if cancelled else outcome, error)
+        if self._status < 0:
+            self._record["signal"] = _signal_name(-self._status)
+        else:
+            self._record["exit_code"] = self._status
+
+    def _kill_children(self) -> None:
+        # We are the subreaper: as a process dies, its children become ours, until none is left.
+        deadline = time.monotonic() + _KILL_LIMIT_S
+        while time.monotonic() < deadline:
+            self._reap()
+            pids = state.children(os.getpid())
+            if not pids:
+                return
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            if select.select([self._wake], [], [], 0.05)[0]:
+                os.read(self._wake, 4096)
+
+    def _save(self, *, durable: bool) -> None:
+        """Write the record; a disk that is full is waited for, as long as the copy may be."""
+        deadline = time.monotonic() + self._job["publish_s"]
+        while True:
+            try:
+                state.write_record(self._folder, self._record, durable=durable)
+            except OSError:
+                # Before the end, the program matters more than its record.
+                if not durable:
+                    return
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(mirror.RETRY_S)
+            else:
+                return
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIG{number}"
+
+
+def _why_not(exc: OSError | ValueError, program: str, pod: str) -> str:
+    """Why the program did not start, in one line."""
+    if not isinstance(exc, OSError):
+        return f"golem.exec: {program!a}: cannot be started ({type(exc).__name__})"
+    reason = exc.strerror or str(exc)
+    if not os.path.isdir(pod):
+        return f"cannot use {pod!a}: {reason}"
+    if isinstance(exc, FileNotFoundError):
+        return f"golem.exec: {program!a}: no such program, or no interpreter for it"
+    if exc.filename == program:
+        return f"golem.exec: {program!a}: {reason}"
+    return f"cannot start in {pod!a}: {exc.filename!a}: {reason}"
+
+
+def _listen() -> int:
+    """From here on SIGTERM and SIGCHLD are bytes to read from the fd returned."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    # Handlers, not SIG_IGN, which the program would inherit.
+    for number in (signal.SIGTERM, signal.SIGCHLD, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    return reader
+
+
+def _supervise(folder: str) -> None:
+    record = state.read_record(folder)
+    if record is None or record["state"] != state.STARTING:
+        return
+    wake = _listen()
+    record["private"]["supervisor"] = state.identity(os.getpid())
+    state.write_record(folder, record, durable=False)
+    try:
+        os.write(1, b"ready\n")
+    except BrokenPipeError:
+        # The driver died, then so did the job: the next line finds out.
+        pass
+    job = read_job(sys.stdin.buffer.read())
+    if job is None:
+        state.end_record(record, state.LOST, "the driver died before the program was started")
+        state.write_record(folder, record, durable=True)
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    Supervisor(folder, record, job, wake).run()
+
+
+def publish(folder: str, mountpoint: str, timeout_s: float) -> bool:
+    """Complete the pod's copy of a run that is over; the caller holds its lock."""
+    record = state.read_record(folder)
+    if record is None or record["state"] not in state.ENDED:
+        return False
+    for name in state.STREAMS:
+        os.close(os.open(os.path.join(folder, name), os.O_RDONLY | os.O_CREAT, 0o600))
+    follower = mirror.Follower(mirror.Mirror(folder, mountpoint, record["pod"], record["log"]))
+    follower.start()
+    record["private"]["published"] = follower.finish(timeout_s)
+    state.write_record(folder, record, durable=False)
+    return follower.complete
+
+
+def main(argv: list[str]) -> int:
+    """Entry point; see the module's docstring. The status says nothing about the program."""
+    done = True
+    if argv[0] == "--publish":
+        os.set_inheritable(int(argv[2]), False)
+        done = publish(argv[1], argv[3], float(argv[4]))
+    else:
+        os.set_inheritable(int(argv[1]), False)
+        _supervise(argv[0])
+    # Not sys.exit: a thread that hangs in the mount must not keep us.
+    os._exit(0 if done else 1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,159 @@
+"""Fetching contents: one stream per file however many read it, bytes served as they arrive.
+
+Imports the cache and the DFS client. FairOS-DFS has no ranges: a stream starts at byte 0, and a
+reader far ahead of it waits until it gets there. A broken stream starts again and only the bytes not
+there yet are waited for; after ``attempts`` failures the readers get the error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+
+import trio
+
+from cpodfs.cache.content import Content
+from cpodfs.cache.store import Store
+from cpodfs.dfs import Client
+from cpodfs.errors import BadReply, CpodfsError, NotFound, ServerError, Unreachable
+from cpodfs.sync.ops import pod_and_path
+
+log = logging.getLogger(__name__)
+
+PASSING = (BadReply, Unreachable, ServerError)
+KEEP_GOING_BYTES = 8 << 20
+"""A download of at most so many bytes is finished even when its last reader has gone."""
+
+
+@dataclass(slots=True)
+class Download:
+    """A file being fetched into its data file. ``available``: bytes from 0 on that may be read."""
+
+    ino: int
+    fd: int
+    size: int
+    available: int = 0
+    finished: bool = False
+    error: CpodfsError | None = None
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    _moved: trio.Event = field(default_factory=trio.Event)
+
+    async def wait_for(self, end: int) -> None:
+        """Return when the first ``end`` bytes are there. Raises why they will not be."""
+        while self.available < min(end, self.size) or (end >= self.size and not self.finished):
+            if self.error is not None:
+                raise self.error
+            await self._moved.wait()
+
+    def moved(self) -> None:
+        self._moved.set()
+        self._moved = trio.Event()
+
+
+class Downloads:
+    def __init__(
+        self, store: Store, content: Content, dfs: Client, *, parallel: int, attempts: int = 3
+    ) -> None:
+        self._store = store
+        self._content = content
+        self._dfs = dfs
+        self._limit = trio.CapacityLimiter(parallel)
+        self._attempts = attempts
+        self._running: dict[int, Download] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the downloads until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    def running(self) -> list[Download]:
+        return list(self._running.values())
+
+    def get(self, ino: int, size: int) -> Download:
+        """The download of a file that is not cached, started if need be."""
+        download = self._running.get(ino)
+        if download is None:
+            assert self._nursery is not None
+            download = Download(ino, self._content.create(ino, size), size)
+            self._running[ino] = download
+            self._nursery.start_soon(self._fetch, download)
+        return download
+
+    def unwanted(self, ino: int, *, gone: bool = False) -> None:
+        """The last reader closed the file (or, ``gone``, it will never be read again)."""
+        download = self._running.get(ino)
+        if download is not None and (gone or download.size > KEEP_GOING_BYTES):
+            # The name of the data file goes at once: the next download gets a file of its own,
+            # and what this one's thread still writes harms nobody.
+            del self._running[ino]
+            self._content.remove(ino)
+            download.scope.cancel()
+
+    async def _fetch(self, download: Download) -> None:
+        error: CpodfsError | None = None
+        try:
+            with download.scope:
+                for attempt in range(self._attempts):
+                    try:
+                        async with self._limit:
+                            await self._stream(download)
+                        error = None
+                        break
+                    except PASSING as failure:
+                        error = failure
+                        log.info(
+                            "download broke ino=%d attempt=%d: %s", download.ino, attempt, failure
+                        )
+                        await trio.sleep(0.2 * 2**attempt)
+        except CpodfsError as failure:
+            error = failure
+        except OSError as failure:
+            error = CpodfsError(f"cannot write to the cache: {failure}")
+            error.errno = failure.errno or error.errno
+        finally:
+            self._end(download, error)
+
+    def _end(self, download: Download, error: CpodfsError | None) -> None:
+        given_up = self._running.get(download.ino) is not download
+        if not given_up:
+            del self._running[download.ino]
+        inode = self._store.get(download.ino)
+        complete = error is None and download.available == download.size
+        complete = complete and not given_up and inode is not None
+        if complete:
+            self._store.set(download.ino, cached=1)
+            download.finished = True
+        else:
+            # Emptied, not removed: whoever has the data file open reads the next attempt's bytes.
+            os.ftruncate(download.fd, 0)
+            download.error = error or BadReply("the download was given up")
+        os.close(download.fd)
+        download.moved()
+
+    async def _stream(self, download: Download) -> None:
+        remote = self._store.remote_of(download.ino)
+        if remote is None:
+            raise NotFound("the file is no longer at the server")
+        offset = 0
+        async with self._dfs.download(*pod_and_path(self._store, remote.rid)) as body:
+            if body.size != download.size:
+                raise NotFound(
+                    f"changed at the server: {body.size} bytes there, {download.size} expected"
+                )
+            async for chunk in body:
+                await trio.to_thread.run_sync(_write_all, download.fd, chunk, offset)
+                offset += len(chunk)
+                if offset > download.available:
+                    download.available = offset
+                    download.moved()
+
+
+def _write_all(fd: int, chunk: bytes, offset: int) -> None:
+    view = memoryview(chunk)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view = view[written:]
+        offset += written

@@ -1,0 +1,446 @@
+"""The writeback queue: what to send next, how much at once, and what to do when it fails.
+
+Imports the planner, operations, locks and lister. Objects, not operations, are queued: each is
+planned anew at the moment it may run, so whatever happened meanwhile is taken into account and
+coalesces by itself. All state changes are synchronous; the only awaits are inside ``_run_op`` (the
+server) and in ``run`` (nothing to do). A failed call is retried for ever, at growing distances.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import trio
+
+from cpodfs.cache.content import Content
+from cpodfs.cache.schema import CONTENT
+from cpodfs.cache.store import Store
+from cpodfs.dfs import Client
+from cpodfs.errors import (
+    AlreadyExists,
+    ChangedDuringUpload,
+    CpodfsError,
+    Denied,
+    DfsError,
+    NotFound,
+    NotLoggedIn,
+    QuotaExceeded,
+    Refused,
+    Unreachable,
+)
+from cpodfs.sync.lister import Lister
+from cpodfs.sync.locks import DirLocks
+from cpodfs.sync.merge import Merger, Outcome
+from cpodfs.sync.ops import Item, Move, Op, RemoveDir, Upload, move_aside
+from cpodfs.sync.planner import Blocked, Planner
+
+log = logging.getLogger(__name__)
+
+RETRY_FIRST_S = 1.0
+RETRY_MAX_S = 300.0
+OFFLINE_MAX_S = 30.0
+FOR_GOOD = (Refused, Denied, QuotaExceeded, FileNotFoundError)
+"""Failures that repeating will not mend; tried again at the longest distance, in case it was."""
+
+
+@dataclass(slots=True)
+class Limits:
+    """How many calls of each kind may be under way at once."""
+
+    uploads: int = 4
+    changes: int = 8
+
+
+@dataclass(slots=True)
+class _Flight:
+    op: Op
+    moving: int | None
+    scope: trio.CancelScope
+    again: bool = False
+
+
+@dataclass(slots=True)
+class Counters:
+    """What writeback did since the mount: calls that succeeded, bytes sent, failures."""
+
+    done: int = 0
+    bytes_sent: int = 0
+    failed: int = 0
+    recent: deque[str] = field(default_factory=lambda: deque(maxlen=20))
+
+
+class Engine:
+    """``delay_s``: how long an object must be left alone before the server hears of it."""
+
+    def __init__(
+        self,
+        store: Store,
+        content: Content,
+        dfs: Client,
+        lister: Lister,
+        merger: Merger,
+        locks: DirLocks,
+        *,
+        delay_s: float,
+        limits: Limits,
+        on_outcome: Callable[[Outcome], None],
+    ) -> None:
+        self._store = store
+        self._dfs = dfs
+        self._lister = lister
+        self._merger = merger
+        self._locks = locks
+        self._planner = Planner(store, content)
+        self._delay_s = delay_s
+        self._limits = limits
+        self._on_outcome = on_outcome
+        self.counters = Counters()
+        self._due: dict[Item, float] = {}
+        self._heap: list[tuple[float, Item]] = []
+        self._flights: dict[Item, _Flight] = {}
+        self._blocked: dict[Item, Item] = {}
+        self._waiting_for: dict[Item, set[Item]] = {}
+        self._parked: dict[int | str, deque[Item]] = {}
+        self._attempts: dict[Item, int] = {}
+        self._unsure: dict[Item, tuple[int, ...]] = {}
+        self._marked: set[int] = set()
+        self._draining = False
+        self._offline_until = 0.0
+        self._offline_s = 0.0
+        self._wake = trio.Event()
+        self._progress = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        locks.on_free = self._on_free
+
+    # -- what the file system says ----------------------------------------------------------------
+
+    def touch(self, item: Item) -> None:
+        """An object changed: it is due after the delay of quiet."""
+        self._attempts.pop(item, None)
+        flight = self._flights.get(item)
+        if flight is not None:
+            flight.again = True
+            return
+        self._schedule(item, 0.0 if self._draining else self._delay_s)
+
+    def wrote(self, ino: int) -> None:
+        """Called before bytes go into a data file: journals that the file is dirty."""
+        item = ("ino", ino)
+        flight = self._flights.get(item)
+        if flight is not None and isinstance(flight.op, Upload):
+            flight.op.changed = True
+        if ino not in self._marked:
+            self._store.mark(ino, CONTENT)
+            self._marked.add(ino)
+        self.touch(item)
+
+    def closed(self, ino: int) -> None:
+        """Nobody has the file open any more."""
+        self._marked.discard(ino)
+
+    def unlinked(self, ino: int) -> None:
+        """The file lost its name: an upload of it under way is for nothing."""
+        self._marked.discard(ino)
+        self._due.pop(("ino", ino), None)
+        flight = self._flights.get(("ino", ino))
+        if flight is not None and isinstance(flight.op, Upload):
+            flight.op.changed = True
+            flight.scope.cancel()
+
+    # -- what the user asks -----------------------------------------------------------------------
+
+    def is_idle(self) -> bool:
+        totals = self._store.totals()
+        return not (totals["pending"] or totals["deletions"] or self._flights)
+
+    def uploading(self) -> dict[int, tuple[int, int]]:
+        """Bytes sent and to send of each upload under way, by inode."""
+        return {
+            f.op.ino: (f.op.sent, f.op.size)
+            for f in self._flights.values()
+            if isinstance(f.op, Upload)
+        }
+
+    @property
+    def offline(self) -> bool:
+        return self._offline_s > 0
+
+    def hurry(self) -> None:
+        """From now on nothing waits for its delay, and what has failed is tried at once."""
+        self._draining = True
+        self._offline_until = 0.0
+        for item in list(self._due):
+            self._schedule(item, 0.0)
+
+    def relax(self) -> None:
+        self._draining = False
+
+    async def drain(self, stalled_s: float) -> bool:
+        """Send all that is pending. False when nothing moved for ``stalled_s`` seconds."""
+        self.hurry()
+        try:
+            while not self.is_idle():
+                if not self._flights and self._next_due_s() > stalled_s:
+                    return False
+                before = self._moved()
+                with trio.move_on_after(stalled_s) as patience:
+                    await self._progress.wait()
+                if patience.cancelled_caught and self._moved() == before:
+                    return False
+            return True
+        finally:
+            self.relax()
+
+    def _next_due_s(self) -> float:
+        now = time.monotonic()
+        return min((due - now for due in self._due.values()), default=float("inf"))
+
+    def _moved(self) -> tuple[int, int]:
+        return self.counters.done, sum(sent for sent, _ in self.uploading().values())
+
+    # -- the queue --------------------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Work until cancelled. What an earlier driver left pending is due at once."""
+        for inode in self._store.pending_inodes():
+            self._schedule(("ino", inode.ino), 0.0)
+        for rid in self._store.orphans():
+            self._schedule(("rid", rid), 0.0)
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            while True:
+                self._wake = trio.Event()
+                with trio.move_on_after(self._start_due()):
+                    await self._wake.wait()
+
+    def _schedule(self, item: Item, delay_s: float) -> None:
+        due = time.monotonic() + delay_s
+        earlier = self._due.get(item)
+        self._due[item] = due
+        # A later time for an item already in the heap is found out when its entry comes up.
+        if earlier is None or due < earlier:
+            heapq.heappush(self._heap, (due, item))
+            self._wake.set()
+
+    def _start_due(self) -> float:
+        """Start what is due; returns the seconds until the next thing will be."""
+        while self._heap:
+            now = time.monotonic()
+            if now < self._offline_until:
+                return self._offline_until - now
+            due, item = self._heap[0]
+            if due > now:
+                return due - now
+            heapq.heappop(self._heap)
+            wanted = self._due.get(item)
+            if wanted is None:
+                continue
+            if wanted > due:
+                heapq.heappush(self._heap, (wanted, item))
+                continue
+            del self._due[item]
+            self._try(item)
+        return float("inf")
+
+    def _try(self, item: Item) -> None:
+        """Start the next operation for an object, or note what it waits for."""
+        if item in self._flights:
+            self._flights[item].again = True
+            return
+        self._unblock(item)
+        plan = self._planner.plan(item)
+        if plan is None:
+            self._settled(item)
+        elif isinstance(plan, Blocked):
+            self._block(item, plan.on)
+        else:
+            self._start(plan)
+
+    def _start(self, op: Op) -> None:
+        wait_s = self._offline_until - time.monotonic()
+        if wait_s > 0:
+            self._schedule(op.item, wait_s)
+            return
+        moving = op.rid if isinstance(op, Move) and op.is_dir else None
+        verify = self._unsure.get(op.item)
+        dirs = tuple({*op.dirs, *(verify or ())})
+        kind = "uploads" if isinstance(op, Upload) else "changes"
+        if self._count(kind) >= getattr(self._limits, kind):
+            self._park(kind, op.item)
+            return
+        busy = self._locks.blocker(dirs, moving)
+        if busy is not None:
+            self._park(busy, op.item)
+            return
+        assert self._nursery is not None
+        op.dirs = dirs
+        self._locks.take(dirs, moving)
+        flight = self._flights[op.item] = _Flight(op, moving, trio.CancelScope())
+        self._nursery.start_soon(self._fly, flight, verify)
+
+    def _count(self, kind: str) -> int:
+        uploads = sum(isinstance(f.op, Upload) for f in self._flights.values())
+        return uploads if kind == "uploads" else len(self._flights) - uploads
+
+    def _park(self, where: int | str, item: Item) -> None:
+        self._parked.setdefault(where, deque()).append(item)
+
+    def _on_free(self, rid: int) -> None:
+        self._unpark(rid, lambda: self._locks.blocker((rid,)) is None)
+
+    def _unpark(self, where: int | str, free: Callable[[], bool]) -> None:
+        queue = self._parked.get(where)
+        rounds = len(queue) if queue else 0
+        while queue and rounds and free():
+            rounds -= 1
+            self._try(queue.popleft())
+        if not queue:
+            self._parked.pop(where, None)
+
+    # -- who waits for whom -----------------------------------------------------------------------
+
+    def _block(self, item: Item, on: Item) -> None:
+        self._blocked[item] = on
+        self._waiting_for.setdefault(on, set()).add(item)
+        ring = self._ring(item)
+        if ring:
+            self._break(ring)
+        elif on not in self._flights and on not in self._blocked:
+            self._schedule(on, self._patience(on))
+
+    def _patience(self, item: Item) -> float:
+        """Whoever stands in somebody's way is due at once, unless it has just failed."""
+        failed = item in self._attempts and item in self._due
+        return max(self._due[item] - time.monotonic(), 0.0) if failed else 0.0
+
+    def _unblock(self, item: Item) -> None:
+        on = self._blocked.pop(item, None)
+        if on is not None:
+            self._waiting_for[on].discard(item)
+
+    def _ring(self, item: Item) -> list[Item]:
+        ring, at = [item], self._blocked.get(item)
+        while at is not None and at != item and at not in ring:
+            ring.append(at)
+            at = self._blocked.get(at)
+        return ring if at == item else []
+
+    def _break(self, ring: list[Item]) -> None:
+        for item in ring:
+            remote = self._store.remote_of(item[1]) if item[0] == "ino" else None
+            if remote is not None and not remote.name.startswith(".cpodfs-moving-"):
+                self._unblock(item)
+                self._start(move_aside(self._store, remote))
+                return
+        log.error("objects wait for each other: %r", ring)
+
+    def _wake_waiting(self, item: Item, delay_s: float = 0.0) -> None:
+        for waiting in self._waiting_for.pop(item, set()):
+            self._blocked.pop(waiting, None)
+            self._schedule(waiting, delay_s)
+
+    # -- one operation ----------------------------------------------------------------------------
+
+    async def _fly(self, flight: _Flight, verify: tuple[int, ...] | None) -> None:
+        op = flight.op
+        error: Exception | None = None
+        work: list[Item] | None = None
+        try:
+            with flight.scope:
+                work = await self._run_op(op, verify)
+        except (CpodfsError, OSError) as failure:
+            error = failure
+        except Exception as failure:
+            # Our own mistake, or SQLite on a full disk: it must not end the mount.
+            log.exception("writeback broke item=%s", op.item)
+            error = failure
+        finally:
+            del self._flights[op.item]
+            if flight.scope.cancelled_caught:
+                error = ChangedDuringUpload("given up: the file was deleted")
+            if error is not None:
+                self._fail(op, error)
+            elif work is not None:
+                self._succeeded(op, work, again=flight.again)
+            self._locks.free(op.dirs, flight.moving)
+            kind = "uploads" if isinstance(op, Upload) else "changes"
+            self._unpark(kind, lambda: self._count(kind) < getattr(self._limits, kind))
+            self._progress.set()
+            self._progress = trio.Event()
+
+    async def _run_op(self, op: Op, verify: tuple[int, ...] | None) -> list[Item]:
+        if verify is not None:
+            # What an earlier attempt did is not known: look before doing anything.
+            for rid in verify:
+                await self._lister.list_locked(rid)
+            self._unsure.pop(op.item, None)
+            return [op.item]
+        op.before(self._store)
+        await op.call(self._store, self._dfs)
+        return op.done(self._store)
+
+    def _succeeded(self, op: Op, work: Iterable[Item], *, again: bool) -> None:
+        self._offline_s = 0.0
+        self.counters.done += 1
+        if isinstance(op, Upload):
+            self.counters.bytes_sent += op.size
+            if not op.changed:
+                self._marked.discard(op.ino)
+        if self._attempts.pop(op.item, None) is not None:
+            self._retry_others()
+        for item in work:
+            self._schedule(item, 0.0)
+        self._schedule(op.item, self._delay_s if again and not self._draining else 0.0)
+        self._wake_waiting(op.item)
+
+    def _settled(self, item: Item) -> None:
+        self._attempts.pop(item, None)
+        self._unsure.pop(item, None)
+        # Not at once: should it be in the way though nothing needs doing, this must not spin.
+        self._wake_waiting(item, 0.02)
+        self._progress.set()
+        self._progress = trio.Event()
+
+    def _retry_others(self) -> None:
+        """The server is well again: whatever waits for its next attempt need not."""
+        for item in [i for i in self._attempts if i in self._due]:
+            self._schedule(item, 0.0)
+
+    def _fail(self, op: Op, error: Exception) -> None:
+        if isinstance(error, ChangedDuringUpload):
+            self._schedule(op.item, 0.0 if self._draining else self._delay_s)
+            return
+        self.counters.failed += 1
+        self.counters.recent.append(f"{time.strftime('%H:%M:%S')} {error}")
+        attempt = self._attempts[op.item] = self._attempts.get(op.item, 0) + 1
+        if isinstance(error, DfsError) and error.sent and not isinstance(op, Upload):
+            self._unsure[op.item] = op.dirs
+        if isinstance(op, RemoveDir) and isinstance(error, AlreadyExists):
+            outcome = Outcome()
+            self._merger.resurrect(op.rid, outcome)
+            self._on_outcome(outcome)
+        if op.item[0] == "ino":
+            self._store.set(op.item[1], error=str(error))
+        delay = self._backoff(attempt, error)
+        log.warning(
+            "writeback failed item=%s attempt=%d retry_s=%.1f: %s", op.item, attempt, delay, error
+        )
+        self._schedule(op.item, delay)
+
+    def _backoff(self, attempt: int, error: Exception) -> float:
+        jitter = random.uniform(0.8, 1.2)  # noqa: S311
+        if isinstance(error, Unreachable | NotLoggedIn):
+            self._offline_s = min(max(self._offline_s * 2, RETRY_FIRST_S), OFFLINE_MAX_S)
+            self._offline_until = time.monotonic() + self._offline_s * jitter
+            return 0.0
+        if isinstance(error, FOR_GOOD) and attempt > 1:
+            return RETRY_MAX_S * jitter
+        if isinstance(error, NotFound | AlreadyExists) and attempt == 1:
+            return 0.0  # our picture of the server was wrong; it is looked at first
+        return jitter * min(RETRY_FIRST_S * 2.0 ** (attempt - 1), RETRY_MAX_S)

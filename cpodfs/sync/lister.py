@@ -1,0 +1,169 @@
+"""Listings: what a directory holds, asked of the server once and then known.
+
+Imports the cache, the DFS client, merge and locks. A directory that was listed once is answered from
+the cache; after ``ttl_s`` the next look starts a refresh in the background. The first listing of a
+directory is waited for, by any number of readers, once.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import trio
+
+from cpodfs.cache.schema import ROOT
+from cpodfs.cache.store import Inode, Remote, Store
+from cpodfs.dfs import Client, Entry
+from cpodfs.errors import CpodfsError, NotFound
+from cpodfs.sync.locks import DirLocks
+from cpodfs.sync.merge import Merger, Outcome
+
+log = logging.getLogger(__name__)
+
+READ_ONLY_DIR_MODE = 0o500
+
+
+class Lister:
+    """``on_outcome`` passes what a merge found to the engine and the kernel."""
+
+    def __init__(
+        self,
+        store: Store,
+        dfs: Client,
+        merger: Merger,
+        locks: DirLocks,
+        *,
+        ttl_s: float,
+        parallel: int,
+        on_outcome: Callable[[Outcome], None],
+    ) -> None:
+        self._store = store
+        self._dfs = dfs
+        self._merger = merger
+        self._locks = locks
+        self._ttl_s = ttl_s
+        self._on_outcome = on_outcome
+        self._limit = trio.CapacityLimiter(parallel)
+        self._running: dict[int, trio.Event] = {}
+        self._failed: dict[int, CpodfsError] = {}
+        self._retry_at: dict[int, float] = {}
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Own the background refreshes until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
+
+    async def ensure(self, directory: Inode) -> None:
+        """Return when the children of ``directory`` are known. Raises a DfsError if they can't be."""
+        if directory.listed_s:
+            age = time.time() - directory.listed_s
+            if not 0 <= age < self._ttl_s:
+                self._refresh_later(directory.ino)
+            return
+        await self.refresh(directory.ino)
+
+    async def refresh(self, ino: int) -> None:
+        """List now, or join whoever does. Raises a DfsError."""
+        if ino not in self._running:
+            self._start(ino)
+        await self._running[ino].wait()
+        error = self._failed.get(ino)
+        if error is not None:
+            raise error
+
+    async def list_locked(self, rid: int) -> None:
+        """List a remote directory whose lock the caller holds. Raises a DfsError."""
+        remote = self._store.remote(rid)
+        if remote is None:
+            return
+        directory = self._store.get(remote.ino) if remote.ino is not None else None
+        if directory is None:  # to be deleted, or gone: nothing to show
+            return
+        started = self._store.remote_path(rid)
+        try:
+            entries, readonly = await self._fetch(started)
+        except NotFound:
+            if started and self._store.remote_path(rid) == started and await self._is_gone(remote):
+                outcome = Outcome()
+                self._merger.gone(remote, outcome)
+                self._on_outcome(outcome)
+            raise
+        current = self._store.get(directory.ino)
+        if current is None or self._store.remote_path(rid) != started:
+            return
+        outcome = self._merger.listing(current, rid, entries, readonly)
+        await self._confirm(outcome)
+        self._on_outcome(outcome)
+
+    # -- one listing at a time per directory ------------------------------------------------------
+
+    def _refresh_later(self, ino: int) -> None:
+        if ino not in self._running and time.monotonic() >= self._retry_at.get(ino, 0.0):
+            self._start(ino)
+
+    def _start(self, ino: int) -> None:
+        assert self._nursery is not None
+        self._running[ino] = trio.Event()
+        self._failed.pop(ino, None)
+        self._nursery.start_soon(self._run_one, ino)
+
+    async def _run_one(self, ino: int) -> None:
+        try:
+            await self._refresh(ino)
+            self._retry_at.pop(ino, None)
+        except CpodfsError as error:
+            log.info("listing failed ino=%d: %s", ino, error)
+            self._failed[ino] = error
+            self._retry_at[ino] = time.monotonic() + min(self._ttl_s, 10.0)
+        finally:
+            self._running.pop(ino).set()
+
+    async def _refresh(self, ino: int) -> None:
+        remote = self._store.remote_of(ino)
+        if remote is None:  # made here, and the server has not heard of it: we know it all
+            return
+        await self._locks.wait_free((remote.rid,))
+        self._locks.take((remote.rid,))
+        try:
+            async with self._limit:
+                await self.list_locked(remote.rid)
+        finally:
+            self._locks.free((remote.rid,))
+
+    async def _fetch(self, parts: list[str]) -> tuple[tuple[Entry, ...], set[str]]:
+        if not parts:
+            pods = await self._dfs.pods()
+            own = [_pod_entry(name, 0o700) for name in pods.own]
+            shared = [_pod_entry(n, READ_ONLY_DIR_MODE) for n in pods.shared if n not in pods.own]
+            return (*own, *shared), set(pods.shared) - set(pods.own)
+        listing = await self._dfs.list_dir(parts[0], "/" + "/".join(parts[1:]))
+        return listing.entries, set()
+
+    async def _confirm(self, outcome: Outcome) -> None:
+        """Ask by name for what a listing did not show, before taking it as deleted."""
+        for remote in outcome.missing:
+            if await self._is_gone(remote):
+                self._merger.gone(remote, outcome)
+
+    async def _is_gone(self, remote: Remote) -> bool:
+        pod, *rest = self._store.remote_path(remote.rid)
+        if remote.rparent == ROOT:  # the list of pods leaves none out
+            return pod not in {name for kind in await self._pod_names() for name in kind}
+        path = "/" + "/".join(rest)
+        try:
+            await (self._dfs.stat_dir if remote.kind == "d" else self._dfs.stat_file)(pod, path)
+        except NotFound:
+            return True
+        return False
+
+    async def _pod_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        pods = await self._dfs.pods()
+        return pods.own, pods.shared
+
+
+def _pod_entry(name: str, mode: int) -> Entry:
+    return Entry(name, True, 0, mode, 0, 0, 0)

@@ -1,0 +1,69 @@
+"""Which remote directories are being changed right now.
+
+FairOS-DFS rewrites a directory as a whole without a lock, so changes of one directory go one after
+another, and a directory must not move while anything below it changes. Everything here is one
+synchronous step on the event loop; ``wait_free`` is the only await.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import trio
+
+from cpodfs.cache.store import Store
+
+
+class DirLocks:
+    """Exclusive use of remote directories by id. ``on_free`` hears of each one that is let go."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._busy: set[int] = set()
+        self._moving: set[int] = set()
+        self._freed = trio.Event()
+        self.on_free: Callable[[int], None] = lambda rid: None
+
+    def blocker(self, dirs: Iterable[int], moving: int | None = None) -> int | None:
+        """A directory in use that keeps one from using ``dirs`` (and from moving ``moving``)."""
+        for rid in dirs:
+            if rid in self._busy:
+                return rid
+            for above in self._above(rid):
+                if above in self._moving:
+                    return above
+        if moving is not None:
+            return next((b for b in self._busy if b == moving or moving in self._above(b)), None)
+        return None
+
+    def take(self, dirs: Iterable[int], moving: int | None = None) -> None:
+        """Use directories for which ``blocker`` has just said None."""
+        self._busy.update(dirs)
+        if moving is not None:
+            self._moving.add(moving)
+            self._busy.add(moving)
+
+    def free(self, dirs: Iterable[int], moving: int | None = None) -> None:
+        freed = set(dirs)
+        if moving is not None:
+            self._moving.discard(moving)
+            freed.add(moving)
+        self._busy -= freed
+        self._freed.set()
+        self._freed = trio.Event()
+        for rid in freed:
+            self.on_free(rid)
+
+    async def wait_free(self, dirs: Iterable[int]) -> None:
+        """Return when ``dirs`` could be taken; take them before the next await."""
+        wanted = tuple(dirs)
+        while self.blocker(wanted) is not None:
+            await self._freed.wait()
+
+    def _above(self, rid: int) -> list[int]:
+        found: list[int] = []
+        remote = self._store.remote(rid)
+        while remote is not None:
+            found.append(remote.rid)
+            remote = self._store.remote(remote.rparent) if remote.rparent is not None else None
+        return found

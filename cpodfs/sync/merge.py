@@ -1,0 +1,236 @@
+"""Brings one directory listing of the server into the two trees.
+
+Imports the cache and names. Runs without an await, under the directory's lock, so that no call of
+ours changes at the server what is being compared. Nobody's bytes vanish: what is dirty here and has
+changed there is kept twice, ours under a ``name (conflict <host> <time>)``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os.path
+import platform
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, SENT
+from cpodfs.cache.store import Inode, Remote, Store
+from cpodfs.dfs import Entry
+from cpodfs.paths import FILE_NAME_MAX, is_safe_remote_name
+from cpodfs.sync.ops import Item, moved
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class NameChange:
+    """A name under which the kernel may remember something that is no longer so."""
+
+    parent: int
+    name: str
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a merge did: ``changes`` for the kernel, ``work`` for the engine, ``missing`` to confirm.
+
+    ``missing``: objects that the listing did not show. The server leaves out what it could not
+    fetch just then, so each must be asked for by name before it may be taken as deleted.
+    """
+
+    changes: list[NameChange] = field(default_factory=list)
+    work: list[Item] = field(default_factory=list)
+    missing: list[Remote] = field(default_factory=list)
+
+
+class Merger:
+    """``discard(ino)`` is told of an inode that lost its name, and frees it once nobody has it open."""
+
+    def __init__(self, store: Store, discard: Callable[[int], None]) -> None:
+        self._store = store
+        self._discard = discard
+
+    def listing(
+        self, directory: Inode, rid: int, entries: Iterable[Entry], readonly: set[str]
+    ) -> Outcome:
+        """Merge a listing of ``directory`` (remote ``rid``); ``readonly`` names received pods."""
+        outcome = Outcome()
+        with self._store.transaction():
+            known = {r.name: r for r in self._store.remote_children(rid)}
+            for entry in entries:
+                if not is_safe_remote_name(entry.name):
+                    log.warning(
+                        "hidden: unusable name %r in %s",
+                        entry.name,
+                        self._store.path(directory.ino),
+                    )
+                    continue
+                remote = known.pop(entry.name, None)
+                if remote is not None and (remote.kind == DIR) != entry.is_dir:
+                    self.gone(remote, outcome)
+                    remote = None
+                if remote is None:
+                    self._new(directory, rid, entry, entry.name in readonly, outcome)
+                else:
+                    self._seen(directory, remote, entry, outcome)
+            outcome.missing = [r for r in known.values() if r.to_parent is None]
+            self._store.set(directory.ino, listed_s=time.time())
+        return outcome
+
+    def gone(self, remote: Remote, outcome: Outcome) -> None:
+        """The server has no such object any more. What is dirty here stays, and is sent anew."""
+        with self._store.transaction():
+            for child in self._store.remote_children(remote.rid):
+                self.gone(child, outcome)
+            self._store.drop_remote(remote.rid)
+            inode = self._store.get(remote.ino) if remote.ino is not None else None
+            if inode is None or inode.parent is None:
+                return
+            keep = inode.dirty & CONTENT or (inode.is_dir and self._store.has_children(inode.ino))
+            if keep:
+                self._store.mark(inode.ino, PLACE)
+                outcome.work.append(("ino", inode.ino))
+            else:
+                self._unname(inode, outcome)
+
+    def resurrect(self, rid: int, outcome: Outcome) -> None:
+        """Give an orphaned directory, which turned out not to be empty, its place here back."""
+        remote = self._store.remote(rid)
+        if remote is None or remote.ino is not None or remote.rparent is None:
+            return
+        with self._store.transaction():
+            home = self._store.remote(remote.rparent)
+            if home is not None and home.ino is None:
+                self.resurrect(home.rid, outcome)
+                home = self._store.remote(remote.rparent)
+            if home is None or home.ino is None:
+                return
+            name = remote.name
+            if self._store.child(home.ino, name):
+                name = self._free_name(home.ino, name)
+            inode = self._store.create(home.ino, name, DIR, remote.mode)
+            self._store.set_remote(rid, ino=inode.ino)
+            self._store.replace(inode.ino)
+            outcome.changes.append(NameChange(home.ino, name))
+            outcome.work.append(("ino", inode.ino))
+
+    # -- one entry --------------------------------------------------------------------------------
+
+    def _new(
+        self, directory: Inode, rid: int, entry: Entry, readonly: bool, outcome: Outcome
+    ) -> None:
+        """An object where we knew of none: ours with a lost reply, or somebody else's."""
+        on_its_way = self._store.remote_moving_to(rid, entry.name)
+        if on_its_way is not None:
+            outcome.work += moved(self._store, on_its_way.rid, rid, entry.name)
+            return
+        local = self._store.child(directory.ino, entry.name)
+        ino: int | None = None
+        if local is not None:
+            ours = local.is_dir if entry.is_dir else bool(local.dirty & SENT)
+            if ours and self._store.remote_of(local.ino) is None:
+                ino = local.ino
+            else:
+                self._set_aside(local, outcome)
+        if ino is None:
+            ino = self._create(directory.ino, entry, readonly).ino
+            outcome.changes.append(NameChange(directory.ino, entry.name))
+        self._store.add_remote(
+            *(rid, entry.name, DIR if entry.is_dir else FILE),
+            size=entry.size,
+            mtime_s=entry.mtime_s,
+            mode=entry.mode,
+            ino=ino,
+            readonly=int(readonly),
+        )
+        self._store.replace(ino)
+
+    def _seen(self, directory: Inode, remote: Remote, entry: Entry, outcome: Outcome) -> None:
+        """An object that we knew, here under the name that we knew."""
+        news: dict[str, Any] = {
+            "size": entry.size,
+            "mtime_s": entry.mtime_s,
+            "mode": entry.mode,
+            "to_parent": None,
+            "to_name": None,
+        }
+        local = self._store.get(remote.ino) if remote.ino is not None else None
+        if local is not None and remote.mode != entry.mode and not local.dirty & MODE:
+            self._store.set(local.ino, mode=entry.mode)
+        same = remote.size == entry.size and remote.mtime_s in (None, entry.mtime_s)
+        if entry.is_dir or same or (local is not None and local.dirty & SENT):
+            self._store.set_remote(remote.rid, **news)
+            return
+        if local is None:  # deleted here, changed there since: the newer version is somebody's work
+            self._store.set_remote(remote.rid, **news)
+            self._adopt(directory.ino, remote.rid, entry, outcome)
+            return
+        if local.dirty & CONTENT:
+            self._set_aside(local, outcome)
+        else:
+            self._store.detach(local.ino)
+            self._discard(local.ino)
+        self._store.set_remote(remote.rid, **news, ino=None)
+        place = local if local.parent is not None else directory
+        parent, name = (
+            (place.parent, place.name) if local.parent is not None else (directory.ino, entry.name)
+        )
+        assert parent is not None
+        self._adopt(parent, remote.rid, entry, outcome, name or entry.name)
+
+    def _adopt(
+        self, parent: int, rid: int, entry: Entry, outcome: Outcome, name: str | None = None
+    ) -> None:
+        """A new inode for new content: the kernel keeps what it knows of an inode's pages."""
+        wanted = name or entry.name
+        occupant = self._store.child(parent, wanted)
+        if occupant is not None:
+            self._set_aside(occupant, outcome)
+        inode = self._create(parent, entry, readonly=False, name=wanted)
+        self._store.set_remote(rid, ino=inode.ino)
+        self._store.replace(inode.ino)
+        outcome.changes.append(NameChange(parent, wanted))
+        outcome.work.append(("ino", inode.ino))
+
+    def _create(self, parent: int, entry: Entry, readonly: bool, name: str | None = None) -> Inode:
+        return self._store.create(
+            *(parent, name or entry.name, DIR if entry.is_dir else FILE),
+            entry.mode & ~0o222 if readonly else entry.mode,
+            size=entry.size,
+            mtime_ns=entry.mtime_s * 1_000_000_000 or None,  # the list of pods has no times
+        )
+
+    def _set_aside(self, local: Inode, outcome: Outcome) -> None:
+        """Rename ours, here, to a conflict name; it goes to the server beside the other version."""
+        assert local.parent is not None
+        assert local.name is not None
+        name = self._free_name(local.parent, local.name)
+        log.warning("conflict: %s changed here and at the server; ours is now %r", local.name, name)
+        outcome.changes += [NameChange(local.parent, local.name), NameChange(local.parent, name)]
+        remote = self._store.remote_of(local.ino)
+        if remote is not None and not local.is_dir:
+            self._store.set_remote(remote.rid, ino=None)
+        self._store.place(local.ino, local.parent, name)
+        outcome.work.append(("ino", local.ino))
+
+    def _free_name(self, parent: int, name: str) -> str:
+        stem, extension = os.path.splitext(name)
+        stamp = time.strftime("%Y-%m-%d %H.%M.%S", time.gmtime())
+        for number in range(1000):
+            suffix = (
+                f" (conflict {platform.node()} {stamp}{f' {number}' if number else ''}){extension}"
+            )
+            room = FILE_NAME_MAX - len(suffix.encode())
+            candidate = stem.encode()[:room].decode(errors="ignore") + suffix
+            if self._store.child(parent, candidate) is None:
+                return candidate
+        raise AssertionError("a thousand conflicts in one second")
+
+    def _unname(self, inode: Inode, outcome: Outcome) -> None:
+        assert inode.parent is not None
+        assert inode.name is not None
+        outcome.changes.append(NameChange(inode.parent, inode.name))
+        self._store.detach(inode.ino)
+        self._discard(inode.ino)

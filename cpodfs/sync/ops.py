@@ -1,0 +1,318 @@
+"""The calls that change the server, each with what it means for the remote tree when it succeeds.
+
+Imports the cache, the DFS client and errors. An operation names the remote directories that it
+changes (``dirs``); the engine never runs two that share one, since FairOS-DFS rewrites a directory
+as a whole without a lock. ``call`` talks to the server and touches no tree; ``before`` and ``done``
+change the trees and never wait. After a failure the remote tree is as it was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from cpodfs.cache import content as data
+from cpodfs.cache.content import Content
+from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, ROOT, SENT
+from cpodfs.cache.store import Remote, Store
+from cpodfs.dfs import Client
+from cpodfs.errors import AlreadyExists, ChangedDuringUpload, NotFound
+from cpodfs.paths import TEMP_PREFIX, join
+
+Item = tuple[str, int]
+"""What the engine keeps in order: ("ino", inode) or ("rid", orphaned remote id)."""
+
+SERVER_FILE_MODE = 0o600
+SERVER_DIR_MODE = 0o700
+UPLOAD_CHUNK = 256 * 1024
+
+
+def pod_and_path(store: Store, rid: int) -> tuple[str, str]:
+    """The pod and the absolute path inside it of a remote object."""
+    pod, *rest = store.remote_path(rid)
+    return pod, join(rest)
+
+
+def child_path(store: Store, rparent: int, name: str) -> tuple[str, str]:
+    """The pod and path of the name ``name`` in a remote directory."""
+    pod, *rest = [*store.remote_path(rparent), name]
+    return pod, join(rest)
+
+
+@dataclass(slots=True)
+class Op:
+    """One call."""
+
+    item: Item
+    dirs: tuple[int, ...]
+
+    def before(self, store: Store) -> None:
+        """Journal what must be known if the outcome of the call never is."""
+
+    async def call(self, store: Store, dfs: Client) -> None:
+        raise NotImplementedError
+
+    def done(self, store: Store) -> list[Item]:
+        """Bring the trees up to date; returns objects that now need work."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class CreatePod(Op):
+    ino: int
+    name: str
+
+    async def call(self, store: Store, dfs: Client) -> None:
+        await dfs.create_pod(self.name)
+
+    def done(self, store: Store) -> list[Item]:
+        return _made_dir(store, self.ino, ROOT, self.name)
+
+
+@dataclass(slots=True)
+class Mkdir(Op):
+    ino: int
+    rparent: int
+    name: str
+
+    async def call(self, store: Store, dfs: Client) -> None:
+        await dfs.mkdir(*child_path(store, self.rparent, self.name))
+
+    def done(self, store: Store) -> list[Item]:
+        return _made_dir(store, self.ino, self.rparent, self.name)
+
+
+def _made_dir(store: Store, ino: int, rparent: int, name: str) -> list[Item]:
+    with store.transaction():
+        inode = store.get(ino)
+        alive = inode is not None and inode.parent is not None
+        rid = store.add_remote(
+            *(rparent, name, DIR),
+            size=0,
+            mtime_s=None,
+            mode=SERVER_DIR_MODE,
+            ino=ino if alive else None,
+        )
+        if inode is None or not alive:
+            return [("rid", rid)]
+        store.replace(ino)
+        if rparent != ROOT and (inode.mode ^ SERVER_DIR_MODE) & 0o700:
+            store.mark(ino, MODE)
+    return []
+
+
+@dataclass(slots=True)
+class RemoveDir(Op):
+    """Delete an orphaned directory or pod, after making sure that the server's one is empty.
+
+    The server would delete a full one without asking. What others put there meanwhile is kept:
+    AlreadyExists makes the engine list the directory again.
+    """
+
+    rid: int
+    is_pod: bool
+
+    async def call(self, store: Store, dfs: Client) -> None:
+        pod, path = pod_and_path(store, self.rid)
+        try:
+            listing = await dfs.list_dir(pod, path)
+            if listing.entries:
+                names = ", ".join(repr(e.name) for e in listing.entries[:3])
+                raise AlreadyExists(f"{pod}{path}: not empty at the server: {names}")
+            await (dfs.delete_pod(pod) if self.is_pod else dfs.rmdir(pod, path))
+        except NotFound:
+            return
+
+    def done(self, store: Store) -> list[Item]:
+        store.drop_remote(self.rid)
+        return []
+
+
+@dataclass(slots=True)
+class RemoveFile(Op):
+    rid: int
+
+    async def call(self, store: Store, dfs: Client) -> None:
+        try:
+            await dfs.delete_file(*pod_and_path(store, self.rid))
+        except NotFound:
+            return
+
+    def done(self, store: Store) -> list[Item]:
+        store.drop_remote(self.rid)
+        return []
+
+
+@dataclass(slots=True)
+class Move(Op):
+    """Rename one object at the server. ``to_name`` must be free there."""
+
+    rid: int
+    is_dir: bool
+    to_parent: int
+    to_name: str
+
+    def before(self, store: Store) -> None:
+        store.set_remote(self.rid, to_parent=self.to_parent, to_name=self.to_name)
+
+    async def call(self, store: Store, dfs: Client) -> None:
+        pod, old = pod_and_path(store, self.rid)
+        _, new = child_path(store, self.to_parent, self.to_name)
+        if self.is_dir:
+            # The server renames from its memory of the sub-tree: one that it has not listed since
+            # the pod was opened ends the connection with half of it moved.
+            await _list_below(dfs, pod, old)
+            await dfs.rename_dir(pod, old, new)
+        else:
+            await dfs.rename_file(pod, old, new)
+
+    def done(self, store: Store) -> list[Item]:
+        return moved(store, self.rid, self.to_parent, self.to_name)
+
+
+def moved(store: Store, rid: int, to_parent: int, to_name: str) -> list[Item]:
+    """Record that the server has renamed an object."""
+    with store.transaction():
+        store.set_remote(rid, rparent=to_parent, name=to_name, to_parent=None, to_name=None)
+        remote = store.remote(rid)
+        if remote is None or remote.ino is None:
+            return [("rid", rid)]
+        store.replace(remote.ino)
+    return []
+
+
+async def _list_below(dfs: Client, pod: str, path: str) -> None:
+    for entry in (await dfs.list_dir(pod, path)).entries:
+        if entry.is_dir:
+            await _list_below(dfs, pod, f"{path}/{entry.name}")
+
+
+def move_aside(store: Store, remote: Remote) -> Move:
+    """Break a cycle of renames (a↔b, or d/x → d): out of the way first, home later."""
+    assert remote.rparent is not None
+    pod_rid = remote.rid
+    while (above := store.remote(pod_rid)) and above.rparent != ROOT:
+        assert above.rparent is not None
+        pod_rid = above.rparent
+    assert remote.ino is not None
+    return Move(
+        ("ino", remote.ino),
+        tuple({remote.rparent, pod_rid}),
+        remote.rid,
+        remote.kind == DIR,
+        pod_rid,
+        f"{TEMP_PREFIX}{remote.rid}",
+    )
+
+
+@dataclass(slots=True)
+class Chmod(Op):
+    ino: int
+    rid: int
+    is_dir: bool
+    mode: int
+
+    async def call(self, store: Store, dfs: Client) -> None:
+        pod, path = pod_and_path(store, self.rid)
+        await (dfs.chmod_dir if self.is_dir else dfs.chmod_file)(pod, path, self.mode)
+
+    def done(self, store: Store) -> list[Item]:
+        with store.transaction():
+            store.set_remote(self.rid, mode=self.mode)
+            inode = store.get(self.ino)
+            if inode is not None and inode.mode == self.mode:
+                store.unmark(self.ino, MODE)
+        return []
+
+
+@dataclass(slots=True)
+class Upload(Op):
+    """Send a file whole to ``name``, over whatever orphan or earlier version is there.
+
+    ``changed`` is set by whoever writes to the data file while it is being read here. The body then
+    raises before its last byte, and the server, which parses the form before it acts, has done
+    nothing: readers elsewhere see the old file or the new one, never a mixture.
+    """
+
+    ino: int
+    rparent: int
+    name: str
+    content: Content
+    changed: bool = field(default=False, init=False)
+    size: int = field(default=0, init=False)
+    sent: int = field(default=0, init=False)
+
+    def before(self, store: Store) -> None:
+        inode = store.get(self.ino)
+        assert inode is not None
+        store.set(self.ino, dirty=inode.dirty | SENT)
+        self.changed = False
+
+    async def call(self, store: Store, dfs: Client) -> None:
+        pod, directory = pod_and_path(store, self.rparent)
+        fd = self.content.open(self.ino)
+        try:
+            self.size = os.fstat(fd).st_size
+            await dfs.upload(
+                *(pod, directory, self.name),
+                lambda: self._body(fd),
+                self.size,
+                on_progress=self._progress,
+            )
+        finally:
+            os.close(fd)
+
+    async def _body(self, fd: int) -> AsyncIterator[bytes]:
+        offset = 0
+        while True:
+            chunk = await data.read(fd, offset, min(UPLOAD_CHUNK, self.size - offset))
+            if self.changed or (not chunk and offset < self.size):
+                raise ChangedDuringUpload(f"{self.name}: written to while it was being uploaded")
+            if not chunk:
+                return
+            offset += len(chunk)
+            yield chunk
+
+    def _progress(self, sent: int) -> None:
+        self.sent = sent
+
+    def done(self, store: Store) -> list[Item]:
+        with store.transaction():
+            inode, mine = store.get(self.ino), store.remote_of(self.ino)
+            there = store.remote_at(self.rparent, self.name)
+            alive = inode is not None and inode.parent is not None
+            earlier = there or mine
+            before = earlier.mode if earlier else SERVER_FILE_MODE
+            work: list[Item] = []
+            if mine is not None and (there is None or mine.rid != there.rid):
+                store.set_remote(mine.rid, ino=None)
+                work.append(("rid", mine.rid))
+            rid = there.rid if there else self._add(store)
+            store.set_remote(
+                rid,
+                size=self.size,
+                mtime_s=None,
+                mode=SERVER_FILE_MODE,
+                ino=self.ino if alive else None,
+            )
+            if inode is None or not alive:
+                return [*work, ("rid", rid)]
+            store.unmark(self.ino, SENT if self.changed else SENT | CONTENT)
+            store.set(self.ino, size=self.size, error=None)
+            store.replace(self.ino)
+            # An upload resets the mode at the server. Bits for group and others that only come from
+            # a umask are not worth a call: the mount is its owner's alone.
+            kept = before == inode.mode != SERVER_FILE_MODE
+            if kept or (inode.mode ^ SERVER_FILE_MODE) & 0o700:
+                store.mark(self.ino, MODE)
+        return work
+
+    def _add(self, store: Store) -> int:
+        return store.add_remote(
+            *(self.rparent, self.name, FILE),
+            size=self.size,
+            mtime_s=None,
+            mode=SERVER_FILE_MODE,
+            ino=None,
+        )

@@ -1,0 +1,155 @@
+"""Decides, from the two trees alone, the next call that one object needs.
+
+Imports the cache and ops. Pure but for bits that turn out to be settled. An object goes to its place
+only when its directory is in place and the name there is free (an upload may replace an orphaned
+file); else it is blocked on whoever stands in the way. Chains of blocked objects can close to a ring
+(a↔b): the engine sees that and moves one aside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpodfs.cache.content import Content
+from cpodfs.cache.schema import CONTENT, DIR, FILE, LINK, MODE, PLACE, ROOT
+from cpodfs.cache.store import Inode, Remote, Store
+from cpodfs.sync.ops import (
+    Chmod,
+    CreatePod,
+    Item,
+    Mkdir,
+    Move,
+    Op,
+    RemoveDir,
+    RemoveFile,
+    Upload,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """Nothing can be done for an object until something was done for ``on``."""
+
+    on: Item
+
+
+Plan = Op | Blocked | None
+
+
+class Planner:
+    def __init__(self, store: Store, content: Content) -> None:
+        self._store = store
+        self._content = content
+
+    def plan(self, item: Item) -> Plan:
+        """The next operation for an object, what it waits for, or None when it is as it should be."""
+        kind, number = item
+        return self._plan_inode(number) if kind == "ino" else self._plan_orphan(number)
+
+    def _plan_inode(self, ino: int) -> Plan:
+        inode = self._store.get(ino)
+        if inode is None or inode.parent is None or not inode.dirty or inode.kind == LINK:
+            return None
+        home = self._store.remote_of(inode.parent)
+        unsettled = self._unsettled_above(inode)
+        if unsettled is not None or home is None:
+            return Blocked(("ino", inode.parent if unsettled is None else unsettled))
+        mine = self._store.remote_of(ino)
+        assert inode.name is not None
+        there = self._store.remote_at(home.rid, inode.name)
+        if there is not None and mine is not None and there.rid == mine.rid:
+            there = None
+            if inode.dirty & PLACE:
+                self._store.unmark(ino, PLACE)
+        if inode.is_dir:
+            return self._plan_dir(inode, mine, home, there)
+        return self._plan_file(inode, mine, home, there)
+
+    def _unsettled_above(self, inode: Inode) -> int | None:
+        """The topmost directory above that is not in place at the server, if any.
+
+        A file only needs its own directory to exist, wherever its path leads now; a directory that
+        moves could otherwise be sent below itself.
+        """
+        above = self._store.ancestors(inode.ino)[1:]
+        if inode.is_file:
+            above = above[:1]
+        return next((a.ino for a in reversed(above) if a.dirty & PLACE), None)
+
+    def _plan_dir(
+        self, inode: Inode, mine: Remote | None, home: Remote, there: Remote | None
+    ) -> Plan:
+        name = inode.name or ""
+        if mine is None:
+            if there is not None:
+                return Blocked(_owner(there))
+            if home.rid == ROOT:
+                return CreatePod(("ino", inode.ino), (ROOT,), inode.ino, name)
+            return Mkdir(("ino", inode.ino), (home.rid,), inode.ino, home.rid, name)
+        if (mine.rparent, mine.name) != (home.rid, name):
+            if there is not None:
+                return Blocked(_owner(there))
+            return self._move(mine, home, name)
+        return self._chmod(inode, mine)
+
+    def _plan_file(
+        self, inode: Inode, mine: Remote | None, home: Remote, there: Remote | None
+    ) -> Plan:
+        name = inode.name or ""
+        elsewhere = mine is not None and (mine.rparent, mine.name) != (home.rid, name)
+        if there is not None and (there.ino is not None or there.kind == DIR):
+            return Blocked(_owner(there))
+        if not inode.dirty & CONTENT and mine is not None and elsewhere:
+            if there is None:
+                return self._move(mine, home, name)
+            if not inode.cached:
+                return Blocked(_owner(there))
+            # Renamed over a file: the server refuses that, and delete + rename would lose the name
+            # for a while. We have the bytes: send them over the old ones.
+            self._store.mark(inode.ino, CONTENT)
+            inode = self._store.get(inode.ino) or inode
+        if inode.dirty & CONTENT or mine is None:
+            item: Item = ("ino", inode.ino)
+            return Upload(item, (home.rid,), inode.ino, home.rid, name, self._content)
+        return self._chmod(inode, mine)
+
+    def _move(self, mine: Remote, home: Remote, name: str) -> Move:
+        assert mine.rparent is not None
+        assert mine.ino is not None
+        dirs = tuple({mine.rparent, home.rid})
+        return Move(("ino", mine.ino), dirs, mine.rid, mine.kind == DIR, home.rid, name)
+
+    def _chmod(self, inode: Inode, mine: Remote) -> Plan:
+        if not inode.dirty & MODE:
+            return None
+        if mine.mode == inode.mode or mine.rparent in (ROOT, None):  # a pod has no mode
+            self._store.unmark(inode.ino, MODE)
+            return None
+        assert mine.rparent is not None
+        item: Item = ("ino", inode.ino)
+        return Chmod(item, (mine.rparent,), inode.ino, mine.rid, inode.is_dir, inode.mode)
+
+    def _plan_orphan(self, rid: int) -> Plan:
+        remote = self._store.remote(rid)
+        if remote is None or remote.ino is not None or remote.rparent is None:
+            return None
+        if remote.kind == FILE:
+            if self._will_be_replaced(remote):
+                return None
+            return RemoveFile(("rid", rid), (remote.rparent,), rid)
+        for child in self._store.remote_children(rid, limit=1):
+            return Blocked(_owner(child))
+        return RemoveDir(("rid", rid), (remote.rparent, rid), rid, remote.rparent == ROOT)
+
+    def _will_be_replaced(self, orphan: Remote) -> bool:
+        """Whether an upload to this very name is due, which spares the deletion."""
+        assert orphan.rparent is not None
+        home = self._store.remote(orphan.rparent)
+        if home is None or home.ino is None:
+            return False
+        heir = self._store.child(home.ino, orphan.name)
+        return heir is not None and heir.is_file and bool(heir.dirty & CONTENT)
+
+
+def _owner(remote: Remote) -> Item:
+    return ("rid", remote.rid) if remote.ino is None else ("ino", remote.ino)

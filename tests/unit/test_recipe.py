@@ -1,0 +1,253 @@
+"""Recipes: choice among several, every field, and what hostile input becomes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cpodfs.errors import RecipeError
+from cpodfs.recipe import (
+    RECIPE_LIMIT_BYTES,
+    Recipe,
+    choose_recipe,
+    is_recipe_name,
+    parse_recipe,
+    recipes_in_order,
+)
+
+BLENDER = {
+    "name": "blender",
+    "description": "renders",
+    "version": "1.0",
+    "author": "reza",
+    "public": True,
+    "golem": {
+        "exec": "python3 script/blender.py",
+        "script": "script",
+        "payload": "payload",
+        "output": "output",
+        "log": "logs",
+    },
+}
+
+
+def parse(golem=None, **top) -> Recipe:
+    document = {"golem": {"exec": "x"} | (golem or {})} | top
+    return parse_recipe(json.dumps(document).encode(), file="a.recipe")
+
+
+def refusal(data: bytes | str, file: str = "a.recipe") -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(data.encode() if isinstance(data, str) else data, file=file)
+    text = str(caught.value)
+    assert text.isprintable()
+    return text
+
+
+def golem_refusal(**golem) -> str:
+    return refusal(json.dumps({"golem": {"exec": "x"} | golem}))
+
+
+def test_names():
+    assert [n for n in ("a.recipe", ".recipe", "recipe.json") if is_recipe_name(n)] == [
+        "a.recipe",
+        ".recipe",
+        "recipe.json",
+    ]
+    assert not any(map(is_recipe_name, ("recipe", "a.json", "a.recipe.bak", "", "A.RECIPE")))
+
+
+def test_choice_is_the_same_in_any_order():
+    names = ["b.recipe", "x", "a.recipe", ".recipe", "recipe.json"]
+    expected = ["recipe.json", ".recipe", "a.recipe", "b.recipe"]
+    assert recipes_in_order(names) == recipes_in_order(reversed(names)) == expected
+    assert choose_recipe(names) == "recipe.json"
+    assert choose_recipe(["b.recipe", "a.recipe"]) == "a.recipe"
+    assert choose_recipe(["readme"]) is None
+
+
+def test_the_recipe_of_the_documentation():
+    recipe = parse_recipe(json.dumps(BLENDER).encode(), file="blender.recipe")
+    assert recipe.exec_argv == ("python3", "script/blender.py")
+    assert (recipe.name, recipe.version, recipe.public) == ("blender", "1.0", True)
+    assert recipe.runtime is None
+    assert recipe.warnings == ()
+    assert recipe.raw == BLENDER
+
+
+def test_defaults():
+    recipe = parse()
+    assert (recipe.script, recipe.payload, recipe.output, recipe.log) == (
+        "script",
+        "payload",
+        "output",
+        "logs",
+    )
+    assert recipe.name == "a"
+    assert parse(version=2).version == "2"
+
+
+def test_exec_is_split_as_a_shell_does_and_expands_nothing():
+    recipe = parse({"exec": "sh -c 'echo \"$HOME\" *' a\\ b"})
+    assert recipe.exec_argv == ("sh", "-c", 'echo "$HOME" *', "a b")
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("", "golem.exec: must not be empty"),
+        (" \t\n", "golem.exec: must not be empty"),
+        ("a 'b", "golem.exec: cannot be split into words: no closing quotation"),
+        ("a\\", "golem.exec: cannot be split into words: no escaped character"),
+        ("'' a", "golem.exec: names no program"),
+        ("a\0b", "golem.exec: must not contain a NUL character"),
+        (["a"], "golem.exec: must be text, not a list"),
+        (None, "golem.exec: must be text, not null"),
+        (7, "golem.exec: must be text, not a number"),
+    ],
+)
+def test_exec_refused(command, reason):
+    assert golem_refusal(exec=command) == f"a.recipe: {reason}"
+
+
+def test_folders_are_normalised():
+    recipe = parse({"script": "./src//main/", "output": "out/./x", "log": "...", "payload": "päy"})
+    assert (recipe.script, recipe.output, recipe.log) == ("src/main", "out/x", "...")
+
+
+@pytest.mark.parametrize("field", ["script", "payload", "output", "log"])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("", "must not be empty"),
+        ("/etc", "must be relative"),
+        ("a/../../b", "must not contain '..'"),
+        ("..", "must not contain '..'"),
+        (".", "not the pod itself"),
+        ("./", "not the pod itself"),
+        ("a\nb", "control characters"),
+        ("\ud800", "not valid Unicode"),
+        ("a\0b", "control characters"),
+        ("x" * 256, "longer than 255 bytes"),
+        (".run", "reserved"),
+        ("a/index.dfs", "reserved"),
+        (3, "must be text, not a number"),
+        (None, "must be text, not null"),
+    ],
+)
+def test_folders_refused(field, value, reason):
+    text = golem_refusal(**{field: value})
+    assert text.startswith(f"a.recipe: golem.{field}: ")
+    assert reason in text
+
+
+@pytest.mark.parametrize("field", ["output", "log"])
+@pytest.mark.parametrize("folder", ["script", "script/x", "./script/"])
+def test_results_stay_out_of_the_script_folder(field, folder):
+    assert f"golem: {field} must not be the script folder" in golem_refusal(**{field: folder})
+
+
+def test_runtime_stays_raw():
+    block = {"image": "abc", "foreach": "payload/*.txt", "max_price": {"start": 0}}
+    assert parse({"runtime": block}).runtime == block
+    assert golem_refusal(runtime=[1]) == "a.recipe: golem.runtime: must be an object, not a list"
+
+
+def test_unknown_keys_are_kept_and_warned_about():
+    recipe = parse({"shell": 1}, colour="red")
+    assert recipe.extra == {"colour": "red", "golem.shell": 1}
+    assert recipe.warnings == (
+        "a.recipe: colour: unknown key, kept",
+        "a.recipe: golem.shell: unknown key, kept",
+    )
+
+
+def test_warnings_are_bounded():
+    recipe = parse(**{f"k{n}": n for n in range(1000)})
+    assert len(recipe.extra) == 1000
+    assert len(recipe.warnings) == 11
+    assert recipe.warnings[-1] == "a.recipe: and 990 more warnings"
+
+
+def test_other_recipes_are_warned_about():
+    data = json.dumps(BLENDER).encode()
+    recipe = parse_recipe(data, file="a.recipe", others=["b.recipe", "c\n.recipe"])
+    assert recipe.warnings == ("a.recipe: is used; there are other recipes: b.recipe, c\\n.recipe",)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "is not JSON: Expecting value (line 1, column 1)"),
+        (b"{", "is not JSON"),
+        (b"[]", "must be a JSON object, not a list"),
+        (b"null", "must be a JSON object, not null"),
+        (b"{}", "golem: is missing"),
+        (b'{"golem": {}}', "golem.exec: is missing"),
+        (b'{"golem": "x"}', "golem: must be an object, not text"),
+        (b'{"golem": {"exec": "x"}, "public": "yes"}', "public: must be true or false, not text"),
+        (b'{"golem": {"exec": "x"}, "name": "\\ud800"}', "name: is not valid Unicode text"),
+        (b'{"golem": {"exec": "x", "exec": "y"}}', "the key 'exec' appears twice"),
+        (b'{"golem": {"exec": "x"}, "a": NaN}', "NaN is not a number here"),
+        (b'{"golem": {"exec": "x"}, "a": -Infinity}', "-Infinity is not a number here"),
+        (b'{"golem": {"exec": "x"}, "a": 1e999}', "the number 1e999 is too large"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
+        (b'{"a": ' + b"[" * 400_000, "is nested too deeply"),
+        (b'{"a":' * 100_000, "is nested too deeply"),
+        (b'{"a": ' + b"[" * 40 + b"]" * 40 + b"}", "is nested too deeply (more than 32 levels)"),
+        (b"\xff\xfe{\x00}\x00", "is not UTF-8 text (byte 0)"),
+        (b'{"\xe9": 1}', "is not UTF-8 text (byte 2)"),
+        (b" " * (RECIPE_LIMIT_BYTES + 1), "is larger than 1024 KiB"),
+        (b"\0" * 1000, "is not JSON"),
+    ],
+)
+def test_hostile_input(data, reason):
+    text = refusal(data)
+    assert text.startswith(f"a.recipe: {reason}") or reason in text
+    assert len(text) < 300
+
+
+def test_bom_is_accepted():
+    data = b"\xef\xbb\xbf" + json.dumps(BLENDER).encode()
+    assert parse_recipe(data, file="a.recipe").name == "blender"
+
+
+def test_several_problems_name_the_first_and_count_the_rest():
+    text = refusal('{"name": 1, "author": 2, "golem": {"exec": "x"}}')
+    assert text == "a.recipe: name: must be text, not a number (and 1 more)"
+
+
+def test_a_hostile_file_name_stays_on_one_line():
+    assert refusal("{}", file="a\n\x1b[2J\udcff.recipe") == (
+        "a\\n\\x1b[2J\\udcff.recipe: golem: is missing"
+    )
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=5) | st.sampled_from(["golem", "exec"]), inner)
+    ),
+    max_leaves=10,
+)
+
+
+@given(
+    st.binary(max_size=200)
+    | _JSON.map(lambda v: json.dumps({"golem": v}).encode())
+    | _JSON.map(lambda v: json.dumps({"golem": {"exec": "x", "log": v}}).encode())
+)
+def test_anything_is_a_recipe_or_a_one_line_error(data):
+    problem = ""
+    try:
+        recipe = parse_recipe(data, file="a.recipe")
+    except RecipeError as exc:
+        problem = str(exc)
+    else:
+        assert recipe.exec_argv
+        json.dumps(recipe.raw)
+    assert problem == "" or (problem.isprintable() and problem.startswith("a.recipe: "))
