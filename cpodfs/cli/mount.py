@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import platformdirs
 import trio
 
 from cpodfs import mountpoint as mp
@@ -107,7 +108,7 @@ LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s %(message)s"
 @click.option(
     "--log-file",
     type=click.Path(path_type=Path),
-    help="Append the log to this file (default for a daemon: in the cache folder).",
+    help="Append the log to this file (a daemon's default: in $XDG_STATE_HOME/cpodfs).",
 )
 @click.option("-v", "--verbose", is_flag=True, help="Log more.")
 def mount(mountpoint: Path, **options: Any) -> None:
@@ -119,7 +120,7 @@ def mount(mountpoint: Path, **options: Any) -> None:
         password = _password(options)
     serve = functools.partial(_serve, point, password, options)
     if options["daemon"]:
-        _daemonize(serve)
+        _daemonize(functools.partial(serve, log_file=options["log_file"] or _default_log(point)))
     else:
         sys.exit(
             serve(
@@ -201,7 +202,7 @@ def devnet_environment(net: launch.Devnet) -> dict[str, str]:
     return run_environment(
         market_url=net.yagna_url,
         app_key=net.app_key_file.read_text().strip(),
-        tool_dir=net.run_path_dir or net.state,
+        tool_dir=net.state / "tools",
         gftp_dir=net.gftp_dir,
     )
 
@@ -222,6 +223,12 @@ def _settings(
         allow_other=options["allow_other"],
         yagna_url=options["yagna_url"],
     )
+
+
+def _default_log(point: Path) -> Path:
+    """Where a daemon's log goes: one file per mount point, in $XDG_STATE_HOME/cpodfs."""
+    folder = platformdirs.user_state_path("cpodfs", ensure_exists=True)
+    return folder / f"{str(point).strip('/').replace('/', '-') or 'root'}.log"
 
 
 def _log_to(path: Path | None, *, verbose: bool) -> None:

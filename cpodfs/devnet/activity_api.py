@@ -104,12 +104,16 @@ class ActivityApi:
             raise Problem(404, f"batch {request.match_info['batch']} is not known")
         if "text/event-stream" in request.headers.get("Accept", ""):
             return await _stream(request, agreement, batch)
-        await batch.changed.until(
-            lambda: batch.finished or len(batch.results) > batch.delivered,
-            hold_s(request, _DEFAULT_HOLD_S),
-        )
+        timeout_s = hold_s(request, _DEFAULT_HOLD_S)
+        agreement.polls += 1
+        try:
+            await batch.changed.until(
+                lambda: batch.finished or len(batch.results) > batch.delivered, timeout_s
+            )
+        finally:
+            agreement.polls -= 1
+            agreement.seen_now()
         batch.delivered = len(batch.results)
-        agreement.seen_now()
         return web.json_response(batch.results)
 
 

@@ -83,6 +83,8 @@ class Agreement:
     state: str = "Proposal"
     approved: str | None = None
     seen: float = field(default_factory=time.monotonic)
+    polls: int = 0
+    """Result polls that are held open now; see `Demand.polls`."""
     activities: list[str] = field(default_factory=list)
     changed: Signal = field(default_factory=Signal)
 
@@ -106,7 +108,9 @@ class Agreement:
     def last_seen(self) -> float:
         """When its requestor gave the last sign of life, by this agreement or its demand."""
         demand = self.proposal.demand
-        return time.monotonic() if demand.polls else max(self.seen, demand.seen)
+        if self.polls or demand.polls:
+            return time.monotonic()
+        return max(self.seen, demand.seen)
 
     def json(self) -> Json:
         said, demand = self.proposal.previous, self.proposal.demand

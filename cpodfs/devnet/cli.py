@@ -37,6 +37,12 @@ from cpodfs.devnet.state import default_state
 @click.option("--truncate-rate", type=float, help="Share of downloads cut short.")
 @click.option("--expire-every", type=int, help="Sessions end at each N-th request.")
 @click.option("--directory-race", is_flag=True, default=None, help="Lose concurrent entries.")
+@click.option(
+    "--rmdir-bug/--no-rmdir-bug", default=None, help="The real server's mistake.  [default: on]"
+)
+@click.option(
+    "--rename-needs-listing", is_flag=True, default=None, help="The real server's other one."
+)
 @click.option("--seed", type=int, help="Same seed, same faults.")
 @click.option("--match", help="Faults only where this expression is found in the path.")
 def devnet(

@@ -159,11 +159,17 @@ async def _pod_close(call: Call) -> Reply:
     if name not in session.open_pods:
         raise Refusal(f"could not find pod: {name}")
     session.open_pods.discard(name)
+    pod = call.server.store.pod(session.user.name, name)
+    if pod is not None:
+        session.listed = {(pod_, path) for pod_, path in session.listed if pod_ != pod.address}
     return {"message": "pod closed successfully"}
 
 
 async def _pod_sync(call: Call) -> Reply:
-    call.server.open_pod(call.session, call.args["podName"].strip())
+    name = call.args["podName"]
+    if len(name.encode()) > m.POD_NAME_MAX:
+        raise Refusal(m.POD_NAME_TOO_LONG)
+    call.server.open_pod(call.session, name.strip())
     return {"message": "pod synced successfully"}
 
 

@@ -23,7 +23,7 @@ from cpodfs.devnet.dfs_record import Content, File
 from cpodfs.devnet.dfs_routes import Call, Endpoint, Reply, Server, message
 from cpodfs.devnet.dfs_store import Store
 from cpodfs.devnet.dfs_tree import Tree
-from cpodfs.devnet.faults import FaultBox
+from cpodfs.devnet.faults import NOTE, FaultBox
 
 _CHUNK = 1 << 18
 _FIELD_MAX = 1 << 16
@@ -83,12 +83,13 @@ async def _read_form(request: web.Request, server: Server, file_field: str) -> _
 async def _receive(
     part: BodyPartReader, received: _Part, request: web.Request, box: FaultBox
 ) -> None:
+    note = request[NOTE]
     with _created(received.temp) as file:
         while chunk := await part.read_chunk(_CHUNK):
             if received.size < 512:
                 received.head += chunk[:512]
             received.size += len(chunk)
-            request["bytes_in"] = request.get("bytes_in", 0) + len(chunk)
+            note.bytes_in = (note.bytes_in or 0) + len(chunk)
             file.write(chunk)
             await box.up.wait(len(chunk), box.faults.bandwidth)
 
@@ -119,8 +120,8 @@ async def _store_form(call: Call, form: _Form) -> Reply:
         if not fields.get(name):
             return message(f'file upload: "{name}" argument missing', 400)
     pod_name, path = fields["podName"], fields["dirPath"]
-    request["pod"] = pod_name
-    request["target"] = m.join(path, form.parts[0].name) if form.parts else path
+    request[NOTE].pod = pod_name
+    request[NOTE].target = m.join(path, form.parts[0].name) if form.parts else path
     compression = request.headers.get("fairOS-dfs-Compression", "")
     if compression not in _COMPRESSIONS:
         return message('file upload: invalid value for "compression" header', 400)
@@ -144,7 +145,7 @@ async def _store_part(
     call: Call, part: _Part, pod_name: str, path: str, block: int, packing: str, overwrite: bool
 ) -> None:
     session, store = call.session, call.server.store
-    pod = call.server.open_pod(session, pod_name)
+    pod = call.server.pod_in_use(session, pod_name)
     tree = call.server.tree(pod)
     if part.name == m.INDEX_NAME:
         _write_own_index(tree, path, part)
@@ -189,12 +190,13 @@ def _write_at(call: Call, form: _Form) -> Reply:
     for name in ("podName", "filePath"):
         if not fields.get(name):
             return message(f'file update: "{name}" argument missing', 400)
-    call.request["pod"], call.request["target"] = fields["podName"], fields["filePath"]
+    note = call.request[NOTE]
+    note.pod, note.target = fields["podName"], fields["filePath"]
     if not fields.get("offset", "").isdecimal():
         return message('file update: "offset" argument missing or wrong', 400)
     if not form.parts:
         return message('file update: parameter "file" missing', 400)
-    pod = call.server.open_pod(call.session, fields["podName"])
+    pod = call.server.pod_in_use(call.session, fields["podName"])
     tree, path, offset = call.server.tree(pod), fields["filePath"], int(fields["offset"])
     found = tree.file(path)
     if found is None:
@@ -231,15 +233,16 @@ async def _download(call: Call) -> Reply:
         for name in ("podName", "filePath"):
             if not args.get(name):
                 return message(f'download: "{name}" argument missing', 400)
-    pod = call.server.open_pod(call.session, args["podName"])
+    pod = call.server.pod_in_use(call.session, args["podName"])
     found = call.server.tree(pod).need_file(args["filePath"])
-    request["pod"], request["target"] = args["podName"], args["filePath"]
+    request[NOTE].pod, request[NOTE].target = args["podName"], args["filePath"]
     return await send_file(request, call.server, found)
 
 
 async def send_file(request: web.Request, server: Server, found: File) -> web.StreamResponse:
     """Stream the whole content; a planned truncation ends the connection before its end."""
-    if request.get("silent"):
+    note = request[NOTE]
+    if note.silent:
         return web.Response()
     if not found.blob:
         return web.Response()
@@ -253,10 +256,10 @@ async def send_file(request: web.Request, server: Server, found: File) -> web.St
             await server.box.down.wait(min(len(chunk), left), server.box.faults.bandwidth)
             await response.write(chunk[:left])
             left -= len(chunk)
-            request["bytes_out"] = request.get("bytes_out", 0) + len(chunk)
+            note.bytes_out += len(chunk)
             chunk = file.read(_CHUNK)
-    if request["plan"].truncate_at is not None and request.transport is not None:
-        request["bytes_out"] = _bytes_to_send(request, found.size)
+    if note.plan.truncate_at is not None and request.transport is not None:
+        note.bytes_out = _bytes_to_send(request, found.size)
         request.transport.close()
     else:
         await response.write_eof()
@@ -264,7 +267,7 @@ async def send_file(request: web.Request, server: Server, found: File) -> web.St
 
 
 def _bytes_to_send(request: web.Request, size: int) -> int:
-    share = request["plan"].truncate_at
+    share = request[NOTE].plan.truncate_at
     return size if share is None else int(size * share)
 
 

@@ -33,6 +33,7 @@ async def changing(call: Call, tree: Tree, paths: set[str], change: Callable[[],
 async def _mkdir(call: Call) -> Reply:
     tree, path = call.tree(), call.args["dirPath"]
     await changing(call, tree, {m.parent_of(path)}, lambda: tree.mkdir(path))
+    call.session.listed.add((tree.pod, m.dir_key(path)))
     return {"message": "directory created successfully"}
 
 
@@ -43,7 +44,10 @@ async def _rmdir(call: Call) -> Reply:
 
 
 async def _ls(call: Call) -> Reply:
-    dirs, files = call.tree().ls(call.args["dirPath"])
+    tree, path = call.tree(), call.args["dirPath"]
+    dirs, files = tree.ls(path)
+    found = {path, *(m.join(path, entry["name"]) for entry in dirs)}
+    call.session.listed |= {(tree.pod, m.dir_key(name)) for name in found}
     return ({"dirs": dirs} if dirs else {}) | ({"files": files} if files else {})
 
 
@@ -60,9 +64,20 @@ async def _dir_present(call: Call) -> Reply:
 
 async def _rename_dir(call: Call) -> Reply:
     tree, old, new = call.tree(), call.args["oldPath"], call.args["newPath"]
+    if call.server.box.faults.rename_needs_listing:
+        _need_listed(call, tree, old)
     parents = {m.parent_of(old), m.parent_of(new)}
     await changing(call, tree, parents, lambda: tree.rename_dir(old, new))
     return {"message": "directory renamed successfully"}
+
+
+def _need_listed(call: Call, tree: Tree, path: str) -> None:
+    for kind, name in tree.entries(path):
+        child = m.join(path, name)
+        if kind == "D" and tree.has_dir(child):
+            if (tree.pod, child) not in call.session.listed:
+                raise m.Panic(child)
+            _need_listed(call, tree, child)
 
 
 def _mode(label: str, call: Call) -> int:
@@ -85,7 +100,7 @@ async def _stat_file(call: Call) -> Reply:
 async def _status(call: Call) -> Reply:
     """Chunks of 4 KiB: all of them are always pushed."""
     session, path = call.session, call.args["filePath"]
-    pod = call.server.open_pod(session, call.args["podName"])
+    pod = call.server.pod_in_use(session, call.args["podName"])
     found = call.server.tree(pod).need_file(path)
     if (pod.address, path) not in session.tagged:
         raise Refusal("file status is not available")
@@ -114,7 +129,7 @@ async def _chmod_file(call: Call) -> Reply:
 
 async def _share_file(call: Call) -> Reply:
     session = call.session
-    pod = call.server.open_pod(session, call.args["podName"])
+    pod = call.server.pod_in_use(session, call.args["podName"])
     found = call.server.tree(pod).file(call.args["filePath"])
     if found is None:
         raise Refusal("feed does not exist or was not updated yet")

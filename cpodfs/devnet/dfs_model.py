@@ -40,6 +40,7 @@ for _power, _letter in enumerate("kmgtpe", start=1):
 
 _PARAMETER = re.compile(r';\s*([^\s=;]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^;\s]*))')
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SPECIAL = re.compile(r'\\([()<>@,;:\\"/\[\]?=])')
 
 
@@ -123,7 +124,7 @@ def disposition(header: str) -> dict[str, str]:
 
 def printable(text: str) -> str:
     """``text`` as it comes back from the server's JSON: what is not UTF-8 becomes U+FFFD."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return _SURROGATE.sub("\ufffd", text)
 
 
 _MAGIC = (

@@ -19,7 +19,7 @@ from cpodfs.devnet.dfs_model import Refusal
 from cpodfs.devnet.dfs_session import Session, Sessions, Unauthorized
 from cpodfs.devnet.dfs_store import Pod, Store
 from cpodfs.devnet.dfs_tree import Tree
-from cpodfs.devnet.faults import FaultBox, Handler, hang_up
+from cpodfs.devnet.faults import NOTE, FaultBox, Handler, hang_up
 
 SESSION_OR_POD = {m.NOT_LOGGED_IN: 400, m.POD_NOT_OPEN: 400}
 
@@ -34,14 +34,19 @@ class Server:
     strict_open: bool
 
     def open_pod(self, session: Session, name: str) -> Pod:
-        """The pod, opened if need be. Raises Refusal; with strict_open also for a closed pod."""
+        """The pod, opened if need be. Raises Refusal."""
         pod = self.store.pod(session.user.name, name)
         if pod is None:
             raise Refusal(m.POD_NOT_FOUND)
-        if self.strict_open and name not in session.open_pods:
-            raise Refusal(m.POD_NOT_OPEN)
         session.open_pods.add(name)
         return pod
+
+    def pod_in_use(self, session: Session, name: str) -> Pod:
+        """The pod for a call inside it. With strict_open also refuses one that is not open."""
+        is_known = self.store.pod(session.user.name, name) is not None
+        if self.strict_open and is_known and name not in session.open_pods:
+            raise Refusal(m.POD_NOT_OPEN)
+        return self.open_pod(session, name)
 
     def tree(self, pod: Pod) -> Tree:
         bug = self.box.faults.rmdir_bug
@@ -66,7 +71,7 @@ class Call:
 
     def tree(self) -> Tree:
         """The tree of the pod that ``podName`` names."""
-        return self.server.tree(self.server.open_pod(self.session, self.args["podName"]))
+        return self.server.tree(self.server.pod_in_use(self.session, self.args["podName"]))
 
 
 Reply = dict[str, Any] | web.StreamResponse
@@ -139,7 +144,7 @@ def handler_for(endpoint: Endpoint) -> Handler:
         args = await _arguments(endpoint, request)
         if isinstance(args, web.Response):
             return args
-        request["pod"], request["target"] = args.get("podName"), _target(args)
+        request[NOTE].pod, request[NOTE].target = args.get("podName"), _target(args)
         return await answer(endpoint, Call(request, server, session_id, args))
 
     return handle

@@ -31,12 +31,16 @@ class Unauthorized(Exception):
 
 @dataclass
 class Session:
-    """``open_pods``: names opened by this session. ``tagged``: files it uploaded (pod, path)."""
+    """``open_pods``: names opened by this session.
+
+    ``tagged``: files that it uploaded, ``listed``: directories in its memory, both as (pod, path).
+    """
 
     id: str
     user: User
     open_pods: set[str] = field(default_factory=set)
     tagged: set[tuple[str, str]] = field(default_factory=set)
+    listed: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Sessions:

@@ -35,7 +35,7 @@ class Tree:
     ) -> None:
         self._store = store
         self._db = store.db
-        self._pod = pod
+        self.pod = pod
         self._writable = writable
         self._rmdir_bug = rmdir_bug
 
@@ -44,7 +44,7 @@ class Tree:
     def has_dir(self, path: str) -> bool:
         """Raises Panic where the real server takes a file's metadata for a directory's."""
         query = "SELECT 1 FROM dirs WHERE pod = ? AND path = ?"
-        if self._db.execute(query, (self._pod, m.dir_key(path))).fetchone() is not None:
+        if self._db.execute(query, (self.pod, m.dir_key(path))).fetchone() is not None:
             return True
         is_index = m.base_of(path) == m.INDEX_NAME and self.has_dir(m.parent_of(path))
         if is_index or self.file(path) is not None:
@@ -53,7 +53,7 @@ class Tree:
 
     def file(self, path: str) -> File | None:
         query = f"SELECT {FILE_COLUMNS} FROM files WHERE pod = ? AND path = ?"  # noqa: S608 - constant
-        row = self._db.execute(query, (self._pod, path)).fetchone()
+        row = self._db.execute(query, (self.pod, path)).fetchone()
         return File(*row) if row else None
 
     def need_file(self, path: str) -> File:
@@ -65,12 +65,12 @@ class Tree:
     def entries(self, path: str) -> list[tuple[str, str]]:
         """(kind, name) in the order in which they were added; kind is 'D' or 'F'."""
         query = "SELECT kind, name FROM entries WHERE pod = ? AND dir = ? ORDER BY id"
-        return self._db.execute(query, (self._pod, m.dir_key(path))).fetchall()
+        return self._db.execute(query, (self.pod, m.dir_key(path))).fetchall()
 
     def ls(self, path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Directories and files, in no order; names without metadata are left out in silence."""
         self._need_dir(path)
-        key = (self._pod, m.dir_key(path))
+        key = (self.pod, m.dir_key(path))
         prefix = m.join(path, "")
         prefix = prefix if prefix.endswith("/") else prefix + "/"
         dirs = self._db.execute(
@@ -96,7 +96,7 @@ class Tree:
         query = (
             "SELECT parent, name, mode, ctime, mtime, atime FROM dirs WHERE pod = ? AND path = ?"
         )
-        row = self._db.execute(query, (self._pod, m.dir_key(path))).fetchone()
+        row = self._db.execute(query, (self.pod, m.dir_key(path))).fetchone()
         kinds = [kind for kind, _ in self.entries(path)]
         return {
             "podName": pod_name,
@@ -134,7 +134,7 @@ class Tree:
         if not self.has_dir(path):
             raise Refusal(f"list dir : feed does not exist or was not updated yet for {path}")
         query = "SELECT name, mode, ctime, mtime, atime FROM dirs WHERE pod = ? AND path = ?"
-        row = self._db.execute(query, (self._pod, m.dir_key(path))).fetchone()
+        row = self._db.execute(query, (self.pod, m.dir_key(path))).fetchone()
         shot = dir_entry(*row) | {"fileList": [], "dirList": []}
         for kind, name in self.entries(path):
             child = m.join(path, name)
@@ -164,7 +164,7 @@ class Tree:
         self._need_writable()
         now = int(time.time())
         with self._store.change():
-            row = (self._pod, key, parent, name, m.MODE_DIR, now, now, now)
+            row = (self.pod, key, parent, name, m.MODE_DIR, now, now, now)
             self._db.execute("INSERT INTO dirs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
             self._list(parent, "D", name)
 
@@ -188,7 +188,7 @@ class Tree:
         with self._store.change():
             self._db.execute(
                 "UPDATE dirs SET mode = ?, atime = ? WHERE pod = ? AND path = ?",
-                (m.S_IFDIR | mode, int(time.time()), self._pod, m.dir_key(path)),
+                (m.S_IFDIR | mode, int(time.time()), self.pod, m.dir_key(path)),
             )
 
     def rename_dir(self, old: str, new: str) -> None:
@@ -207,8 +207,9 @@ class Tree:
         with self._store.change():
             self._move_tree(m.dir_key(old), m.dir_key(new), new_parent, new_name)
             self._unlist(parent, "D", name)
-        with self._store.change():
-            self._list(new_parent, "D", new_name)
+            if self.has_dir(new_parent):
+                self._list(new_parent, "D", new_name)
+        self._need_dir(new_parent)
 
     # Files
 
@@ -264,7 +265,7 @@ class Tree:
         marks = ", ".join("?" * (2 + len(values)))
         self._db.execute(
             f"INSERT OR REPLACE INTO files (pod, path, {FILE_COLUMNS}) VALUES ({marks})",  # noqa: S608 - constant
-            (self._pod, key, *values),
+            (self.pod, key, *values),
         )
 
     def replace_content(self, path: str, content: Content) -> None:
@@ -291,9 +292,12 @@ class Tree:
     def rm_file(self, path: str) -> None:
         if not self._writable:
             raise Refusal(m.READ_ONLY_POD)
+        parent = m.parent_of(path)
         with self._store.change():
             self._remove_file(path)
-            self._unlist(m.parent_of(path), "F", m.base_of(path))
+            if self.has_dir(parent):
+                self._unlist(parent, "F", m.base_of(path))
+        self._need_dir(parent)
 
     def chmod_file(self, path: str, mode: int) -> None:
         self._need_writable()
@@ -301,7 +305,7 @@ class Tree:
         with self._store.change():
             self._db.execute(
                 "UPDATE files SET mode = ?, atime = ? WHERE pod = ? AND path = ?",
-                (m.S_IFREG | mode, int(time.time()), self._pod, path),
+                (m.S_IFREG | mode, int(time.time()), self.pod, path),
             )
 
     def rename_file(self, old: str, new: str) -> None:
@@ -311,17 +315,19 @@ class Tree:
         if self.file(new) is not None:
             raise Refusal("file already exist with new name")
         self._need_writable()
-        parent, name = m.parent_of(new), m.base_of(new)
+        parent, name, old_parent = m.parent_of(new), m.base_of(new), m.parent_of(old)
         with self._store.change():
             self._db.execute(
                 "UPDATE files SET path = ?, parent = ?, name = ?, mtime = ?"
                 " WHERE pod = ? AND path = ?",
-                (new, parent, name, int(time.time()), self._pod, old),
+                (new, parent, name, int(time.time()), self.pod, old),
             )
             if self.has_dir(parent):
                 self._list(parent, "F", name)
-                self._unlist(m.parent_of(old), "F", m.base_of(old))
+                if self.has_dir(old_parent):
+                    self._unlist(old_parent, "F", m.base_of(old))
         self._need_dir(parent)
+        self._need_dir(old_parent)
 
     # Lists, as the lost-update fault needs them
 
@@ -334,7 +340,7 @@ class Tree:
             for path, entries in lists.items():
                 if not self.has_dir(path):
                     continue
-                key = (self._pod, m.dir_key(path))
+                key = (self.pod, m.dir_key(path))
                 self._db.execute("DELETE FROM entries WHERE pod = ? AND dir = ?", key)
                 rows = [(*key, kind, name) for kind, name in entries]
                 query = "INSERT INTO entries (pod, dir, kind, name) VALUES (?, ?, ?, ?)"
@@ -352,36 +358,36 @@ class Tree:
 
     def _is_listed(self, path: str, kind: str, name: str) -> bool:
         query = "SELECT 1 FROM entries WHERE pod = ? AND dir = ? AND kind = ? AND name = ?"
-        row = self._db.execute(query, (self._pod, m.dir_key(path), kind, name)).fetchone()
+        row = self._db.execute(query, (self.pod, m.dir_key(path), kind, name)).fetchone()
         return row is not None
 
     def _list(self, path: str, kind: str, name: str) -> None:
         self._need_dir(path)
-        row = (self._pod, m.dir_key(path), kind, name)
+        row = (self.pod, m.dir_key(path), kind, name)
         self._db.execute("INSERT INTO entries (pod, dir, kind, name) VALUES (?, ?, ?, ?)", row)
         self._touch(path)
 
     def _unlist(self, path: str, kind: str, name: str) -> None:
         self._need_dir(path)
         query = "DELETE FROM entries WHERE pod = ? AND dir = ? AND kind = ? AND name = ?"
-        self._db.execute(query, (self._pod, m.dir_key(path), kind, name))
+        self._db.execute(query, (self.pod, m.dir_key(path), kind, name))
         self._touch(path)
 
     def _touch(self, path: str) -> None:
-        row = (int(time.time()), self._pod, m.dir_key(path))
+        row = (int(time.time()), self.pod, m.dir_key(path))
         self._db.execute("UPDATE dirs SET mtime = ? WHERE pod = ? AND path = ?", row)
 
     def _remove_file(self, path: str) -> None:
         self._store.release(self.need_file(path).blob)
-        self._db.execute("DELETE FROM files WHERE pod = ? AND path = ?", (self._pod, path))
+        self._db.execute("DELETE FROM files WHERE pod = ? AND path = ?", (self.pod, path))
 
     def _remove_tree(self, path: str) -> None:
         _check_removable(path)
         self._need_dir(path)
         self._remove_children(path)
         key = m.dir_key(path)
-        self._db.execute("DELETE FROM entries WHERE pod = ? AND dir = ?", (self._pod, key))
-        self._db.execute("DELETE FROM dirs WHERE pod = ? AND path = ?", (self._pod, key))
+        self._db.execute("DELETE FROM entries WHERE pod = ? AND dir = ?", (self.pod, key))
+        self._db.execute("DELETE FROM dirs WHERE pod = ? AND path = ?", (self.pod, key))
         if key == "/":
             return
         self._unlist(self._list_that_rmdir_edits(path), "D", m.base_of(path))
@@ -403,13 +409,13 @@ class Tree:
         name = f"{now}_{old.name}"
         self._db.execute(
             "UPDATE OR REPLACE files SET path = ?, name = ?, mtime = ? WHERE pod = ? AND path = ?",
-            (m.join(path, name), name, now, self._pod, key),
+            (m.join(path, name), name, now, self.pod, key),
         )
         self._list(path, "F", name)
 
     def _move_tree(self, old: str, new: str, parent: str, name: str) -> None:
         now, cut = int(time.time()), len(old) + 1
-        inside = (self._pod, old + "/", old + "0")  # "0" follows "/" in the order of code points
+        inside = (self.pod, old + "/", old + "0")  # "0" follows "/" in the order of code points
         self._forget_moved_names(old)
         for table, column in (("files", "path"), ("dirs", "path"), ("entries", "dir")):
             self._db.execute(
@@ -417,7 +423,7 @@ class Tree:
                 f" WHERE pod = ? AND {column} >= ? AND {column} < ?",
                 (new, cut, *inside),
             )
-        moved = (self._pod, new + "/", new + "0")
+        moved = (self.pod, new + "/", new + "0")
         for table in ("files", "dirs"):
             self._db.execute(
                 f"UPDATE {table} SET parent = ? || substr(parent, ?), mtime = ?"  # noqa: S608 - constants
@@ -425,11 +431,11 @@ class Tree:
                 (new, cut, now, *moved),
             )
         self._db.execute(
-            "UPDATE entries SET dir = ? WHERE pod = ? AND dir = ?", (new, self._pod, old)
+            "UPDATE entries SET dir = ? WHERE pod = ? AND dir = ?", (new, self.pod, old)
         )
         self._db.execute(
             "UPDATE dirs SET path = ?, parent = ?, name = ?, mtime = ? WHERE pod = ? AND path = ?",
-            (new, parent, name, now, self._pod, old),
+            (new, parent, name, now, self.pod, old),
         )
 
     def _forget_moved_names(self, old: str) -> None:

@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pydantic
@@ -42,6 +42,8 @@ class Faults:
         seed: None draws one. match: regular expression searched in the path.
         directory_race: concurrent changes of one directory lose entries, as the real server does;
             race_window_s is the time between reading and writing a directory's list.
+        rename_needs_listing: renaming a directory whose sub-directories this session has not listed
+            since it opened the pod ends the connection, as at the real server (here undone).
         rmdir_bug: removing a nested directory edits the wrong list, as the real server does.
     """
 
@@ -57,6 +59,7 @@ class Faults:
     match: str = ""
     directory_race: bool = False
     race_window_s: float = Field(default=0.02, ge=0)
+    rename_needs_listing: bool = False
     rmdir_bug: bool = True
 
     def __post_init__(self) -> None:
@@ -94,6 +97,23 @@ def plan(faults: Faults, seed: int, n: int) -> Plan:
         faults.latency_s + jitter * faults.latency_jitter_s,
         where if cut < faults.truncate_rate else None,
     )
+
+
+@dataclass
+class Note:
+    """What is known of one request: set by the log, filled in by middleware and handlers.
+
+    ``silent``: the answer will not be sent, so a handler need not stream it. ``bytes_in`` None: what
+    the Content-Length says.
+    """
+
+    plan: Plan = field(default_factory=Plan)
+    pod: str | None = None
+    target: str | None = None
+    bytes_in: int | None = None
+    bytes_out: int = 0
+    dropped: bool = False
+    silent: bool = False
 
 
 class Pipe:
@@ -134,7 +154,7 @@ class FaultBox:
         return plan(self.faults, self.seed, self.seen)
 
     def _maybe_expire(self, request: web.Request) -> None:
-        if not self.faults.expire_every or request.path.endswith(("/user/login", "/user/signup")):
+        if not self.faults.expire_every or not request.path.startswith("/v1/"):
             return
         self._needing_session += 1
         if self._needing_session % self.faults.expire_every == 0:
@@ -143,16 +163,17 @@ class FaultBox:
 
 
 BOX = web.AppKey("faults", FaultBox)
+NOTE = web.RequestKey("note", Note)
 
 
 @web.middleware
 async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Carry out the plan. Handlers find it in ``request["plan"]`` (truncation is theirs)."""
+    """Carry out the plan. Handlers find it in ``request[NOTE].plan`` (truncation is theirs)."""
     if request.path.startswith("/devnet/"):
         return await handler(request)
     box = request.app[BOX]
     fate = box.next_plan(request)
-    request["plan"] = fate
+    request[NOTE].plan = fate
     if fate.latency_s:
         await asyncio.sleep(fate.latency_s)
     if fate.outcome == "drop-before":
@@ -160,7 +181,7 @@ async def middleware(request: web.Request, handler: Handler) -> web.StreamRespon
     if fate.outcome == "error":
         return await _error(request, box.faults.status)
     if fate.outcome == "drop-after":
-        request["silent"] = True
+        request[NOTE].silent = True
         await handler(request)
         return hang_up(request)
     return await handler(request)
@@ -168,7 +189,7 @@ async def middleware(request: web.Request, handler: Handler) -> web.StreamRespon
 
 def hang_up(request: web.Request) -> web.Response:
     """Close the connection at once; the response returned is never sent."""
-    request["dropped"] = True
+    request[NOTE].dropped = True
     if request.transport is not None:
         request.transport.abort()
     return web.Response(status=500)

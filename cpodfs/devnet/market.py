@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import shutil
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -92,6 +93,7 @@ class Market:
     async def running(self, _app: web.Application) -> AsyncIterator[None]:
         """aiohttp's ``cleanup_ctx``: clear up after a crash, sweep while serving, end everything."""
         self._recover()
+        await asyncio.to_thread(shutil.rmtree, self._state_dir / "providers", ignore_errors=True)
         if self._sandbox:
             probe_dir = self._state_dir / "providers" / ".probe"
             self._isolation = await asyncio.to_thread(Isolation.probe, probe_dir)

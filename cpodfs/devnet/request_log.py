@@ -1,8 +1,7 @@
 """Every request as one JSON line, and as counters at ``GET /devnet/stats``.
 
-Imports nothing of ours. Lines hold no query string, header or body: sharing references and tokens
-must not get into a log. Handlers put ``pod``, ``target``, ``bytes_in`` and ``bytes_out`` into the
-request; ``status`` 0 means that the connection was dropped without an answer.
+Imports ``faults``. Lines hold no query string, header or body: sharing references and tokens
+must not get into a log. Handlers say pod, target and sizes in ``request[NOTE]``; ``status`` 0 means that the connection was dropped without an answer.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import IO, Any
 
 from aiohttp import web
 
-from cpodfs.devnet.faults import Handler
+from cpodfs.devnet.faults import NOTE, Handler, Note
 
 
 @dataclass
@@ -63,12 +62,12 @@ class RequestLog:
         duration = time.monotonic() - started
         endpoint = f"{request.method} {_route(request)}"
         totals = self._counters.endpoints.setdefault(endpoint, _Totals())
-        bytes_in = request.get("bytes_in", request.content_length or 0)
-        bytes_out = request.get("bytes_out", 0)
+        note = request[NOTE]
+        bytes_in = (request.content_length or 0) if note.bytes_in is None else note.bytes_in
         totals.count += 1
         totals.errors += not 0 < status < 400
         totals.bytes_in += bytes_in
-        totals.bytes_out += bytes_out
+        totals.bytes_out += note.bytes_out
         totals.duration_s += duration
         self._counters.statuses[status] += 1
         if self._file is None:
@@ -77,11 +76,11 @@ class RequestLog:
             "time": round(time.time() - duration, 6),
             "method": request.method,
             "path": _route(request),
-            "pod": request.get("pod"),
-            "target": request.get("target"),
+            "pod": note.pod,
+            "target": note.target,
             "status": status,
             "bytes_in": bytes_in,
-            "bytes_out": bytes_out,
+            "bytes_out": note.bytes_out,
             "duration_s": round(duration, 6),
             "concurrency": concurrency,
         }
@@ -110,12 +109,13 @@ async def middleware(request: web.Request, handler: Handler) -> web.StreamRespon
         return await handler(request)
     log, started = request.app[LOG], time.monotonic()
     concurrency, status = log.enter(), 0
+    note = request[NOTE] = Note()
     try:
         response = await handler(request)
-        if not request.get("dropped"):
+        if not note.dropped:
             status = response.status
             if isinstance(response, web.Response) and isinstance(response.body, bytes):
-                request["bytes_out"] = len(response.body)
+                note.bytes_out = len(response.body)
         return response
     finally:
         log.leave(request, status, started, concurrency)

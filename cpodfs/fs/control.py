@@ -143,12 +143,6 @@ class Attributes:
         self.commands: dict[bytes, Callable[[int, bytes], Awaitable[None]]] = {}
         self.reports: dict[bytes, Callable[[], object]] = {}
 
-    def names(self, inode: Inode) -> list[bytes]:
-        names = [XATTR_PREFIX + b"state"]
-        if self._error(inode) is not None:
-            names.append(XATTR_PREFIX + b"error")
-        return names
-
     def get(self, inode: Inode, name: bytes) -> bytes | None:
         key = name.removeprefix(XATTR_PREFIX)
         if key == b"state":

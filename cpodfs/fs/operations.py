@@ -359,10 +359,8 @@ class Operations(pyfuse3.Operations):
 
     @_answer
     async def listxattr(self, inode: int, ctx: RequestContext) -> Sequence[bytes]:
-        if inode & RUN_INO_BIT:
-            return []
-        found = self._tree.inode(inode)
-        return [*self._tree.store.xattrs(inode), *self._attributes.names(found)]
+        # The computed ones are not listed: `cp -a` and `mv` would try to set them on the copy.
+        return [] if inode & RUN_INO_BIT else self._tree.store.xattrs(inode)
 
     @_answer
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:

@@ -115,7 +115,7 @@ class RunManager:
         nursery.start_soon(self._publish_all, unpublished)
 
     def begin(self, pod: str, recipe: Recipe) -> str:
-        """Start a run; returns its id once it is on disk (two fsyncs, some ms), not once it runs.
+        """Start a run; returns its id once it is on disk (some fsyncs, some ms), not once it runs.
 
         What goes wrong from then on is a failed run. Raises RunInProgress, or RunError if the run
         cannot be recorded (its ``errno`` is the disk's).
@@ -136,6 +136,10 @@ class RunManager:
         nursery.start_soon(self._drive, run, recipe)
         return run.id
 
+    def in_progress(self, pod: str) -> bool:
+        """Whether the pod has a run; unlike `current` it reads nothing."""
+        return pod in self._active
+
     def current(self, pod: str) -> dict[str, Any] | None:
         """The record of the pod's run in progress, without the recipe; None when there is none.
 
@@ -145,7 +149,7 @@ class RunManager:
         if run is None:
             return None
         record = state.public(state.read_record(run.folder) or run.record)
-        del record["recipe"]
+        record.pop("recipe", None)
         return record
 
     def cancel(self, pod: str) -> bool:
@@ -158,7 +162,11 @@ class RunManager:
         return True
 
     async def cancel_all(self, deadline_s: float) -> None:
-        """End every run and begin no other. After ``deadline_s`` seconds, kill what is left."""
+        """End every run and begin no other. After ``deadline_s`` seconds, kill what is left.
+
+        Call it while the mount is served (the last logs go through it), with a deadline longer
+        than the grace. Killing takes at most `_KILL_WAIT_S` more.
+        """
         self._closing = True
         runs = list(self._active.values())
         for run in runs:
@@ -169,7 +177,7 @@ class RunManager:
             return
         for run in runs:
             _signal(run, signal.SIGKILL)
-        with trio.move_on_after(_KILL_WAIT_S + _QUICK_PUBLISH_S):
+        with trio.move_on_after(_KILL_WAIT_S):
             for run in runs:
                 await run.ended.wait()
 
@@ -200,6 +208,7 @@ class RunManager:
             state.write_record(draft, record, durable=True)
             draft.rename(parent / run_id)
             state.sync_folder(parent)
+            state.sync_folder(self._runs_dir)
         except OSError:
             if lock is not None:
                 os.close(lock)
@@ -216,6 +225,10 @@ class RunManager:
             log.exception("run could not be started pod=%r run=%s", run.pod, run.id)
             # The name only: what the text says is not ours and may be secret.
             self._fail(run, f"cannot start the supervisor: {type(exc).__name__}")
+        except trio.Cancelled:
+            # The driver goes. Not started: the free lock says that it is lost.
+            _let_go(run)
+            raise
         await self._settle(run)
 
     async def _supervise(self, run: _Run, recipe: Recipe) -> None:
@@ -245,7 +258,7 @@ class RunManager:
         """A run of an earlier driver: its supervisor is not our child."""
         while (lock := state.take_lock(run.folder)) is None:
             record = state.read_record(run.folder) or run.record
-            run.pidfd = state.open_pidfd(record["private"]["supervisor"])
+            run.pidfd = state.open_pidfd(record["private"].get("supervisor"))
             if run.pidfd is None:
                 # It has just been started and has not said who it is, or has just ended.
                 await trio.sleep(_UNIDENTIFIED_POLL_S)
@@ -267,15 +280,13 @@ class RunManager:
                         await trio.sleep(_UNIDENTIFIED_POLL_S)
             await trio.to_thread.run_sync(self._close_record, run)
             # False is the supervisor's: it has tried for long enough, `recover` will again.
-            if run.lock is not None and run.record["private"]["published"] is None:
+            if run.lock is not None and run.record["private"].get("published") is None:
                 await self._publish(run.folder, run.lock, _QUICK_PUBLISH_S)
             await trio.to_thread.run_sync(self._prune, run.folder.parent)
         except OSError:
             log.exception("run could not be closed pod=%r run=%s", run.pod, run.id)
         finally:
-            if run.lock is not None:
-                os.close(run.lock)
-                run.lock = None
+            _let_go(run)
         self._forget(run)
 
     def _forget(self, run: _Run) -> None:
@@ -333,7 +344,7 @@ class RunManager:
                     continue
                 self._close_record(run)
                 os.close(run.lock)
-                if not run.record["private"]["published"]:
+                if not run.record["private"].get("published"):
                     unpublished.append(folder)
         return alive, unpublished
 
@@ -361,7 +372,7 @@ class RunManager:
             if age < self._keep or record is None or record["state"] not in state.ENDED:
                 continue
             # One that never reached its pod is kept for longer, but not for ever.
-            if record["private"]["published"] or age >= 5 * self._keep:
+            if record["private"].get("published") or age >= 5 * self._keep:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -430,6 +441,13 @@ def _pass_on_cancel(run: _Run) -> None:
     """Make up for a `RunManager.cancel` that came before the supervisor could be signalled."""
     if run.cancelled:
         _signal(run, signal.SIGTERM)
+
+
+def _let_go(run: _Run) -> None:
+    _close_pidfd(run)
+    if run.lock is not None:
+        os.close(run.lock)
+        run.lock = None
 
 
 def _close_pidfd(run: _Run) -> None:

@@ -44,6 +44,8 @@ STREAMS = ("stdout.log", "stderr.log")
 RECORD_FILE = "run.json"
 
 _KEY_LIMIT = 200
+_KILL_ROUNDS = 20
+_TEXTS = ("id", "pod", "state", "log")
 _PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
 
 
@@ -113,6 +115,9 @@ def read_record(folder: str | Path) -> Record | None:
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or record.get("version") != RECORD_VERSION:
+        return None
+    whole = isinstance(record.get("private"), dict) and isinstance(record.get("exec"), list)
+    if not whole or not all(isinstance(record.get(key), str) for key in _TEXTS):
         return None
     return record
 
@@ -195,22 +200,31 @@ def kill_leftovers(run_id: str) -> int:
     They are known by CPODFS_RUN_ID in the environment that they were started with.
     """
     mark = f"CPODFS_RUN_ID={run_id}".encode()
-    killed = 0
-    for pid in _pids():
-        try:
-            fd = os.pidfd_open(pid)
-        except OSError:
-            continue
-        try:
-            with open(f"/proc/{pid}/environ", "rb") as file:
-                if mark in file.read().split(b"\0"):
-                    signal.pidfd_send_signal(fd, signal.SIGKILL)
-                    killed += 1
-        except OSError:
-            continue
-        finally:
-            os.close(fd)
-    return killed
+    killed: set[int] = set()
+    # Again and again, because one may have been forking while it was looked for.
+    for _ in range(_KILL_ROUNDS):
+        found = {pid for pid in _pids() if pid != os.getpid() and _kill_if_marked(pid, mark)}
+        if found <= killed:
+            break
+        killed |= found
+    return len(killed)
+
+
+def _kill_if_marked(pid: int, mark: bytes) -> bool:
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            marked = mark in file.read().split(b"\0")
+        if marked:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return marked
 
 
 def children(parent: int) -> list[int]:

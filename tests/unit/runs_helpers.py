@@ -94,8 +94,12 @@ class Bench:
         with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.manager.run)
-                yield self.manager
-                await self.manager.cancel_all(DEADLINE_S)
+                try:
+                    yield self.manager
+                finally:
+                    # A test that fails must not leave programs behind either.
+                    with trio.CancelScope(shield=True):
+                        await self.manager.cancel_all(DEADLINE_S)
                 nursery.cancel_scope.cancel()
 
     async def ended(self) -> str:

@@ -51,7 +51,9 @@ def test_record_round_trip_and_privacy(tmp_path):
     assert os.listdir(tmp_path) == ["run.json"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 99}', b"[" * 100_000, b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"version": 99}', b'{"version": 1}', b"[" * 100_000, b"\xff"]
+)
 def test_a_broken_record_is_no_record(tmp_path, content):
     (tmp_path / "run.json").write_bytes(content)
     assert state.read_record(tmp_path) is None

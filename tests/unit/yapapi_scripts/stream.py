@@ -6,8 +6,13 @@ import time
 from datetime import timedelta
 
 from yapapi import Golem, Task
-from yapapi.events import CommandExecuted, CommandProgress, CommandStarted, CommandStdErr
-from yapapi.events import CommandStdOut
+from yapapi.events import (
+    CommandExecuted,
+    CommandProgress,
+    CommandStarted,
+    CommandStdErr,
+    CommandStdOut,
+)
 from yapapi.payload import vm
 from yapapi.script import ProgressArgs
 

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.harness import Mount, Server, mounted
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fuse() -> None:
+    """These tests fail, they do not skip, where FUSE is missing."""
+    assert os.path.exists("/dev/fuse"), "no /dev/fuse: FUSE is needed to test a mount"
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One development server for all tests that do not break it; each mount has its own account."""
+    server = Server(tmp_path_factory.mktemp("devnet"), "--no-market")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Server]:
+    """A development server that the test may break."""
+    server = Server(tmp_path / "devnet", "--no-market")
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def mount(tmp_path: Path, server: Server) -> Iterator[Mount]:
+    with mounted(tmp_path, server) as mount:
+        yield mount
+
+
+@pytest.fixture
+def pod(mount: Mount) -> Path:
+    return mount.pod()

@@ -1,0 +1,206 @@
+"""Real mounts for tests and benches: a driver process, a development server, an account of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from cpodfs import mountpoint
+from cpodfs.devnet import launch
+
+READY_S = 30.0
+END_S = 60.0
+CPODFS = [sys.executable, "-m", "cpodfs"]
+
+
+class Server:
+    """A devnet, and its faults and request counters."""
+
+    def __init__(self, state: Path, *extra: str) -> None:
+        self.state = state
+        self._extra = extra
+        self._running = launch.start(state, extra)
+
+    @property
+    def net(self) -> launch.Devnet:
+        return self._running.devnet
+
+    @property
+    def url(self) -> str:
+        return self.net.dfs_url
+
+    def stop(self) -> None:
+        self._running.stop()
+
+    def kill(self) -> None:
+        self._running.kill()
+
+    def start_again(self) -> None:
+        self._running = launch.start(self.state, self._extra)
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self.url + path,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+            method="POST",
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.loads(answer.read() or b"{}")
+
+    def faults(self, **faults: Any) -> None:
+        self.post("/devnet/faults", faults)
+
+    def calls(self) -> dict[str, int]:
+        """Requests since the last reset, by "METHOD /path"."""
+        with urllib.request.urlopen(self.url + "/devnet/stats", timeout=10) as answer:
+            endpoints = json.loads(answer.read())["endpoints"]
+        return {name: e["count"] for name, e in endpoints.items() if "/devnet/" not in name}
+
+    def reset_calls(self) -> None:
+        self.post("/devnet/stats/reset", {})
+
+    def signup(self) -> tuple[str, str]:
+        """A new account: name and password."""
+        user, password = f"user{secrets.token_hex(4)}", secrets.token_hex(16)
+        self.post("/v2/user/signup", {"userName": user, "password": password})
+        return user, password
+
+
+class Mount:
+    """One account's mount, served by a driver process in the foreground."""
+
+    def __init__(
+        self, folder: Path, server: Server, account: tuple[str, str] | None = None, *options: str
+    ) -> None:
+        self.point = folder / "pods"
+        self.cache = folder / "cache"
+        self.log = folder / "driver.log"
+        self.server = server
+        self.user, password = account or server.signup()
+        self.password_file = folder / "password"
+        self.password_file.write_text(password)
+        self.password_file.chmod(0o600)
+        self.options: Sequence[str] = options
+        self.env = os.environ | {
+            "XDG_STATE_HOME": str(folder / "state"),
+            "XDG_CONFIG_HOME": str(folder / "config"),
+        }
+        self.point.mkdir(exist_ok=True)
+        self.process: subprocess.Popen[str] | None = None
+
+    def command(self) -> list[str]:
+        return [
+            *(*CPODFS, "mount", str(self.point), "--server", self.server.url, "--user", self.user),
+            *("--password-file", str(self.password_file), "--cache-dir", str(self.cache)),
+            *("--log-file", str(self.log), *self.options),
+        ]
+
+    def start(self) -> Mount:
+        assert self.process is None
+        self.process = subprocess.Popen(
+            self.command(), stderr=subprocess.PIPE, text=True, env=self.env
+        )
+        assert self.process.stderr is not None
+        if not select.select([self.process.stderr], [], [], READY_S)[0]:
+            raise AssertionError("the mount was not ready in time")
+        line = self.process.stderr.readline()
+        if "mounted at" not in line:
+            raise AssertionError(line + self.process.stderr.read() + self.logged()[-3000:])
+        return self
+
+    def logged(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit code. What the driver said last is in ``said``."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        assert self.process is not None
+        _, self.said = self.process.communicate(timeout=END_S)
+        code = self.process.returncode
+        self.process = None
+        return code
+
+    def kill(self) -> None:
+        """kill -9, and the dead mount is left for the next start to clean up."""
+        assert self.process is not None
+        self.process.kill()
+        self.wait()
+
+    def remount(self, *, wipe: bool = False) -> None:
+        code = self.stop()
+        assert code == 0, self.said + self.logged()[-3000:]
+        if wipe:
+            shutil.rmtree(self.cache)
+        self.start()
+
+    def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [*CPODFS, *arguments], capture_output=True, text=True, env=self.env, timeout=120
+        )
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    def sync(self) -> None:
+        """Wait until everything is uploaded."""
+        self.cli("sync", str(self.point))
+
+    def status(self) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(os.getxattr(self.point, "user.cpodfs.status"))
+        return answer
+
+    def pod(self, name: str = "pod") -> Path:
+        """A pod of that name, made if need be."""
+        path = self.point / name
+        path.mkdir(exist_ok=True)
+        return path
+
+
+@contextlib.contextmanager
+def mounted(
+    folder: Path, server: Server, account: tuple[str, str] | None = None, *options: str
+) -> Iterator[Mount]:
+    """A mount for the time of the block, taken down whatever happens."""
+    mount = Mount(folder, server, account, *options)
+    try:
+        yield mount.start()
+    finally:
+        if mount.process is not None:
+            mount.kill()
+        if mountpoint.find(mount.point) is not None:
+            mountpoint.unmount(mount.point, lazy=True)
+
+
+def run(*argv: str | Path, cwd: Path | None = None, check: bool = True) -> str:
+    """A real tool's standard output."""
+    done = subprocess.run(
+        [str(a) for a in argv], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+    assert not check or done.returncode == 0, f"{argv}: {done.stderr}"
+    return done.stdout
+
+
+def sh(script: str, cwd: Path, check: bool = True) -> str:
+    """What a shell user would type."""
+    return run("sh", "-ec", script, cwd=cwd, check=check)

@@ -1,0 +1,598 @@
+"""The local market, by plain REST: negotiation, activities, confinement, payments, clearing up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from decimal import Decimal
+from pathlib import Path
+
+import aiohttp
+import pytest
+from market_tools import (
+    APP_KEY,
+    INIT,
+    ONE,
+    Requestor,
+    Served,
+    processes_with,
+    run,
+    served,
+    shell,
+)
+
+from cpodfs.devnet.gftp import Registry
+from cpodfs.devnet.ledger import ledger_table
+from cpodfs.devnet.provider import Misbehaviour, ProviderSpec
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+async def market(tmp_path: Path) -> AsyncIterator[Served]:
+    async with served(tmp_path, providers=ONE) as found:
+        yield found
+
+
+@pytest.fixture(params=[True, False], ids=["sandbox", "plain"])
+async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Served]:
+    async with served(tmp_path, providers=ONE, sandbox=request.param) as found:
+        yield found
+
+
+# --- access and errors ---
+
+
+async def test_needs_the_key_but_for_the_registry(market: Served) -> None:
+    async with aiohttp.ClientSession() as stranger:
+        async with stranger.get(f"{market.url}/me") as response:
+            assert response.status == 401
+        async with stranger.get(f"{market.url}/registry/v1/image/info?tag=a/b:c") as response:
+            info = await response.json()
+        async with stranger.head(info["http"]) as response:
+            assert response.status == 200
+    me = await market.call("GET", "/me")
+    assert len(me["identity"]) == 42
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("GET", "/nowhere", None, 404),
+        ("GET", "/registry/v1/image/info", None, 400),
+        ("POST", "/market-api/v1/demands", {"properties": {}}, 400),
+        ("POST", "/market-api/v1/demands", {"properties": {}, "constraints": "(a"}, 400),
+        ("POST", "/market-api/v1/demands", [], 400),
+        ("GET", "/market-api/v1/demands/x/events", None, 404),
+        ("POST", "/market-api/v1/agreements", {"proposalId": "x", "validTo": "y"}, 404),
+        ("GET", "/market-api/v1/agreementEvents?timeout=soon", None, 400),
+        ("GET", "/payment-api/v1/invoiceEvents?afterTimestamp=monday", None, 400),
+        ("POST", "/activity-api/v1/activity", {"agreementId": "x"}, 404),
+        ("POST", "/payment-api/v1/allocations", {"totalAmount": "-1"}, 400),
+        ("POST", "/payment-api/v1/allocations", {"totalAmount": "NaN"}, 400),
+        ("GET", "/payment-api/v1/invoices/x", None, 404),
+        ("GET", "/net-api/v1/net/x", None, 404),
+    ],
+)
+async def test_bad_requests(
+    market: Served, method: str, path: str, body: object, status: int
+) -> None:
+    answer = await market.call(method, path, body, status)
+    assert answer["message"]
+
+
+# --- negotiation ---
+
+
+async def test_only_what_fits_is_offered(tmp_path: Path) -> None:
+    specs = (ProviderSpec("small", mem_gib=1.0), ProviderSpec("big", mem_gib=64.0))
+    async with served(tmp_path, providers=specs) as market:
+        requestor = Requestor(market)
+        demand = await requestor.demand("(golem.inf.mem.gib>=16)")
+        [event] = await requestor.events(demand)
+        assert event["eventType"] == "ProposalEvent"
+        proposal = event["proposal"]
+        assert proposal["state"] == "Initial"
+        assert proposal["properties"]["golem.node.id.name"] == "big"
+        said = await requestor.counter(demand, proposal["proposalId"])
+        [draft] = await requestor.events(demand)
+        assert draft["proposal"]["state"] == "Draft"
+        assert draft["proposal"]["prevProposalId"] == said
+        await requestor.counter(demand, draft["proposal"]["proposalId"], "(golem.inf.mem.gib>99)")
+        [refusal] = await requestor.events(demand)
+        assert refusal["eventType"] == "ProposalRejectedEvent"
+
+
+async def test_a_demand_without_expiration_fits_nobody(market: Served) -> None:
+    body = {"properties": {}, "constraints": ""}
+    demand = await market.call("POST", "/market-api/v1/demands", body, 201)
+    assert await Requestor(market).events(demand, timeout_s=0) == []
+
+
+async def test_poll_is_woken_by_unsubscribing(market: Served) -> None:
+    requestor = Requestor(market)
+    demand = await requestor.demand("(golem.runtime.name=wasm)")
+    path = f"/market-api/v1/demands/{demand}"
+    poll = asyncio.create_task(market.call("GET", f"{path}/events?timeout=30", status=404))
+    await asyncio.sleep(0)
+    await market.call("DELETE", path)
+    await asyncio.wait_for(poll, 5)
+
+
+async def test_a_provider_serves_one_agreement_at_a_time(market: Served) -> None:
+    first, second = Requestor(market), Requestor(market)
+    demands = [await first.demand(), await second.demand()]
+    drafts = []
+    for demand in demands:
+        [offer] = await first.events(demand)
+        await first.counter(demand, offer["proposal"]["proposalId"])
+        [draft] = await first.events(demand)
+        drafts.append(draft["proposal"]["proposalId"])
+    taken = await first.propose(demands[0], drafts[0])
+    await first.confirm(taken)
+    late = await second.propose(demands[1], drafts[1])
+    await second.confirm(late, status=410)
+    # Asked again, the provider answers as soon as it is free; and it offers anew.
+    await second.counter(demands[1], drafts[1])
+    assert await second.events(demands[1], timeout_s=0) == []
+    await first.terminate(taken)
+    again, offer = await second.events(demands[1])
+    assert (again["proposal"]["state"], offer["proposal"]["state"]) == ("Draft", "Initial")
+    await second.confirm(await second.propose(demands[1], again["proposal"]["proposalId"]))
+    await first.terminate(taken, status=410)
+
+
+async def test_no_offers_and_rejected_proposals(tmp_path: Path) -> None:
+    async with served(tmp_path / "a", misbehave=Misbehaviour(no_offers=True)) as market:
+        requestor = Requestor(market)
+        assert await requestor.events(await requestor.demand(), timeout_s=0) == []
+    nasty = Misbehaviour(reject_proposals=1.0)
+    async with served(tmp_path / "b", providers=ONE, misbehave=nasty) as market:
+        requestor = Requestor(market)
+        demand = await requestor.demand()
+        [offer] = await requestor.events(demand)
+        await requestor.counter(demand, offer["proposal"]["proposalId"])
+        [refusal] = await requestor.events(demand)
+        assert "injected" in refusal["reason"]["message"]
+
+
+# --- activities ---
+
+
+async def test_commands_and_captured_output(either: Served) -> None:
+    requestor = Requestor(either)
+    activity = await requestor.ready()
+    bin_tail = {"atEnd": {"tail": 3, "format": "bin"}}
+    commands = [
+        shell("echo out; echo err >&2"),
+        shell("printf 0123456789", stdout={"atEnd": {"headTail": 4}}),
+        shell("printf 0123456789", stdout=bin_tail),
+        shell("pwd; echo $HOME; echo x > /golem/output/y; cat ../output/y"),
+        shell("exit 7"),
+        shell("echo never"),
+    ]
+    found = await requestor.results(activity, commands)
+    assert [one["index"] for one in found] == [0, 1, 2, 3, 4]
+    assert (found[0]["stdout"], found[0]["stderr"]) == ("out\n", "err\n")
+    assert found[1]["stdout"] == "0189"
+    assert found[2]["stdout"] == [0x37, 0x38, 0x39]
+    work, home, written = found[3]["stdout"].split()
+    assert work.endswith("/golem/work")
+    assert (home, written) == (work, "x")
+    assert (found[4]["result"], found[4]["message"]) == ("Error", "command exited with code 7")
+    assert found[4]["isBatchFinished"] is True
+
+
+async def test_order_of_states(market: Served) -> None:
+    requestor = Requestor(market)
+    activity = await requestor.activity(await requestor.agree())
+    path = f"/activity-api/v1/activity/{activity}"
+    [early] = await requestor.results(activity, [shell("true")])
+    assert early["message"] == "run: not possible in state New"
+    await requestor.results(activity, INIT)
+    assert (await market.call("GET", f"{path}/state"))["state"] == ["Ready", None]
+    [unknown] = await requestor.results(activity, [{"dance": {}}])
+    assert unknown["message"] == "unknown command: dance"
+    [end] = await requestor.results(activity, [{"terminate": {}}])
+    assert end["result"] == "Ok"
+    await market.call("DELETE", path)
+    assert (await market.call("GET", f"{path}/state"))["state"] == ["Terminated", None]
+    await market.call("POST", f"{path}/exec", {"text": json.dumps(INIT)}, 410)
+
+
+async def test_usage_counts_processor_time(market: Served) -> None:
+    requestor = Requestor(market)
+    activity = await requestor.ready()
+    await requestor.results(activity, [run("/usr/bin/python3", "-c", "sum(range(10**7))")])
+    usage = await market.call("GET", f"/activity-api/v1/activity/{activity}/usage")
+    cpu_s, duration_s = usage["currentUsage"]
+    assert 0.02 < cpu_s < duration_s + 1
+
+
+async def test_event_stream_is_live_and_can_be_resumed(either: Served) -> None:
+    requestor = Requestor(either)
+    activity = await requestor.ready()
+    # The program waits for a file that is only sent once its first line was seen.
+    wait = "until [ -e /golem/input/go ]; do sleep 0.02; done"
+    batch = await requestor.exec(activity, [shell(f"echo one; {wait}; echo zwölf >&2; exit 3")])
+    url = f"{either.url}/activity-api/v1/activity/{activity}/exec/{batch}"
+
+    async def read(last: str, until: str) -> list[tuple[str, dict[str, object]]]:
+        headers = {"Accept": "text/event-stream", "Last-Event-Id": last}
+        found, number = [], ""
+        async with either.http.get(url, headers=headers) as response:
+            assert response.content_type == "text/event-stream"
+            async for raw in response.content:
+                line = raw.decode().rstrip("\n")
+                if line.startswith("id: "):
+                    number = line[4:]
+                if line.startswith("data: "):
+                    event = json.loads(line[6:])
+                    assert (event["batch_id"], event["index"]) == (batch, 0)
+                    found.append((number, event["kind"]))
+                    if until in event["kind"]:
+                        break
+        return found
+
+    seen = await asyncio.wait_for(read("", "stdout"), 10)
+    assert [next(iter(kind)) for _number, kind in seen] == ["started", "stdout"]
+    assert seen[-1][1] == {"stdout": "one\n"}
+    [go] = either.market_dir.glob("providers/solo/*/golem/input")
+    (go / "go").touch()
+    rest = await asyncio.wait_for(read(seen[-1][0], "finished"), 10)
+    assert [kind for _number, kind in rest] == [
+        {"stderr": "zwölf\n"},
+        {"finished": {"return_code": 3, "message": "command exited with code 3"}},
+    ]
+
+
+async def test_large_output_does_not_stop_anybody(market: Served) -> None:
+    requestor = Requestor(market)
+    activity = await requestor.ready()
+    [big] = await requestor.results(activity, [shell("head -c 9000000 /dev/zero | tr '\\0' a")])
+    assert big["stdout"].startswith("aaaa")
+    assert len(big["stdout"]) < 4_300_000
+    assert "bytes dropped]" in big["stdout"][-40:]
+
+
+async def test_ending_an_activity_kills_its_processes(either: Served) -> None:
+    requestor = Requestor(either)
+    activity = await requestor.ready()
+    mark = "98701.25"
+    # Two generations, one in the background; the file says that both are there.
+    command = f"sleep {mark} & sleep {mark} & touch /golem/output/up; wait"
+    batch = await requestor.exec(activity, [shell(command)])
+    [folder] = either.market_dir.glob("providers/solo/*")
+    while not (folder / "golem/output/up").exists():
+        await asyncio.sleep(0.02)
+    assert processes_with(mark)
+    await either.call("DELETE", f"/activity-api/v1/activity/{activity}")
+    assert processes_with(mark) == []
+    assert not folder.exists()
+    path = f"/activity-api/v1/activity/{activity}/exec/{batch}?timeout=1"
+    [result] = await either.call("GET", path)
+    assert result["result"] == "Error"
+    assert result["isBatchFinished"] is True
+
+
+async def test_lost_activity_and_failed_command(tmp_path: Path) -> None:
+    for name, nasty in (
+        ("fail", Misbehaviour(fail_command=1.0)),
+        ("lose", Misbehaviour(lose_activity=1.0)),
+    ):
+        async with served(tmp_path / name, providers=ONE, misbehave=nasty) as market:
+            requestor = Requestor(market)
+            activity = await requestor.ready()
+            [result] = await requestor.results(activity, [shell("echo fine")])
+            assert result["result"] == "Error"
+            state = await market.call("GET", f"/activity-api/v1/activity/{activity}/state")
+            assert state["state"] == ["Terminated" if name == "lose" else "Ready", None]
+
+
+async def test_chances_repeat_with_the_seed(tmp_path: Path) -> None:
+    async def outcomes(folder: Path, seed: int) -> list[str]:
+        nasty = Misbehaviour(fail_command=0.5)
+        async with served(folder, providers=ONE, misbehave=nasty, seed=seed) as market:
+            requestor = Requestor(market)
+            activity = await requestor.ready()
+            return [
+                (await requestor.results(activity, [run("/bin/true")]))[0]["result"]
+                for _ in range(12)
+            ]
+
+    first = await outcomes(tmp_path / "a", 1)
+    assert set(first) == {"Ok", "Error"}
+    assert await outcomes(tmp_path / "b", 1) == first
+    assert await outcomes(tmp_path / "c", 2) != first
+
+
+# --- transfers and confinement ---
+
+
+async def test_transfers_follow_no_link_and_leave_no_folder(either: Served, tmp_path: Path) -> None:
+    requestor = Requestor(either)
+    activity = await requestor.ready()
+    secret = tmp_path / "secret"
+    secret.write_text("host only")
+    registry = Registry(tmp_path / "gftp")
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(os.urandom(700_000))
+    published, slot = registry.add(source, "publish"), registry.add(target, "receive")
+    there = {"transfer": {"from": published, "to": "container:/golem/work/deep/er/x"}}
+    back = {"transfer": {"from": "container:/golem/work/deep/er/x", "to": slot}}
+    assert len(await requestor.results(activity, [there, back])) == 2
+    assert target.read_bytes() == source.read_bytes()
+
+    links = (
+        f"ln -s {secret} /golem/work/file; ln -s {tmp_path} /golem/work/dir; mkfifo /golem/work/p"
+    )
+    [linked] = await requestor.results(activity, [shell(links)])
+    assert linked["result"] == "Ok"
+    refused = [
+        *("/golem/work/file", "/golem/work/dir/secret", "/golem/../secret", "/etc/passwd"),
+        *("golem/work/x", "/golem", "/golem/work", "/golem/work/p", "/golem/work/none", ""),
+    ]
+    for path in refused:
+        out = {"transfer": {"from": f"container:{path}", "to": slot}}
+        [result] = await requestor.results(activity, [out])
+        assert result["result"] == "Error", path
+    assert target.read_bytes() == source.read_bytes()
+    wrong = [
+        {"transfer": {"from": published, "to": "container:/golem/work/dir/new"}},
+        {"transfer": {"from": str(secret), "to": "container:/golem/work/s"}},
+        {"transfer": {"from": f"file://{secret}", "to": "container:/golem/work/s"}},
+        {"transfer": {"from": "http://192.0.2.1/x", "to": "container:/golem/work/s"}},
+        {"transfer": {"from": slot, "to": "container:/golem/work/s"}},
+        {"transfer": {"from": "container:/golem/work/deep/er/x", "to": published}},
+        {"transfer": {"from": published, "to": slot}},
+        {"transfer": {}},
+    ]
+    for command in wrong:
+        [result] = await requestor.results(activity, [command])
+        assert result["result"] == "Error", command
+    assert not (tmp_path / "new").exists()
+    # A link in the way of a transfer is replaced, not followed.
+    over = {"transfer": {"from": published, "to": "container:/golem/work/file"}}
+    assert (await requestor.results(activity, [over]))[0]["result"] == "Ok"
+    assert secret.read_text() == "host only"
+    registry.close()
+
+
+async def test_http_transfers_from_loopback(market: Served) -> None:
+    requestor = Requestor(market)
+    activity = await requestor.ready()
+    info = f"{market.url}/registry/v1/image/info?hash=abc"
+    get = {"transfer": {"from": info, "to": "container:/golem/work/info"}}
+    found = await requestor.results(activity, [get, run("/bin/cat", "/golem/work/info")])
+    assert json.loads(found[1]["stdout"])["sha3"] == "abc"
+
+
+async def test_sandbox_confines_or_says_that_it_does_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with served(tmp_path, providers=ONE) as market:
+        if any("sandbox_" in record.message for record in caplog.records):
+            return
+        requestor = Requestor(market)
+        activity = await requestor.ready()
+        for denied in (
+            "echo x > /usr/x",
+            "echo x > /golem/../x",
+            f"cat {market.market_dir}/ledger.sqlite",
+            f"ls {tmp_path}/gftp",
+            "cat /etc/shadow",
+            f"exec 3<>/dev/tcp/127.0.0.1/{market.url.rpartition(':')[2]}",
+        ):
+            [result] = await requestor.results(activity, [run("/bin/bash", "-c", denied)])
+            assert result["result"] == "Error", denied
+        env = await requestor.results(activity, [run("/usr/bin/env")])
+        assert APP_KEY not in env[0]["stdout"]
+        kept = [shell("echo kept > /tmp/x"), shell("cat /tmp/x; hostname")]
+        assert (await requestor.results(activity, kept))[1]["stdout"] == "kept\nsolo\n"
+
+
+async def test_speed_and_bandwidth_stretch_time(tmp_path: Path) -> None:
+    slow = (ProviderSpec("slow", speed=0.25, bandwidth=1_000_000),)
+    async with served(tmp_path, providers=slow) as market:
+        requestor = Requestor(market)
+        activity = await requestor.ready()
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        await requestor.results(activity, [run("/bin/sleep", "0.1")])
+        assert loop.time() - begun > 0.4
+        source = tmp_path / "source"
+        source.write_bytes(bytes(600_000))
+        registry = Registry(tmp_path / "gftp")
+        url = registry.add(source, "publish")
+        begun = loop.time()
+        await requestor.results(
+            activity, [{"transfer": {"from": url, "to": "container:/golem/work/x"}}]
+        )
+        assert loop.time() - begun > 0.55
+        registry.close()
+
+
+# --- payments ---
+
+
+async def test_invoice_is_paid_once_and_in_full(market: Served) -> None:
+    requestor = Requestor(market)
+    await requestor.allocate("1")
+    agreement = await requestor.agree()
+    activity = await requestor.activity(agreement)
+    await requestor.results(activity, [*INIT, run("/bin/true")])
+    poll = asyncio.create_task(market.call("GET", "/payment-api/v1/invoiceEvents?timeout=20"))
+    await requestor.terminate(agreement)
+    [event] = await asyncio.wait_for(poll, 5)
+    path = f"/payment-api/v1/invoices/{event['invoiceId']}"
+    invoice = await market.call("GET", path)
+    assert invoice["agreementId"] == agreement
+    assert invoice["activityIds"] == [activity]
+    assert (invoice["payerAddr"], invoice["status"]) == ("0xpayer", "RECEIVED")
+    amount = invoice["amount"]
+    assert Decimal(amount) > 0
+    accept = {"totalAmountAccepted": amount, "allocationId": requestor.allocation}
+    await market.call("POST", f"{path}/accept", {**accept, "totalAmountAccepted": "9"}, 400)
+    await market.call("POST", f"{path}/accept", accept)
+    await market.call("POST", f"{path}/accept", accept)
+    assert (await market.call("GET", path))["status"] == "SETTLED"
+    [payment] = await market.call("GET", "/payment-api/v1/payments")
+    assert payment["amount"] == amount
+    left = await market.call("GET", f"/payment-api/v1/allocations/{requestor.allocation}")
+    assert left["spentAmount"] == amount
+    assert Decimal(left["remainingAmount"]) == 1 - Decimal(amount)
+    [row] = market.ledger()
+    assert (row.state, row.reason) == ("Terminated", "enough")
+    assert (row.cost, row.invoiced, row.paid) == (amount, amount, amount)
+
+
+async def test_an_allocation_cannot_be_overdrawn(market: Served) -> None:
+    requestor = Requestor(market)
+    await requestor.allocate("0.0000000001")
+    agreement = await requestor.agree()
+    await requestor.results(await requestor.activity(agreement), [*INIT, run("/bin/true")])
+    await requestor.terminate(agreement)
+    [invoice] = await market.call("GET", "/payment-api/v1/invoices")
+    body = {"totalAmountAccepted": invoice["amount"], "allocationId": requestor.allocation}
+    path = f"/payment-api/v1/invoices/{invoice['invoiceId']}/accept"
+    answer = await market.call("POST", path, body, 400)
+    assert "not enough" in answer["message"]
+    await market.call("DELETE", f"/payment-api/v1/allocations/{requestor.allocation}")
+    await market.call("POST", path, body, 404)
+    assert market.ledger()[0].paid == "0"
+
+
+async def test_debit_notes_come_by_the_interval(tmp_path: Path) -> None:
+    eager = (ProviderSpec("eager", debit_note_interval_s=0.1),)
+    async with served(tmp_path, providers=eager) as market:
+        requestor = Requestor(market)
+        await requestor.allocate()
+        await requestor.ready()
+        after, totals = "1970-01-01T00:00:00Z", []
+        while len(totals) < 3:
+            path = f"/payment-api/v1/debitNoteEvents?afterTimestamp={after}&timeout=20"
+            for event in await market.call("GET", path):
+                after = event["eventDate"].replace("+", "%2B")
+                note = await market.call(
+                    "GET", f"/payment-api/v1/debitNotes/{event['debitNoteId']}"
+                )
+                totals.append(Decimal(note["totalAmountDue"]))
+                assert len(note["usageCounterVector"]) == 2
+        assert totals == sorted(totals)
+        accept = {"totalAmountAccepted": str(totals[-1]), "allocationId": requestor.allocation}
+        path = f"/payment-api/v1/debitNotes/{note['debitNoteId']}"
+        await market.call("POST", f"{path}/accept", accept)
+        assert (await market.call("GET", path))["status"] == "ACCEPTED"
+
+
+# --- clearing up ---
+
+
+async def test_a_requestor_that_is_gone(tmp_path: Path) -> None:
+    async with served(tmp_path, providers=ONE, requestor_idle_s=0.5) as market:
+        requestor = Requestor(market)
+        activity = await requestor.ready()
+        await requestor.exec(activity, [run("/bin/sleep", "98702.5")])
+        event = await requestor.agreement_event("AgreementTerminatedEvent")
+        assert (event["terminator"], event["reason"]["message"]) == (
+            "Provider",
+            "the requestor is gone",
+        )
+        assert processes_with("98702.5") == []
+        [row] = market.ledger()
+        assert (row.state, row.invoiced != "-", row.paid) == ("Terminated", True, "0")
+        # Its provider is free for others.
+        assert await requestor.agree()
+
+
+async def test_a_requestor_that_only_waits_is_not_gone(tmp_path: Path) -> None:
+    async with served(tmp_path, providers=ONE, requestor_idle_s=0.4) as market:
+        requestor = Requestor(market)
+        activity = await requestor.ready()
+        found = await requestor.results(activity, [run("/bin/sleep", "1.5")])
+        assert found[0]["result"] == "Ok"
+
+
+async def test_an_expired_computation_is_ended(tmp_path: Path) -> None:
+    async with served(tmp_path, providers=ONE, requestor_idle_s=2.0) as market:
+        requestor = Requestor(market)
+        await requestor.activity(await requestor.agree(life_s=0.3))
+        event = await requestor.agreement_event("AgreementTerminatedEvent")
+        assert event["reason"]["message"] == "the computation's time is over"
+
+
+async def test_stopping_the_market_ends_everything(tmp_path: Path) -> None:
+    async with served(tmp_path, providers=ONE) as market:
+        activity = await Requestor(market).ready()
+        await Requestor(market).exec(activity, [run("/bin/sleep", "98703.5")])
+    assert processes_with("98703.5") == []
+    [row] = ledger_table(tmp_path / "market")
+    assert (row.state, row.reason) == ("Terminated", "the market is stopping")
+
+
+SERVER = """
+import asyncio, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from market_tools import ONE, served
+async def main():
+    async with served(Path(sys.argv[2]), providers=ONE, sandbox=sys.argv[3] == "True") as market:
+        print(market.url, flush=True)
+        await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("sandbox", [True, False], ids=["sandbox", "plain"])
+async def test_a_killed_market_is_cleared_up_at_its_next_start(
+    tmp_path: Path, sandbox: bool
+) -> None:
+    root = str(Path(__file__).parent)
+    server = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", SERVER, root, str(tmp_path), str(sandbox)),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert server.stdout
+    url = (await server.stdout.readline()).decode().strip()
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {APP_KEY}"}) as http:
+        requestor = Requestor(Served(url, tmp_path, http))
+        activity = await requestor.ready()
+        mark = f"98704.{int(sandbox)}5"
+        command = f"touch /golem/output/up; exec sleep {mark}"
+        await requestor.exec(activity, [shell(command)])
+        [folder] = (tmp_path / "market").glob("providers/solo/*")
+        while not (folder / "golem/output/up").exists():
+            await asyncio.sleep(0.02)
+    server.send_signal(signal.SIGKILL)
+    await server.wait()
+    async with served(tmp_path, providers=ONE):
+        assert processes_with(mark) == []
+        [row] = ledger_table(tmp_path / "market")
+        assert (row.state, row.invoiced) == ("Terminated", row.cost)
+        assert not folder.exists()
+
+
+# --- networks ---
+
+
+async def test_networks_are_booked(market: Served) -> None:
+    body = {"ip": "192.168.0.0", "mask": "255.255.255.0"}
+    net = await market.call("POST", "/net-api/v1/net", body)
+    path = f"/net-api/v1/net/{net['id']}"
+    await market.call("POST", f"{path}/addresses", {"ip": "192.168.0.1"})
+    await market.call("POST", f"{path}/nodes", {"id": "n", "ip": "192.168.0.1"}, 409)
+    await market.call("POST", f"{path}/nodes", {"id": "n", "ip": "10.0.0.1"}, 400)
+    await market.call("POST", f"{path}/nodes", {"id": "n", "ip": "192.168.0.2"})
+    assert await market.call("GET", f"{path}/nodes") == [{"id": "n", "ip": "192.168.0.2"}]
+    await market.call("DELETE", f"{path}/nodes/n")
+    await market.call("DELETE", path)
+    await market.call("GET", path, status=404)

@@ -1,0 +1,86 @@
+"""Unmodified yapapi scripts, as processes of their own, against the local market."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+from market_tools import ONE, THREE, Requestor, Served, processes_with, served
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def assert_settled(market: Served, agreements: int) -> None:
+    rows = market.ledger()
+    assert len(rows) == agreements
+    for row in rows:
+        assert row.state == "Terminated"
+        assert row.cost == row.invoiced == row.paid
+    assert list((market.folder / "gftp").iterdir()) == []
+    assert list(market.market_dir.glob("providers/*/*")) == []
+
+
+async def test_hello_world(tmp_path: Path) -> None:
+    async with served(tmp_path, providers=ONE) as market:
+        assert await market.run_script("hello.py") == "Hello, work!\n"
+        assert_settled(market, agreements=1)
+
+
+async def test_many_tasks_on_three_providers(tmp_path: Path) -> None:
+    words = [f"word{number}\n" for number in range(1, 136)]
+    (tmp_path / "words.txt").write_text("".join(words))
+    async with served(tmp_path, providers=THREE) as market:
+        found = json.loads(await market.run_script("crack.py", "3", str(tmp_path)))
+        assert found["total"] == 135
+        assert found["providers"] == ["a", "b", "c"]
+        assert list(found["counts"].values()).count(10) == 13
+        parts = sorted(tmp_path.glob("part-*.txt"))
+        assert "".join(part.read_text() for part in parts) == "".join(words).upper()
+        assert_settled(market, agreements=4)
+
+
+async def test_failed_command_is_retried(tmp_path: Path) -> None:
+    async with served(tmp_path, providers=THREE) as market:
+        found = json.loads(await market.run_script("retry.py"))
+        assert found["result"] == "fine\n"
+        [failure] = found["failed"]
+        assert failure == {"message": "command exited with code 3", "stderr": "broken\n"}
+        assert_settled(market, agreements=2)
+
+
+async def test_streamed_output(tmp_path: Path) -> None:
+    async with served(tmp_path, providers=ONE) as market:
+        seen = json.loads(await market.run_script("stream.py"))
+        output = [(kind, text) for kind, text, _at in seen if "Std" in kind]
+        assert output == [
+            *(("CommandStdOut", f"line {number}\n") for number in (1, 2, 3)),
+            ("CommandStdErr", "grüße\n"),
+        ]
+        times = [at for kind, _text, at in seen if "Std" in kind]
+        assert times[2] - times[0] > 0.5
+        assert "CommandProgress" in [kind for kind, _text, _at in seen]
+        assert_settled(market, agreements=1)
+
+
+async def test_killed_requestor_leaves_nothing(tmp_path: Path) -> None:
+    mark = "98705.75"
+    async with served(tmp_path, providers=ONE, requestor_idle_s=1.0) as market:
+        process = await market.start_script("hang.py", mark)
+        assert process.stdout
+        async for line in process.stdout:
+            if line == b"CommandStdOut\n":
+                break
+        assert processes_with(mark)
+        process.kill()
+        await process.wait()
+        await asyncio.wait_for(Requestor(market).agreement_event("AgreementTerminatedEvent"), 30)
+        assert processes_with(mark) == []
+        [row] = market.ledger()
+        assert (row.state, row.reason) == ("Terminated", "the requestor is gone")
