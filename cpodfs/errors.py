@@ -18,6 +18,7 @@ CpodfsError                     EIO
 └── DfsError                    EIO         what the FairOS-DFS server said, or did not say
     ├── NotFound                ENOENT
     ├── AlreadyExists           EEXIST
+    ├── NotEmpty                ENOTEMPTY   a directory that still has children
     ├── NotLoggedIn             EACCES      the session is gone; logging in again may help
     │   └── LoginRefused        EACCES      wrong password or no such user; trying again will not
     ├── PodNotOpen              EIO         opening the pod again may help
@@ -116,6 +117,10 @@ class NotFound(DfsError):
 
 class AlreadyExists(DfsError):
     errno = _errno.EEXIST
+
+
+class NotEmpty(DfsError):
+    errno = _errno.ENOTEMPTY
 
 
 class NotLoggedIn(DfsError):

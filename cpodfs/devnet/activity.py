@@ -26,9 +26,11 @@ from cpodfs.devnet.transfer import Transfers
 
 MAX_CAPTURE = 4 << 20
 """Bytes of each stream of a command that its result keeps; the rest is dropped and said so."""
-MAX_EVENTS = 4096
+MAX_EVENTS = 1024
 """Stream events that a batch keeps for a reader that is behind or comes back."""
-MAX_BATCHES = 256
+SLOW_READER_S = 30.0
+"""How long a program waits for a reader that is far behind, before the reader misses something."""
+MAX_BATCHES = 64
 MAX_COMMANDS = 10_000
 
 NEW, DEPLOYED, READY, TERMINATED = "New", "Deployed", "Ready", "Terminated"
@@ -42,52 +44,56 @@ class CommandFailed(Exception):
         self.code = code
 
 
-@dataclass
 class Capture:
     """One stream of one command: what its result will say, and its text for events.
 
-    ``mode`` is as in the command: ``{"stream": {…}}`` or ``{"atEnd": {"head": n, …}}``.
+    ``mode`` is as in the command: ``{"stream": {…}}`` or ``{"atEnd": {"head": n, …}}``; the
+    options ``head``, ``tail`` and ``headTail`` say how many bytes are kept, and of which end.
     """
 
-    mode: Json
-    data: bytearray = field(default_factory=bytearray)
-    dropped: int = 0
-    decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
-
-    @property
-    def streams(self) -> bool:
-        return "atEnd" not in self.mode
-
-    @property
-    def options(self) -> Json:
-        options = next(iter(self.mode.values()), None)
-        return options if isinstance(options, dict) else {}
+    def __init__(self, mode: Json) -> None:
+        options = next(iter(mode.values()), None)
+        options = options if isinstance(options, dict) else {}
+        self.streams = "atEnd" not in mode
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._binary = options.get("format") == "bin"
+        self._head, self._tail = bytearray(), bytearray()
+        self._keep_head, self._keep_tail = _kept(options)
+        self._limited = self._keep_head != MAX_CAPTURE
+        self._total = 0
 
     def add(self, data: bytes) -> None:
-        self.data += data
-        if len(self.data) > MAX_CAPTURE:
-            excess = len(self.data) - MAX_CAPTURE
-            self.dropped += excess
-            # A tail is asked for by name; otherwise the beginning is what counts.
-            if "tail" in self.options or "headTail" in self.options:
-                del self.data[:excess]
-            else:
-                del self.data[MAX_CAPTURE:]
+        self._total += len(data)
+        room = self._keep_head - len(self._head)
+        self._head += data[:room]
+        if self._keep_tail:
+            self._tail += data[room:]
+            # Not at every call: each time moves all that is kept.
+            if len(self._tail) > 2 * self._keep_tail + (1 << 16):
+                del self._tail[: -self._keep_tail]
 
     def value(self) -> str | list[int] | None:
         """The result's field: text, or bytes as numbers for ``format: bin``, None for nothing."""
-        data = bytes(self.data)
-        for key in ("head", "tail", "headTail"):
-            limit = self.options.get(key)
-            if isinstance(limit, int) and 0 <= limit < len(data):
-                head = limit if key == "head" else limit // 2 if key == "headTail" else 0
-                data = data[:head] + data[len(data) - (limit - head) :]
-        if self.options.get("format") == "bin":
+        data = bytes(self._head)
+        if self._keep_tail:
+            data += bytes(self._tail[-self._keep_tail :])
+        if self._binary:
             return list(data)
         text = data.decode(errors="replace")
-        if self.dropped:
-            text += f"\n[{self.dropped} bytes dropped]"
+        if self._total > len(data) and not self._limited:
+            text += f"\n[{self._total - len(data)} bytes dropped]"
         return text or None
+
+
+def _kept(options: Json) -> tuple[int, int]:
+    """How many bytes of the beginning and of the end of a stream are wanted."""
+    for key in ("head", "tail", "headTail"):
+        limit = options.get(key)
+        if isinstance(limit, int) and limit >= 0:
+            limit = min(limit, MAX_CAPTURE)
+            head = {"head": limit, "tail": 0}.get(key, limit // 2)
+            return head, limit - head
+    return MAX_CAPTURE, 0
 
 
 @dataclass
@@ -104,6 +110,17 @@ class Batch:
     """How many results the last poll was given: the next one is held until there are more."""
     changed: Signal = field(default_factory=Signal)
     finished: bool = False
+    readers: dict[object, int] = field(default_factory=dict)
+    """For each open event stream, the number of the last event that it has sent."""
+    read: Signal = field(default_factory=Signal)
+
+    async def room(self) -> None:
+        """Wait while an open stream is half of what is kept behind."""
+        limit = MAX_EVENTS // 2
+        await self.read.until(
+            lambda: all(self.emitted - sent < limit for sent in self.readers.values()),
+            SLOW_READER_S,
+        )
 
     def emit(self, index: int, kind: Json) -> None:
         self.emitted += 1
@@ -334,11 +351,12 @@ class Activity:
         if self._provider.draws(self._misbehave.fail_command):
             raise CommandFailed("command exited with code 1 (injected)")
 
-        def on_output(stream: str, data: bytes) -> None:
+        async def on_output(stream: str, data: bytes) -> None:
             capture = captures[stream]
             capture.add(data)
             if capture.streams and (text := capture.decoder.decode(data)):
                 batch.emit(index, {stream: text})
+                await batch.room()
 
         begun = time.monotonic()
         try:

@@ -124,17 +124,24 @@ async def _stream(request: web.Request, agreement: Agreement, batch: Batch) -> w
     response = web.StreamResponse(headers={"Cache-Control": "no-cache"})
     response.content_type = "text/event-stream"
     await response.prepare(request)
-    while True:
-        fresh = [(number, event) for number, event in batch.events if number > sent]
-        for number, event in fresh:
-            data = json.dumps(event, ensure_ascii=False)
-            await response.write(f"event: runtime\nid: {number}\ndata: {data}\n\n".encode())
-            sent = number
-        agreement.seen_now()
-        if batch.finished and sent == batch.emitted:
-            return response
-        if not await batch.changed.until(_more_than(batch, sent), _KEEP_ALIVE_S):
-            await response.write(b": still there\n\n")
+    reader = object()
+    try:
+        while True:
+            for number, event in [kept for kept in batch.events if kept[0] > sent]:
+                data = json.dumps(event, ensure_ascii=False)
+                await response.write(f"event: runtime\nid: {number}\ndata: {data}\n\n".encode())
+                sent = batch.readers[reader] = number
+                batch.read.fire()
+            agreement.seen_now()
+            if batch.finished and sent == batch.emitted:
+                return response
+            if not await batch.changed.until(_more_than(batch, sent), _KEEP_ALIVE_S):
+                await response.write(b": still there\n\n")
+    except ConnectionError:
+        return response  # the reader has what it wanted, or is gone
+    finally:
+        batch.readers.pop(reader, None)
+        batch.read.fire()
 
 
 def _more_than(batch: Batch, sent: int) -> Callable[[], bool]:

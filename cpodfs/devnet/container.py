@@ -17,13 +17,14 @@ import signal
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from cpodfs.devnet.rest import log
 
-Output = Callable[[str, bytes], None]
-"""Called with ``"stdout"`` or ``"stderr"`` and what a process has just written there."""
+Output = Callable[[str, bytes], Awaitable[None]]
+"""Called with ``"stdout"`` or ``"stderr"`` and what a process has just written there; the process
+is not read from until it returns."""
 
 VOLUMES = ("golem", "tmp")
 WORK_DIR = "/golem/work"
@@ -31,7 +32,7 @@ _GOLEM_DIRS = ("work", "input", "output", "resource")
 _SYSTEM = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32", "opt")
 _ETC = (
     *("alternatives", "group", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime"),
-    *("mime.types", "nsswitch.conf", "passwd", "python3", "python3.11", "ssl/certs"),
+    *("mime.types", "nsswitch.conf", "passwd", "ssl/certs"),
 )
 # bwrap's own init does not wait for what it runs, which would hide the processor time used.
 _INIT = '"$@"; exit $?'
@@ -287,7 +288,7 @@ async def _pump(name: str, handle: int, on_output: Output) -> None:
                 continue
             if not data:
                 return
-            on_output(name, data)
+            await on_output(name, data)
             # A program that writes without end must not keep everybody else from running.
             await asyncio.sleep(0)
     finally:

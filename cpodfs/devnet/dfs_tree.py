@@ -419,7 +419,7 @@ class Tree:
         self._forget_moved_names(old)
         for table, column in (("files", "path"), ("dirs", "path"), ("entries", "dir")):
             self._db.execute(
-                f"UPDATE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608 - constants
+                f"UPDATE OR REPLACE {table} SET {column} = ? || substr({column}, ?)"  # noqa: S608 - constants
                 f" WHERE pod = ? AND {column} >= ? AND {column} < ?",
                 (new, cut, *inside),
             )

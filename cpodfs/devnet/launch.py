@@ -120,6 +120,10 @@ class Running:
         """Let it end by itself, at most for 5 s."""
         _close(self._process)
 
+    def wait(self, deadline_s: float) -> int:
+        """Its exit status, negative for a signal. Raises subprocess.TimeoutExpired."""
+        return self._process.wait(deadline_s)
+
     def kill(self) -> None:
         """SIGKILL, for tests of what survives it."""
         self._process.kill()

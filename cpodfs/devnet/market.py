@@ -28,6 +28,8 @@ from cpodfs.devnet.negotiation import Negotiation
 from cpodfs.devnet.net_api import NetApi
 from cpodfs.devnet.payment_api import PaymentApi
 from cpodfs.devnet.provider import (
+    CHOSEN_PLATFORM,
+    DEBIT_NOTE_INTERVAL,
     DEFAULT_PROVIDERS,
     PLATFORMS,
     Misbehaviour,
@@ -137,14 +139,14 @@ class Market:
     # --- what Negotiation decides is booked here ---
 
     def _book_agreement(self, agreement: Agreement) -> None:
-        chosen = agreement.demand_properties.get("golem.com.payment.chosen-platform", PLATFORMS[0])
+        chosen = agreement.demand_properties.get(CHOSEN_PLATFORM) or PLATFORMS[0]
         address = agreement.demand_properties.get(f"golem.com.payment.platform.{chosen}.address")
         self._ledger.agreement_approved(
             agreement.id,
             provider=agreement.provider.spec.name,
             provider_id=agreement.provider.node_id,
             platform=chosen,
-            payer=address or self._ledger.identity(),
+            payer=str(address or self._ledger.identity()),
         )
 
     async def _close_agreement(self, agreement: Agreement, reason: str) -> None:
@@ -204,7 +206,7 @@ class Market:
 
     async def _write_debit_notes(self, agreement: Agreement, activity: Activity) -> None:
         terms = agreement.proposal.properties
-        interval_s = float(terms["golem.com.scheme.payu.debit-note.interval-sec?"])
+        interval_s = float(terms[DEBIT_NOTE_INTERVAL])
         while True:
             await asyncio.sleep(interval_s)
             if activity.state == TERMINATED:

@@ -96,6 +96,8 @@ class Negotiation:
             self._reject(said, "the provider does not want this (injected)")
         elif not provider.fits(properties, wanted):
             self._reject(said, "offer and demand do not match")
+        elif not provider.takes(properties):
+            self._reject(said, "no common payment platform")
         elif provider.busy_with:
             self._put_off.append(said)
         else:

@@ -28,15 +28,18 @@ class _Network:
         found = {"id": self.id, "ip": str(self.net.network_address), "mask": str(self.net.netmask)}
         return {**found, "gateway": self.gateway}
 
-    def claim(self, ip: str) -> str:
-        """An address of this network that nobody has yet. Raises Problem."""
+    def claim(self, ip: str, node: str) -> str:
+        """An address of this network that no other node has. Raises Problem.
+
+        yapapi adds a node again and again to refresh it, and its own after its own address.
+        """
         try:
             inside = ipaddress.ip_address(ip) in self.net
         except ValueError:
             raise Problem(400, f"{ip!r} is not an address") from None
         if not inside:
             raise Problem(400, f"{ip} is not in {self.net}")
-        if ip in self.addresses or ip in self.nodes.values():
+        if any(other != node and taken == ip for other, taken in self.nodes.items()):
             raise Problem(409, f"{ip} is taken")
         return ip
 
@@ -93,7 +96,7 @@ class NetApi:
 
     async def add_address(self, request: web.Request) -> web.Response:
         network = self._find(request)
-        network.addresses.add(network.claim(text_field(await body_object(request), "ip")))
+        network.addresses.add(network.claim(text_field(await body_object(request), "ip"), ""))
         return web.json_response(None)
 
     async def list_nodes(self, request: web.Request) -> web.Response:
@@ -102,7 +105,8 @@ class NetApi:
 
     async def add_node(self, request: web.Request) -> web.Response:
         network, body = self._find(request), await body_object(request)
-        network.nodes[text_field(body, "id")] = network.claim(text_field(body, "ip"))
+        node = text_field(body, "id")
+        network.nodes[node] = network.claim(text_field(body, "ip"), node)
         return web.json_response(None)
 
     async def remove_node(self, request: web.Request) -> web.Response:

@@ -22,8 +22,9 @@ PLATFORMS = (
 )
 """Every platform that yapapi can ask for is fine here: nothing is paid outside the ledger."""
 
-_DEBIT_NOTE_INTERVAL = "golem.com.scheme.payu.debit-note.interval-sec?"
+DEBIT_NOTE_INTERVAL = "golem.com.scheme.payu.debit-note.interval-sec?"
 _ACCEPT_TIMEOUT = "golem.com.payment.debit-notes.accept-timeout?"
+CHOSEN_PLATFORM = "golem.com.payment.chosen-platform"
 
 _OFFER_CONSTRAINTS = "(&(golem.srv.comp.expiration>0))"
 
@@ -50,9 +51,12 @@ class ProviderSpec:
     subnet: str = "public"
     capabilities: tuple[str, ...] = ("vpn",)
     platforms: tuple[str, ...] = PLATFORMS
-    debit_note_interval_s: float = 120.0
+    debit_note_interval_s: float = 120
+    """Between two debit notes of an activity; a requestor may ask for more, not for less."""
 
     def __post_init__(self) -> None:
+        if self.debit_note_interval_s <= 0:
+            raise ValueError(f"{self.name}: debit_note_interval_s is above 0")
         if not 0 < self.speed <= 1:
             raise ValueError(f"{self.name}: speed is above 0 and at most 1")
 
@@ -65,7 +69,7 @@ class ProviderSpec:
         """The properties of its offer, all that yapapi's default strategy wants to see."""
         return {
             "golem.activity.caps.transfer.protocol": ["http", "https", "gftp"],
-            "golem.com.payment.debit-notes.accept-timeout?": 240,
+            _ACCEPT_TIMEOUT: 240,
             **{
                 f"golem.com.payment.platform.{platform}.address": node_id
                 for platform in self.platforms
@@ -75,7 +79,7 @@ class ProviderSpec:
                 *(float(self.cpu_price), float(self.duration_price), float(self.start_price)),
             ],
             "golem.com.scheme": "payu",
-            _DEBIT_NOTE_INTERVAL: int(self.debit_note_interval_s),
+            DEBIT_NOTE_INTERVAL: self.debit_note_interval_s,
             "golem.com.scheme.payu.payment-timeout-sec?": 86400,
             "golem.com.usage.vector": list(USAGE_VECTOR),
             "golem.inf.cpu.architecture": "x86_64",
@@ -152,11 +156,18 @@ class Provider:
         return wanted.matches(self.offer) and self.demands.matches(properties)
 
     def draft(self, demand: dict[str, Any]) -> dict[str, Any]:
-        """Its answer to a counter-proposal: the offer, with what was negotiated taken over."""
-        agreed = {
-            key: demand[key] for key in (_DEBIT_NOTE_INTERVAL, _ACCEPT_TIMEOUT) if key in demand
-        }
-        return {**self.offer, **agreed}
+        """Its answer to a counter-proposal: the offer, with longer intervals if asked for."""
+        answer = dict(self.offer)
+        for key in (DEBIT_NOTE_INTERVAL, _ACCEPT_TIMEOUT):
+            asked = demand.get(key)
+            if isinstance(asked, int | float) and asked > answer[key]:
+                answer[key] = asked
+        return answer
+
+    def takes(self, demand: dict[str, Any]) -> bool:
+        """Whether the payment platform that a requestor has chosen, if any, is one of ours."""
+        chosen = demand.get(CHOSEN_PLATFORM)
+        return chosen is None or chosen in self.spec.platforms
 
     def draws(self, chance: float) -> bool:
         return chance > 0 and self.dice.random() < chance

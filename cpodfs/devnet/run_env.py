@@ -31,7 +31,7 @@ def run_environment(
     """The variables to *add* to a requestor's environment, which starts from ``base``.
 
     ``base`` (default: this process's environment) only supplies the PATH and PYTHONPATH that are
-    extended. ``tool_dir`` gets ``bin/gftp`` and is kept as long as the run; ``gftp_dir`` is the
+    extended: with ``{}`` they hold our folders alone. ``tool_dir`` gets ``bin/gftp`` and is kept as long as the run; ``gftp_dir`` is the
     folder that the market was created with. Raises OSError when the program cannot be written.
     """
     base = os.environ if base is None else base
@@ -45,7 +45,7 @@ def run_environment(
         "YAGNA_PAYMENT_NETWORK": network,
         "CPODFS_REGISTRY_URL": f"{root}/registry",
         GFTP_DIR_VARIABLE: str(gftp_dir.absolute()),
-        "PATH": _prefixed(program.parent, base.get("PATH", os.defpath)),
+        "PATH": _prefixed(program.parent, base.get("PATH", "")),
         "PYTHONPATH": _prefixed(HOOK_DIR, base.get("PYTHONPATH", "")),
     }
 

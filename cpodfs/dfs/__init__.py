@@ -6,6 +6,7 @@ docstrings of `client`; what a reply means is decided in `_errors`.
 
 from __future__ import annotations
 
+from cpodfs.dfs._trees import DOOMED
 from cpodfs.dfs.client import Client, Download
 from cpodfs.dfs.models import (
     Account,
@@ -21,6 +22,7 @@ from cpodfs.dfs.models import (
 from cpodfs.dfs.session import Session, Stats, Timeouts
 
 __all__ = [
+    "DOOMED",
     "Account",
     "Client",
     "DirStat",

@@ -27,7 +27,6 @@ from cpodfs.errors import (
 )
 
 _SHOWN = 300
-LONGEST_WAIT_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,4 +160,4 @@ def _seconds(retry_after: str | None) -> float | None:
     """Only the form in seconds; the form with a date is ignored."""
     if retry_after is None or not (retry_after.isascii() and retry_after.isdigit()):
         return None
-    return min(float(retry_after[:9]), LONGEST_WAIT_S)
+    return float(retry_after[:9])

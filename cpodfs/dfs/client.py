@@ -7,6 +7,7 @@ the server has no locks: the caller must not run two mutations of one directory 
 
 from __future__ import annotations
 
+import posixpath
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 import httpx
 
-from cpodfs.dfs import models
+from cpodfs.dfs import _trees, models
 from cpodfs.dfs._errors import upload_refusal
 from cpodfs.dfs._flight import SingleFlight
 from cpodfs.dfs._multipart import MultipartFile, Source
@@ -216,20 +217,42 @@ class Client:
         (100 bytes)."""
         await self._change(pod, "POST", "/v1/dir/mkdir", dirPath=_path(path))
 
-    async def rmdir(self, pod: str, path: str) -> None:
-        """RECURSIVE on the server: make sure that the directory is empty before you call this."""
-        if path == "/":
-            raise NameRefused("the root of a pod cannot be removed, only the pod")
-        await self._change(pod, "DELETE", "/v1/dir/rmdir", dirPath=_path(path))
+    async def rmdir(self, pod: str, path: str, *, check: bool = True) -> None:
+        """Remove an empty directory. Raises NotEmpty, NotFound, NameRefused (for the root).
+
+        The server removes recursively and, below the first level, edits the wrong list: see
+        ``_trees``. So a nested directory is first moved to the pod's root: that is a mutation of
+        the root, too. ``check=False`` leaves out the question whether it is empty: RECURSIVE.
+        """
+        await _trees.remove_dir(self, pod, path, check=check)
+
+    async def sweep(self, pod: str) -> int:
+        """Remove what an ``rmdir`` that was cut short left in the root; returns how many.
+
+        Their names match ``DOOMED``: do not show them.
+        """
+        return await _trees.sweep(self, pod)
 
     async def stat_dir(self, pod: str, path: str) -> models.DirStat:
         body = await self._get(pod, "/v1/dir/stat", dirPath=_path(path))
         return models.dir_stat(body, "/v1/dir/stat")
 
     async def rename_dir(self, pod: str, old: str, new: str) -> None:
-        """Neither atomic nor safe unless the whole sub-tree was listed since the pod was opened:
-        the server's copy of it would be a nil pointer. Raises AlreadyExists for a taken name.
-        ``new``'s parent MUST exist: otherwise NotFound is raised and the directory is lost."""
+        """Move a directory with all its content; its parents must not change meanwhile.
+
+        Never atomic: the server moves child by child, and where its own way would lose
+        directories (see ``_trees``) we do. Lists the whole sub-tree first. Raises AlreadyExists
+        for a taken name, NotFound also when ``new``'s parent is missing, NameRefused for a move
+        into itself. After an error look what is where.
+        """
+        await _trees.rename_dir(self, pod, old, new)
+
+    async def raw_rmdir(self, pod: str, path: str) -> None:
+        """The endpoint as it is, with the dangers described in ``_trees``."""
+        await self._change(pod, "DELETE", "/v1/dir/rmdir", slow=True, dirPath=_path(path))
+
+    async def raw_rename_dir(self, pod: str, old: str, new: str) -> None:
+        """The endpoint as it is, with the dangers described in ``_trees``."""
         await self._change(
             pod, "POST", "/v1/dir/rename", slow=True, oldPath=_path(old), newPath=_path(new)
         )
@@ -292,9 +315,13 @@ class Client:
         await self._change(pod, "DELETE", "/v1/file/delete", filePath=_path(path))
 
     async def rename_file(self, pod: str, old: str, new: str) -> None:
-        """Raises AlreadyExists for a taken name. Not atomic: between the old name's end and the
-        new one's beginning the server holds the file under neither. ``new``'s parent MUST exist:
-        otherwise NotFound is raised and the file is lost."""
+        """Raises AlreadyExists for the name of another file (but not for a directory's: see to
+        that), NotFound also when ``new``'s parent is missing. Not atomic: between the old name's
+        end and the new one's beginning the server holds the file under neither."""
+        folder = posixpath.dirname(new)
+        if folder != posixpath.dirname(old):
+            # The server would take the file out of its old directory, and only then look.
+            await self.stat_dir(pod, folder)
         await self._change(pod, "POST", "/v1/file/rename", oldPath=_path(old), newPath=_path(new))
 
     async def chmod_file(self, pod: str, path: str, mode: int) -> None:

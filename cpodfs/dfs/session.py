@@ -10,12 +10,12 @@ from __future__ import annotations
 import email.utils
 import json
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -24,12 +24,11 @@ import tenacity
 import trio
 
 from cpodfs.dfs import models
-from cpodfs.dfs._errors import LONGEST_WAIT_S, classify
+from cpodfs.dfs._errors import classify
 from cpodfs.dfs._flight import SingleFlight
+from cpodfs.dfs._http import bounded, http_client, transport_error
 from cpodfs.dfs._multipart import MultipartFile
 from cpodfs.errors import (
-    BadReply,
-    ConfigError,
     DfsError,
     LoginRefused,
     NotLoggedIn,
@@ -40,7 +39,11 @@ from cpodfs.errors import (
 )
 
 _LOGIN = "/v2/user/login"
-_MAX_JSON = 64 * 2**20
+# Who is asked to wait for longer is told so, instead of being kept.
+_LONGEST_WAIT_S = 30.0
+# A server whose own network is down calls a good password invalid, so what has worked before is
+# tried again after this time.
+_REFUSAL_LASTS_S = 60.0
 _T = TypeVar("_T")
 
 
@@ -80,7 +83,10 @@ class Session:
 
     ``password`` is called once per login and its result is not kept. ``generation`` grows with
     every login: what the server remembered for us (open pods) is gone then. ``clock_skew_s`` is
-    the server's clock minus ours, to about a second, None before the first answer.
+    the server's clock minus ours, to about a second, None before the first answer. Keep fewer
+    transfers going than ``max_connections``, or all other calls wait for them.
+
+    A refused login is final until ``reset``; when an earlier one went well, for a minute only.
     """
 
     def __init__(
@@ -99,13 +105,14 @@ class Session:
         self.timeouts = timeouts or Timeouts()
         self.clock_skew_s: float | None = None
         self.generation = 0
-        self._base_url = _checked_url(base_url)
         self._password = password
         self._extra_attempts = extra_attempts
         self._token: str | None = None
         self._refused: LoginRefused | None = None
+        self._refused_until = 0.0
         self._logins = SingleFlight()
-        self._http = self._http_client(max_connections, transport)
+        self._http = http_client(base_url, max_connections, transport)
+        self._base_url = str(self._http.base_url)
 
     def __repr__(self) -> str:
         return f"Session({self._base_url!r}, user={self.user!r})"
@@ -176,7 +183,7 @@ class Session:
                     timeout=self._timeout(limit),
                     secrets=secrets,
                 ) as response:
-                    return await _bounded(response, endpoint)
+                    return await bounded(response, endpoint)
             raise self._count(TimedOut(f"no answer within {limit:g} s", endpoint=endpoint))
 
         async def attempts(token: str | None) -> bytes:
@@ -219,7 +226,7 @@ class Session:
                 self.stats.bytes_down += len(chunk)
                 yield chunk
         except httpx.TransportError as exc:
-            raise self._count(_transport_error(exc, endpoint)) from None
+            raise self._count(transport_error(exc, endpoint)) from None
 
     # -- one exchange ----------------------------------------------------------------------
 
@@ -257,7 +264,7 @@ class Session:
                     content=content,
                     timeout=self._timeout(self.timeouts.idle_s, read_s=answer_s),
                 ) as response:
-                    return await _bounded(response, endpoint)
+                    return await bounded(response, endpoint)
         except Exception:
             if body.failure is not None:
                 raise body.failure from None
@@ -291,7 +298,7 @@ class Session:
             await self._refuse_errors(response, endpoint, token, secrets)
             yield response
         except httpx.TransportError as exc:
-            raise self._count(_transport_error(exc, endpoint)) from None
+            raise self._count(transport_error(exc, endpoint)) from None
         finally:
             await response.aclose()
 
@@ -320,7 +327,7 @@ class Session:
             )
             response = await self._http.send(request, stream=True)
         except (httpx.TransportError, httpx.InvalidURL) as exc:
-            raise self._count(_transport_error(exc, endpoint)) from None
+            raise self._count(transport_error(exc, endpoint)) from None
         self._note_clock(response, started)
         return response
 
@@ -329,7 +336,7 @@ class Session:
     ) -> None:
         if response.is_success:
             return
-        body = await _bounded(response, endpoint)
+        body = await bounded(response, endpoint)
         error = classify(
             endpoint,
             response.status_code,
@@ -354,7 +361,7 @@ class Session:
     async def _ensure_token(self, stale: str | None) -> str:
         """A token other than ``stale``. However many tasks ask, one login is made."""
         while self._token is None or self._token == stale:
-            if self._refused is not None:
+            if self._refused is not None and trio.current_time() < self._refused_until:
                 raise LoginRefused(
                     self._refused.message, endpoint=_LOGIN, status=self._refused.status
                 )
@@ -376,6 +383,8 @@ class Session:
             )
         except LoginRefused as exc:
             self._refused = exc
+            lasts_s = _REFUSAL_LASTS_S if self.generation else math.inf
+            self._refused_until = trio.current_time() + lasts_s
             raise
         self._token = models.access_token(body, _LOGIN)
         self.generation += 1
@@ -388,7 +397,8 @@ class Session:
             if isinstance(exc, Unreachable):
                 return repeat or not exc.sent
             if isinstance(exc, Overloaded):
-                return repeat or exc.status == 429
+                soon = (exc.retry_after_s or 0) <= _LONGEST_WAIT_S
+                return soon and (repeat or exc.status == 429)
             return repeat and isinstance(exc, ServerError)
 
         retrying = tenacity.AsyncRetrying(
@@ -409,22 +419,6 @@ class Session:
         self.stats.repeats += 1
 
     # -- small things ----------------------------------------------------------------------
-
-    def _http_client(
-        self, max_connections: int, transport: httpx.AsyncBaseTransport | None
-    ) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            base_url=self._base_url,
-            transport=transport,
-            trust_env=False,
-            follow_redirects=False,
-            # The token is our only credential: a kept cookie would outlive a logout.
-            cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=[])),
-            headers={"Accept-Encoding": "identity", "User-Agent": "cpodfs"},
-            limits=httpx.Limits(
-                max_connections=max_connections, max_keepalive_connections=max_connections
-            ),
-        )
 
     def _timeout(self, quiet_s: float, read_s: float | None = None) -> httpx.Timeout:
         return httpx.Timeout(
@@ -455,34 +449,4 @@ _backoff = tenacity.wait_random_exponential(multiplier=0.3, max=5)
 def _wait(state: tenacity.RetryCallState) -> float:
     exc = state.outcome.exception() if state.outcome is not None else None
     asked = exc.retry_after_s if isinstance(exc, Overloaded) else None
-    return _backoff(state) if asked is None else min(asked, LONGEST_WAIT_S)
-
-
-def _checked_url(base_url: str) -> str:
-    try:
-        url = httpx.URL(base_url)
-    except (httpx.InvalidURL, ValueError):
-        raise ConfigError("the server's address is not a URL") from None
-    if url.scheme not in ("http", "https") or not url.host:
-        raise ConfigError("the server's address must begin with http:// or https://")
-    if url.userinfo or url.query or url.fragment:
-        raise ConfigError("the server's address must be without user, query and fragment")
-    return str(url)
-
-
-def _transport_error(exc: Exception, endpoint: str) -> Unreachable:
-    unsent = isinstance(
-        exc, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.InvalidURL)
-    )
-    kind = TimedOut if isinstance(exc, httpx.TimeoutException) else Unreachable
-    text = str(exc) or type(exc).__name__
-    return kind(text, endpoint=endpoint, sent=not unsent)
-
-
-async def _bounded(response: httpx.Response, endpoint: str) -> bytes:
-    body = bytearray()
-    async for chunk in response.aiter_raw():
-        body += chunk
-        if len(body) > _MAX_JSON:
-            raise BadReply("reply is larger than 64 MiB", endpoint=endpoint)
-    return bytes(body)
+    return _backoff(state) if asked is None else asked

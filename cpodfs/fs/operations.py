@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 KINDS = {"f": stat.S_IFREG, "d": stat.S_IFDIR, "l": stat.S_IFLNK}
 BLOCK = 4096
 READDIR_BATCH = 64
+ABSENT_TIMEOUT_S = 1.0
+"""How long the kernel may remember that there is no such name."""
 _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
 
 
@@ -124,13 +126,13 @@ class Operations(pyfuse3.Operations):
             return self._given(self._tree.inode(above or ROOT))
         text = _looked_up(name)
         if text is None:
-            return self._absent(self._timeout_s)
+            return self._absent(ABSENT_TIMEOUT_S)
         if self._runs.is_run_name(parent_inode, text):
             if self._runs.exists(parent_inode):
                 return self._run_entry(parent_inode)
             return self._absent(0)
         inode = await self._tree.lookup(parent_inode, text)
-        return self._absent(self._timeout_s) if inode is None else self._given(inode)
+        return self._absent(ABSENT_TIMEOUT_S) if inode is None else self._given(inode)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for ino, count in inode_list:

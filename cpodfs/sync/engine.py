@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 RETRY_FIRST_S = 1.0
 RETRY_MAX_S = 300.0
 OFFLINE_MAX_S = 30.0
+STARTS_AT_ONCE = 8
 FOR_GOOD = (Refused, Denied, QuotaExceeded, FileNotFoundError)
 """Failures that repeating will not mend; tried again at the longest distance, in case it was."""
 
@@ -216,8 +217,12 @@ class Engine:
             task_status.started()
             while True:
                 self._wake = trio.Event()
-                with trio.move_on_after(self._start_due()):
-                    await self._wake.wait()
+                wait_s = self._start_due()
+                if wait_s:
+                    with trio.move_on_after(wait_s):
+                        await self._wake.wait()
+                else:
+                    await trio.lowlevel.checkpoint()  # let the file system in between
 
     def _schedule(self, item: Item, delay_s: float) -> None:
         due = time.monotonic() + delay_s
@@ -229,8 +234,10 @@ class Engine:
             self._wake.set()
 
     def _start_due(self) -> float:
-        """Start what is due; returns the seconds until the next thing will be."""
-        while self._heap:
+        """Start some of what is due; returns the seconds until the next will be (0: there is more)."""
+        for _ in range(STARTS_AT_ONCE):
+            if not self._heap:
+                return float("inf")
             now = time.monotonic()
             if now < self._offline_until:
                 return self._offline_until - now
@@ -246,7 +253,7 @@ class Engine:
                 continue
             del self._due[item]
             self._try(item)
-        return float("inf")
+        return 0.0
 
     def _try(self, item: Item) -> None:
         """Start the next operation for an object, or note what it waits for."""
@@ -381,6 +388,7 @@ class Engine:
                 await self._lister.list_locked(rid)
             self._unsure.pop(op.item, None)
             return [op.item]
+        log.debug("start %r", op)
         op.before(self._store)
         await op.call(self._store, self._dfs)
         return op.done(self._store)

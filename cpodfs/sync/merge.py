@@ -136,7 +136,10 @@ class Merger:
                 self._set_aside(local, outcome)
         if ino is None:
             ino = self._create(directory.ino, entry, readonly).ino
-            outcome.changes.append(NameChange(directory.ino, entry.name))
+            if directory.listed_s:
+                # Only then may the kernel remember that there was no such name. Needless news would
+                # unhash a name just looked up, and with it somebody's working directory.
+                outcome.changes.append(NameChange(directory.ino, entry.name))
         self._store.add_remote(
             *(rid, entry.name, DIR if entry.is_dir else FILE),
             size=entry.size,

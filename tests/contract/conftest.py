@@ -25,12 +25,19 @@ REAL_URL = os.environ.get("CPODFS_TEST_DFS_URL", "")
 def devnet_server(state_dir: Path, port: int = 0) -> Iterator[str]:
     """The development server in a thread of its own; yields its address."""
     loop = asyncio.new_event_loop()
-    runner = web.AppRunner(create_app(state_dir), access_log=None, shutdown_timeout=1)
+    runners: list[web.AppRunner] = []
 
     async def start() -> int:
+        # Made here, because the application's database belongs to the thread that opens it.
+        runner = web.AppRunner(create_app(state_dir), access_log=None, shutdown_timeout=1)
+        runners.append(runner)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", port).start()
         return int(runner.addresses[0][1])
+
+    async def stop() -> None:
+        for runner in runners:
+            await runner.cleanup()
 
     thread = threading.Thread(target=loop.run_forever, name="devnet")
     thread.start()
@@ -38,7 +45,7 @@ def devnet_server(state_dir: Path, port: int = 0) -> Iterator[str]:
         bound = asyncio.run_coroutine_threadsafe(start(), loop).result(timeout=10)
         yield f"http://127.0.0.1:{bound}"
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(timeout=10)
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(timeout=10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(timeout=10)
         loop.close()

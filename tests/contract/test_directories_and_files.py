@@ -82,13 +82,75 @@ async def test_a_directorys_metadata(client: Client) -> None:
     assert (stat.name, stat.mode, stat.dirs, stat.files) == ("d", 0o755, 1, 1)
 
 
-async def test_rmdir_is_recursive(client: Client) -> None:
+async def test_rmdir_is_for_empty_directories(client: Client) -> None:
     await client.mkdir("pod", "/d")
-    await write(client, "/d/f", b"x")
-    await client.rmdir("pod", "/d")
+    await client.mkdir("pod", "/d/e")
+    await write(client, "/d/e/f", b"x")
+    for path in ("/d", "/d/e"):
+        with pytest.raises(errors.NotEmpty):
+            await client.rmdir("pod", path)
+    assert await read(client, "/d/e/f") == b"x"
+    await client.rmdir("pod", "/d", check=False)
     assert await names(client) == []
     with pytest.raises(errors.NotFound):
-        await read(client, "/d/f")
+        await read(client, "/d/e/f")
+
+
+async def test_removing_a_nested_directory_leaves_its_namesakes(client: Client) -> None:
+    """The server's own rmdir would unlist /same, and leave /d/e for ever."""
+    for path in ("/same", "/d", "/d/same", "/d/e", "/d/e/e"):
+        await client.mkdir("pod", path)
+    await client.rmdir("pod", "/d/same")
+    await client.rmdir("pod", "/d/e/e")
+    await client.refresh_pod("pod")
+    assert await names(client) == ["d/", "same/"]
+    assert await names(client, "/d") == ["e/"]
+    await client.rmdir("pod", "/d/e")
+    await client.mkdir("pod", "/d/e")
+    await client.rmdir("pod", "/d/e")
+    await client.rmdir("pod", "/d")
+    assert await names(client) == ["same/"]
+
+
+async def test_what_an_interrupted_removal_left_is_swept(client: Client) -> None:
+    await client.mkdir("pod", "/d")
+    await client.mkdir("pod", "/d/e")
+    await client.mkdir("pod", "/.cpodfs-rm-not-ours")
+    await client.raw_rename_dir("pod", "/d/e", "/.cpodfs-rm-0123456789abcdef")
+    assert await client.sweep("pod") == 1
+    assert await names(client) == [".cpodfs-rm-not-ours/", "d/"]
+    assert await client.sweep("pod") == 0
+
+
+async def test_moving_a_tree_leaves_namesakes_of_its_directories(client: Client) -> None:
+    """The server's own rename would unlist /s, and /old/t in its new place."""
+    for path in ("/s", "/old", "/old/s", "/old/t", "/old/u", "/old/u/t"):
+        await client.mkdir("pod", path)
+    for path in ("/s/f", "/old/f", "/old/s/f", "/old/t/f", "/old/u/f", "/old/u/t/f"):
+        await write(client, path, path.encode())
+    await client.chmod_dir("pod", "/old", 0o750)
+    await client.rename_dir("pod", "/old", "/new")
+    await client.refresh_pod("pod")
+    assert await names(client) == ["new/", "s/"]
+    assert (await listed(client))["new"].mode == 0o750
+    assert await names(client, "/new") == ["f", "s/", "t/", "u/"]
+    assert await names(client, "/new/u") == ["f", "t/"]
+    for path in ("/f", "/s/f", "/t/f", "/u/f", "/u/t/f"):
+        assert await read(client, f"/new{path}") == f"/old{path}".encode()
+    assert await read(client, "/s/f") == b"/s/f"
+
+
+async def test_moves_that_the_server_would_answer_with_a_loss(client: Client) -> None:
+    await client.mkdir("pod", "/d")
+    await client.mkdir("pod", "/d/e")
+    await write(client, "/d/e/f", b"kept")
+    with pytest.raises(errors.NotFound):
+        await client.rename_dir("pod", "/d", "/no/where")
+    with pytest.raises(errors.NameRefused):
+        await client.rename_dir("pod", "/d", "/d/e/d")
+    await client.refresh_pod("pod")
+    await client.rename_dir("pod", "/d", "/unlisted")
+    assert await read(client, "/unlisted/e/f") == b"kept"
 
 
 async def test_directory_names(client: Client) -> None:
@@ -271,6 +333,14 @@ async def test_renaming_files(client: Client) -> None:
     await client.refresh_pod("pod")
     assert await names(client) == ["d/", "f"]
     assert await read(client, "/f") == b"content"
+
+
+async def test_a_file_is_not_lost_by_renaming_it_to_nowhere(client: Client) -> None:
+    await write(client, "/f", b"kept")
+    with pytest.raises(errors.NotFound):
+        await client.rename_file("pod", "/f", "/no/where")
+    assert await names(client) == ["f"]
+    assert await read(client, "/f") == b"kept"
 
 
 async def test_a_file_does_not_replace_another_by_renaming(client: Client) -> None:

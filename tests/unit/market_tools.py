@@ -176,6 +176,33 @@ class Requestor:
             if found and found[-1]["isBatchFinished"]:
                 return list(found)
 
+    async def stream(
+        self, activity: str, batch: str, until: str, last: str = ""
+    ) -> list[tuple[str, dict[str, Any]]]:
+        """(id, kind) of each event of a batch, up to the first of kind ``until``."""
+        found, number = [], ""
+        headers = {"Accept": "text/event-stream", "Last-Event-Id": last}
+        url = f"{self.market.url}/activity-api/v1/activity/{activity}/exec/{batch}"
+        async with self.market.http.get(url, headers=headers) as response:
+            assert response.content_type == "text/event-stream"
+            async for raw in response.content:
+                line = raw.decode().rstrip("\n")
+                if line.startswith("id: "):
+                    number = line[4:]
+                if line.startswith("data: "):
+                    event = json.loads(line[6:])
+                    assert event["batch_id"] == batch
+                    found.append((number, event["kind"]))
+                    if until in event["kind"]:
+                        break
+        return found
+
+    async def printed(self, activity: str, commands: Commands) -> str:
+        """Send a batch and wait until it has printed something; its id."""
+        batch = await self.exec(activity, commands)
+        assert await asyncio.wait_for(self.stream(activity, batch, "stdout"), 10)
+        return batch
+
     async def ready(self) -> str:
         """A started activity in an agreement of its own."""
         activity = await self.activity(await self.agree())

@@ -247,6 +247,21 @@ async def test_upload_into_a_missing_directory_is_refused_and_done(tmp_path: Pat
         assert await dfs.download("/no/f") == (200, b"here all the same")
 
 
+async def test_renames_over_what_no_list_names(tmp_path: Path) -> None:
+    async with with_pod(tmp_path) as dfs:
+        await dfs.post("/v1/dir/mkdir", podName="p", dirPath="/a")
+        await dfs.upload("/a", "f", b"listed")
+        await dfs.upload("/b", "f", b"an orphan")
+        move = await dfs.post("/v1/dir/rename", podName="p", oldPath="/a", newPath="/b")
+        assert move[0] == 200
+        assert await dfs.download("/b/f") == (200, b"listed")
+        text = "file rename: directory not present"
+        move = await dfs.post("/v1/file/rename", podName="p", oldPath="/b/f", newPath="/no/f")
+        assert move == (500, {"message": text})
+        assert await dfs.names("/b") == (set(), set())
+        assert await dfs.download("/no/f") == (200, b"listed")
+
+
 @pytest.mark.parametrize(
     ("raw", "name"),
     [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -176,6 +178,16 @@ def test_secrets_are_private_and_the_server_is_local(tmp_path: Path) -> None:
         assert holders == [devnet.password_file]
         command = Path(f"/proc/{devnet.pid}/cmdline").read_bytes()
         assert secret not in command
+
+
+def test_it_ends_on_sigterm_though_a_connection_is_open(tmp_path: Path) -> None:
+    with launch.start(tmp_path, STORE_ONLY) as server:
+        client = Client(server.devnet)
+        address = (client.address.hostname, client.address.port)
+        with socket.create_connection(address, timeout=10) as raw:
+            raw.sendall(b"POST /v1/file/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n")
+            os.kill(server.devnet.pid, signal.SIGTERM)
+            assert server.wait(5) == 0
 
 
 def test_it_ends_with_its_standard_input(tmp_path: Path) -> None:

@@ -208,6 +208,23 @@ async def test_a_refused_login_is_final_until_reset(status: int, text: str) -> N
         assert (await client.pods()).shared == ("b",)
 
 
+async def test_a_refusal_after_a_good_login_lasts_a_minute() -> None:
+    """The server says "invalid password" also when its own network is down."""
+    server = Server()
+    server.answers["/v1/pod/ls"] = lambda _r: reply(200, PODS)
+    async with connected(server) as client:
+        await client.pods()
+        server.valid.clear()
+        server.answers[LOGIN] = lambda _r: message(400, "user login: invalid password")
+        for _ in range(2):
+            with pytest.raises(errors.LoginRefused):
+                await client.pods()
+        assert server.paths().count(LOGIN) == 2
+        del server.answers[LOGIN]
+        await trio.sleep(61)
+        await client.pods()
+
+
 async def test_a_cancelled_login_does_not_take_the_other_waiters_with_it() -> None:
     server = Server()
     server.answers["/v1/pod/ls"] = lambda _r: reply(200, PODS)
@@ -324,6 +341,15 @@ async def test_a_mutation_that_was_surely_not_done_is_repeated(
         await client.mkdir("p", "/d")
         if isinstance(failure, httpx.Response):
             assert trio.current_time() - started == pytest.approx(7)
+
+
+async def test_who_is_asked_to_wait_for_long_is_told() -> None:
+    server = Server()
+    server.answers["/v1/pod/ls"] = [message(429, "slow down", **{"Retry-After": "600"})]
+    async with connected(server) as client:
+        with pytest.raises(errors.Overloaded) as caught:
+            await client.pods()
+        assert caught.value.retry_after_s == 600
 
 
 async def test_nobody_listening_is_unreachable_and_unsent() -> None:

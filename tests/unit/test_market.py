@@ -176,20 +176,22 @@ async def test_commands_and_captured_output(either: Served) -> None:
         shell("echo out; echo err >&2"),
         shell("printf 0123456789", stdout={"atEnd": {"headTail": 4}}),
         shell("printf 0123456789", stdout=bin_tail),
+        shell("head -c 9000000 /dev/zero; printf end", stdout={"atEnd": {"tail": 3}}),
         shell("pwd; echo $HOME; echo x > /golem/output/y; cat ../output/y"),
         shell("exit 7"),
         shell("echo never"),
     ]
     found = await requestor.results(activity, commands)
-    assert [one["index"] for one in found] == [0, 1, 2, 3, 4]
+    assert [one["index"] for one in found] == [0, 1, 2, 3, 4, 5]
     assert (found[0]["stdout"], found[0]["stderr"]) == ("out\n", "err\n")
     assert found[1]["stdout"] == "0189"
     assert found[2]["stdout"] == [0x37, 0x38, 0x39]
-    work, home, written = found[3]["stdout"].split()
+    assert found[3]["stdout"] == "end"
+    work, home, written = found[4]["stdout"].split()
     assert work.endswith("/golem/work")
     assert (home, written) == (work, "x")
-    assert (found[4]["result"], found[4]["message"]) == ("Error", "command exited with code 7")
-    assert found[4]["isBatchFinished"] is True
+    assert (found[5]["result"], found[5]["message"]) == ("Error", "command exited with code 7")
+    assert found[5]["isBatchFinished"] is True
 
 
 async def test_order_of_states(market: Served) -> None:
@@ -224,35 +226,27 @@ async def test_event_stream_is_live_and_can_be_resumed(either: Served) -> None:
     # The program waits for a file that is only sent once its first line was seen.
     wait = "until [ -e /golem/input/go ]; do sleep 0.02; done"
     batch = await requestor.exec(activity, [shell(f"echo one; {wait}; echo zwölf >&2; exit 3")])
-    url = f"{either.url}/activity-api/v1/activity/{activity}/exec/{batch}"
-
-    async def read(last: str, until: str) -> list[tuple[str, dict[str, object]]]:
-        headers = {"Accept": "text/event-stream", "Last-Event-Id": last}
-        found, number = [], ""
-        async with either.http.get(url, headers=headers) as response:
-            assert response.content_type == "text/event-stream"
-            async for raw in response.content:
-                line = raw.decode().rstrip("\n")
-                if line.startswith("id: "):
-                    number = line[4:]
-                if line.startswith("data: "):
-                    event = json.loads(line[6:])
-                    assert (event["batch_id"], event["index"]) == (batch, 0)
-                    found.append((number, event["kind"]))
-                    if until in event["kind"]:
-                        break
-        return found
-
-    seen = await asyncio.wait_for(read("", "stdout"), 10)
+    seen = await asyncio.wait_for(requestor.stream(activity, batch, "stdout"), 10)
     assert [next(iter(kind)) for _number, kind in seen] == ["started", "stdout"]
     assert seen[-1][1] == {"stdout": "one\n"}
     [go] = either.market_dir.glob("providers/solo/*/golem/input")
     (go / "go").touch()
-    rest = await asyncio.wait_for(read(seen[-1][0], "finished"), 10)
+    rest = await asyncio.wait_for(
+        requestor.stream(activity, batch, "finished", last=seen[-1][0]), 10
+    )
     assert [kind for _number, kind in rest] == [
         {"stderr": "zwölf\n"},
         {"finished": {"return_code": 3, "message": "command exited with code 3"}},
     ]
+
+
+async def test_a_stream_misses_nothing_however_fast_the_program(market: Served) -> None:
+    requestor = Requestor(market)
+    activity = await requestor.ready()
+    batch = await requestor.exec(activity, [shell("head -c 20000000 /dev/zero | tr '\\0' a")])
+    events = await requestor.stream(activity, batch, "finished")
+    assert sum(len(kind.get("stdout", "")) for _number, kind in events) == 20_000_000
+    assert [int(number) for number, _kind in events] == list(range(1, len(events) + 1))
 
 
 async def test_large_output_does_not_stop_anybody(market: Served) -> None:
@@ -268,12 +262,11 @@ async def test_ending_an_activity_kills_its_processes(either: Served) -> None:
     requestor = Requestor(either)
     activity = await requestor.ready()
     mark = "98701.25"
-    # Two generations, one in the background; the file says that both are there.
-    command = f"sleep {mark} & sleep {mark} & touch /golem/output/up; wait"
-    batch = await requestor.exec(activity, [shell(command)])
+    # Two generations, one in the background.
+    batch = await requestor.printed(
+        activity, [shell(f"sleep {mark} & sh -c 'sleep {mark}; true' & echo up; wait")]
+    )
     [folder] = either.market_dir.glob("providers/solo/*")
-    while not (folder / "golem/output/up").exists():
-        await asyncio.sleep(0.02)
     assert processes_with(mark)
     await either.call("DELETE", f"/activity-api/v1/activity/{activity}")
     assert processes_with(mark) == []
@@ -567,11 +560,8 @@ async def test_a_killed_market_is_cleared_up_at_its_next_start(
         requestor = Requestor(Served(url, tmp_path, http))
         activity = await requestor.ready()
         mark = f"98704.{int(sandbox)}5"
-        command = f"touch /golem/output/up; exec sleep {mark}"
-        await requestor.exec(activity, [shell(command)])
+        await requestor.printed(activity, [shell(f"echo up; exec sleep {mark}")])
         [folder] = (tmp_path / "market").glob("providers/solo/*")
-        while not (folder / "golem/output/up").exists():
-            await asyncio.sleep(0.02)
     server.send_signal(signal.SIGKILL)
     await server.wait()
     async with served(tmp_path, providers=ONE):
@@ -589,10 +579,13 @@ async def test_networks_are_booked(market: Served) -> None:
     net = await market.call("POST", "/net-api/v1/net", body)
     path = f"/net-api/v1/net/{net['id']}"
     await market.call("POST", f"{path}/addresses", {"ip": "192.168.0.1"})
+    await market.call("POST", f"{path}/nodes", {"id": "me", "ip": "192.168.0.1"})
     await market.call("POST", f"{path}/nodes", {"id": "n", "ip": "192.168.0.1"}, 409)
     await market.call("POST", f"{path}/nodes", {"id": "n", "ip": "10.0.0.1"}, 400)
     await market.call("POST", f"{path}/nodes", {"id": "n", "ip": "192.168.0.2"})
-    assert await market.call("GET", f"{path}/nodes") == [{"id": "n", "ip": "192.168.0.2"}]
+    await market.call("POST", f"{path}/nodes", {"id": "n", "ip": "192.168.0.2"})
+    nodes = await market.call("GET", f"{path}/nodes")
+    assert nodes == [{"id": "me", "ip": "192.168.0.1"}, {"id": "n", "ip": "192.168.0.2"}]
     await market.call("DELETE", f"{path}/nodes/n")
     await market.call("DELETE", path)
     await market.call("GET", path, status=404)

@@ -126,6 +126,7 @@ async def test_an_adopted_run_can_be_cancelled(bench, told, gate, start_driver):
 async def test_the_supervisor_of_an_adopted_run_dies(bench, told, gate, start_driver):
     driver, run_id = start_driver(counting(bench, told, gate))
     await told.line()
+    await bench.copied(run_id, b"one\n")
     kill(driver)
     async with bench.managed() as manager:
         private = state.read_record(bench.runs_dir / "pod" / run_id)["private"]

@@ -1,0 +1,63 @@
+"""The HTTP client as a session uses it, and what its failures are called here.
+
+Imports httpx and errors. Neither redirects nor cookies nor proxies of the environment are used:
+the token must go to the configured server and nowhere else.
+"""
+
+from __future__ import annotations
+
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+
+import httpx
+
+from cpodfs.errors import BadReply, ConfigError, TimedOut, Unreachable
+
+_MAX_JSON = 64 * 2**20
+
+
+def http_client(
+    base_url: str, max_connections: int, transport: httpx.AsyncBaseTransport | None
+) -> httpx.AsyncClient:
+    """Raises ConfigError for an address that cannot be used."""
+    return httpx.AsyncClient(
+        base_url=_checked_url(base_url),
+        transport=transport,
+        trust_env=False,
+        follow_redirects=False,
+        # The token is our only credential: a kept cookie would outlive a logout.
+        cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=[])),
+        headers={"Accept-Encoding": "identity", "User-Agent": "cpodfs"},
+        limits=httpx.Limits(
+            max_connections=max_connections, max_keepalive_connections=max_connections
+        ),
+    )
+
+
+def _checked_url(base_url: str) -> str:
+    try:
+        url = httpx.URL(base_url)
+    except (httpx.InvalidURL, ValueError):
+        raise ConfigError("the server's address is not a URL") from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise ConfigError("the server's address must begin with http:// or https://")
+    if url.userinfo or url.query or url.fragment:
+        raise ConfigError("the server's address must be without user, query and fragment")
+    return str(url)
+
+
+def transport_error(exc: Exception, endpoint: str) -> Unreachable:
+    unsent = isinstance(
+        exc, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.InvalidURL)
+    )
+    kind = TimedOut if isinstance(exc, httpx.TimeoutException) else Unreachable
+    text = str(exc) or type(exc).__name__
+    return kind(text, endpoint=endpoint, sent=not unsent)
+
+
+async def bounded(response: httpx.Response, endpoint: str) -> bytes:
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > _MAX_JSON:
+            raise BadReply("reply is larger than 64 MiB", endpoint=endpoint)
+    return bytes(body)
