@@ -43,6 +43,8 @@ KERNEL_TIMEOUT_S = 10.0
 MAX_REQUESTS = 500
 """Requests served at once. Readers that wait for the network must not keep others out."""
 RUN_GRACE_S = 10.0
+RUN_END_S = RUN_GRACE_S + 6.0
+"""Cancelled runs get the grace between SIGTERM and SIGKILL, and some time to write their logs."""
 DETACH_S = 5.0
 LEFT_OVER_NAMES = 1000
 
@@ -150,7 +152,7 @@ class Driver:
             await pyfuse3.main(max_tasks=MAX_REQUESTS)
             log.info("unmounted")
             sd_notify(STOPPING="1", STATUS="uploading what is pending")
-            await self.runs.cancel_all(RUN_GRACE_S)
+            await self.runs.cancel_all(RUN_END_S)
             nursery.cancel_scope.cancel()
 
     async def _start_up(self, nursery: trio.Nursery, ready: Callable[[], None]) -> None:
@@ -171,7 +173,7 @@ class Driver:
 
     async def _detach(self) -> None:
         """End the runs, then the mount; one that is in use is detached all the same."""
-        await self.runs.cancel_all(RUN_GRACE_S)
+        await self.runs.cancel_all(RUN_END_S)
         path = self._settings.mountpoint
         try:
             await trio.to_thread.run_sync(mountpoint.unmount, path)

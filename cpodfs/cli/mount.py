@@ -204,6 +204,7 @@ def devnet_environment(net: launch.Devnet) -> dict[str, str]:
         app_key=net.app_key_file.read_text().strip(),
         tool_dir=net.state / "tools",
         gftp_dir=net.gftp_dir,
+        base={},
     )
 
 

@@ -6,6 +6,8 @@ the token must go to the configured server and nowhere else.
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
@@ -54,10 +56,18 @@ def transport_error(exc: Exception, endpoint: str) -> Unreachable:
     return kind(text, endpoint=endpoint, sent=not unsent)
 
 
+def raw_body(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    """The body's bytes as sent, once. To be closed by the caller, else trio complains."""
+    raw = response.aiter_raw()
+    assert isinstance(raw, AsyncGenerator)
+    return raw
+
+
 async def bounded(response: httpx.Response, endpoint: str) -> bytes:
     body = bytearray()
-    async for chunk in response.aiter_raw():
-        body += chunk
-        if len(body) > _MAX_JSON:
-            raise BadReply("reply is larger than 64 MiB", endpoint=endpoint)
+    async with aclosing(raw_body(response)) as raw:
+        async for chunk in raw:
+            body += chunk
+            if len(body) > _MAX_JSON:
+                raise BadReply("reply is larger than 64 MiB", endpoint=endpoint)
     return bytes(body)

@@ -11,7 +11,7 @@ import posixpath
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import httpx
 
@@ -38,22 +38,26 @@ class Download:
     connection was lost) or BadReply.
     """
 
-    def __init__(self, session: Session, response: httpx.Response, size: int) -> None:
+    def __init__(self, size: int, chunks: AsyncIterator[bytes]) -> None:
         self.size = size
-        self._session = session
-        self._response = response
+        self._chunks = chunks
+        self._received = 0
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        received = 0
-        async with aclosing(self._session.chunks(self._response, _DOWNLOAD)) as chunks:
-            async for chunk in chunks:
-                received += len(chunk)
-                if received > self.size:
-                    raise BadReply(f"more than the {self.size} bytes due", endpoint=_DOWNLOAD)
-                if chunk:
-                    yield chunk
-        if received != self.size:
-            raise BadReply(f"ended at {received} of {self.size} bytes", endpoint=_DOWNLOAD)
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            chunk = await anext(self._chunks)
+        except StopAsyncIteration:
+            if self._received == self.size:
+                raise
+            text = f"ended at {self._received} of {self.size} bytes"
+            raise BadReply(text, endpoint=_DOWNLOAD) from None
+        self._received += len(chunk)
+        if self._received > self.size:
+            raise BadReply(f"more than the {self.size} bytes due", endpoint=_DOWNLOAD)
+        return chunk
 
 
 class Client:
@@ -305,7 +309,9 @@ class Client:
         params = _text({"podName": pod, "filePath": _path(path)})
         await self.open_pod(pod)
         async with self.session.open_stream(_DOWNLOAD, params) as response:
-            yield Download(self.session, response, _announced_size(response))
+            size = _announced_size(response)
+            async with aclosing(self.session.chunks(response, _DOWNLOAD)) as chunks:
+                yield Download(size, chunks)
 
     async def stat_file(self, pod: str, path: str) -> models.FileStat:
         body = await self._get(pod, "/v1/file/stat", filePath=_path(path))

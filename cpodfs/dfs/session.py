@@ -26,7 +26,7 @@ import trio
 from cpodfs.dfs import models
 from cpodfs.dfs._errors import classify
 from cpodfs.dfs._flight import SingleFlight
-from cpodfs.dfs._http import bounded, http_client, transport_error
+from cpodfs.dfs._http import bounded, http_client, raw_body, transport_error
 from cpodfs.dfs._multipart import MultipartFile
 from cpodfs.errors import (
     DfsError,
@@ -222,9 +222,10 @@ class Session:
     async def chunks(self, response: httpx.Response, endpoint: str) -> AsyncGenerator[bytes, None]:
         """The raw body of an ``open_stream``; raises Unreachable when the connection is lost."""
         try:
-            async for chunk in response.aiter_raw():
-                self.stats.bytes_down += len(chunk)
-                yield chunk
+            async with aclosing(raw_body(response)) as raw:
+                async for chunk in raw:
+                    self.stats.bytes_down += len(chunk)
+                    yield chunk
         except httpx.TransportError as exc:
             raise self._count(transport_error(exc, endpoint)) from None
 

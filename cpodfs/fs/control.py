@@ -17,7 +17,7 @@ from cpodfs.cache.store import Inode
 from cpodfs.errors import CpodfsError, RecipeMissing
 from cpodfs.fs.tree import Tree, oserror
 from cpodfs.paths import RUN_NAME
-from cpodfs.recipe import RECIPE_LIMIT_BYTES, choose_recipe, parse_recipe
+from cpodfs.recipe import RECIPE_LIMIT_BYTES, Recipe, parse_recipe, recipes_in_order
 from cpodfs.runs.manager import RunManager
 
 log = logging.getLogger(__name__)
@@ -55,14 +55,19 @@ class RunFiles:
         return inode is not None and inode.parent == ROOT
 
     def exists(self, pod: int) -> bool:
-        return self._runs.current(self._pod_name(pod)) is not None
+        return self._runs.in_progress(self._pod_name(pod))
+
+    def check_idle(self, parent: int, name: str) -> None:
+        """Raise EBUSY for a pod (``name`` in the root) that must stay where it is: it is running."""
+        if parent == ROOT and self._runs.in_progress(name):
+            raise oserror(errno.EBUSY, name)
 
     def state(self, pod: int) -> bytes:
         """The state of the run in progress as one line of JSON. Raises ENOENT when there is none."""
         current = self._runs.current(self._pod_name(pod))
         if current is None:
             raise oserror(errno.ENOENT, RUN_NAME)
-        return json.dumps(current, ensure_ascii=False).encode() + b"\n"
+        return json.dumps(current).encode() + b"\n"
 
     async def create(self, pod: int, pid: int) -> int:
         """Start a run: what ``touch .run`` means. Returns a handle; raises why it cannot run."""
@@ -70,14 +75,16 @@ class RunFiles:
             raise oserror(errno.EBUSY, RUN_NAME)
         self._starting.add(pod)
         try:
-            name, recipe_name, raw = await self._recipe(pod)
-            recipe = parse_recipe(raw, file=recipe_name)
+            recipe = await self._recipe(pod)
+            name = self._pod_name(pod)
             for warning in recipe.warnings:
                 log.warning("recipe pod=%r: %s", name, warning)
             run_id = self._runs.begin(name, recipe)
         except CpodfsError as error:
-            self.errors[pod] = str(error)
-            log.warning("run refused pod=%r: %s", self._pod_name(pod), error)
+            self._refused(pod, str(error))
+            raise
+        except OSError as error:
+            self._refused(pod, f"{self._pod_name(pod)}: {error.strerror}")
             raise
         finally:
             self._starting.discard(pod)
@@ -85,18 +92,24 @@ class RunFiles:
         log.info("run started pod=%r run=%s", name, run_id)
         return self._handle(_Starter(pod, pid))
 
-    async def _recipe(self, pod: int) -> tuple[str, str, bytes]:
+    def _refused(self, pod: int, reason: str) -> None:
+        store = self._tree.store
+        self.errors = {p: text for p, text in self.errors.items() if store.get(p) is not None}
+        self.errors[pod] = reason
+        log.warning("run refused pod=%r: %s", self._pod_name(pod), reason)
+
+    async def _recipe(self, pod: int) -> Recipe:
         self._tree.check_writable(pod)
         await self._tree.directory(pod)
         files = {c.name: c for c in self._tree.store.children(pod) if c.is_file and c.name}
-        chosen = choose_recipe(files)
-        name = self._pod_name(pod)
-        if chosen is None:
+        chosen = recipes_in_order(files)
+        if not chosen:
             raise RecipeMissing(
-                f"{name}: not a compute pod: there is no recipe.json, .recipe or *.recipe at its root"
+                f"{self._pod_name(pod)}: not a compute pod: "
+                "there is no recipe.json, .recipe or *.recipe at its root"
             )
-        raw = await self._tree.read_whole(files[chosen].ino, RECIPE_LIMIT_BYTES + 1)
-        return name, chosen, raw
+        raw = await self._tree.read_whole(files[chosen[0]].ino, RECIPE_LIMIT_BYTES + 1)
+        return parse_recipe(raw, file=chosen[0], others=chosen[1:])
 
     def cancel(self, pod: int) -> None:
         """``rm .run``: the file goes when the run has ended."""
@@ -105,9 +118,12 @@ class RunFiles:
 
     def open(self, pod: int, *, writing: bool) -> int:
         """A handle for reading a snapshot of the state; to write is to touch again."""
-        snapshot = self.state(pod)
+        if not self.exists(pod):
+            # It ended after the look-up: at ESTALE the kernel looks again, and then creates it.
+            raise oserror(errno.ESTALE, RUN_NAME)
         if writing:
             raise oserror(errno.EBUSY, RUN_NAME)
+        snapshot = self.state(pod)
         handle = self._handle(None)
         self._snapshots[handle] = snapshot
         return handle

@@ -229,7 +229,9 @@ class Operations(pyfuse3.Operations):
 
     @_answer
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
-        await self._tree.rmdir(parent_inode, decode_name(name))
+        text = decode_name(name)
+        self._runs.check_idle(parent_inode, text)
+        await self._tree.rmdir(parent_inode, text)
 
     @_answer
     async def rename(
@@ -246,6 +248,7 @@ class Operations(pyfuse3.Operations):
             parent_inode_new, new
         ):
             raise oserror(errno.EPERM, RUN_NAME)
+        self._runs.check_idle(parent_inode_old, old)
         await self._tree.rename(parent_inode_old, old, parent_inode_new, new, flags)
 
     # -- files ------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from cpodfs.errors import (
     CpodfsError,
     Denied,
     DfsError,
+    NotEmpty,
     NotFound,
     NotLoggedIn,
     QuotaExceeded,
@@ -37,7 +38,7 @@ from cpodfs.errors import (
 from cpodfs.sync.lister import Lister
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
-from cpodfs.sync.ops import Item, Move, Op, RemoveDir, Upload, move_aside
+from cpodfs.sync.ops import Item, Look, Move, Op, RemoveDir, Upload, move_aside
 from cpodfs.sync.planner import Blocked, Planner
 
 log = logging.getLogger(__name__)
@@ -388,6 +389,9 @@ class Engine:
                 await self._lister.list_locked(rid)
             self._unsure.pop(op.item, None)
             return [op.item]
+        if isinstance(op, Look):
+            await self._lister.list_locked(op.rid)
+            return [op.item]
         log.debug("start %r", op)
         op.before(self._store)
         await op.call(self._store, self._dfs)
@@ -429,7 +433,7 @@ class Engine:
         attempt = self._attempts[op.item] = self._attempts.get(op.item, 0) + 1
         if isinstance(error, DfsError) and error.sent and not isinstance(op, Upload):
             self._unsure[op.item] = op.dirs
-        if isinstance(op, RemoveDir) and isinstance(error, AlreadyExists):
+        if isinstance(op, RemoveDir) and isinstance(error, NotEmpty):
             outcome = Outcome()
             self._merger.resurrect(op.rid, outcome)
             self._on_outcome(outcome)
@@ -449,6 +453,6 @@ class Engine:
             return 0.0
         if isinstance(error, FOR_GOOD) and attempt > 1:
             return RETRY_MAX_S * jitter
-        if isinstance(error, NotFound | AlreadyExists) and attempt == 1:
+        if isinstance(error, NotFound | AlreadyExists | NotEmpty) and attempt == 1:
             return 0.0  # our picture of the server was wrong; it is looked at first
         return jitter * min(RETRY_FIRST_S * 2.0 ** (attempt - 1), RETRY_MAX_S)

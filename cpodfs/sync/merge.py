@@ -17,7 +17,7 @@ from typing import Any
 
 from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, SENT
 from cpodfs.cache.store import Inode, Remote, Store
-from cpodfs.dfs import Entry
+from cpodfs.dfs import DOOMED, Entry
 from cpodfs.paths import FILE_NAME_MAX, is_safe_remote_name
 from cpodfs.sync.ops import Item, moved
 
@@ -122,6 +122,13 @@ class Merger:
         self, directory: Inode, rid: int, entry: Entry, readonly: bool, outcome: Outcome
     ) -> None:
         """An object where we knew of none: ours with a lost reply, or somebody else's."""
+        if entry.is_dir and DOOMED.fullmatch(entry.name):
+            # On its way out through the pod's root when the client that moved it there died.
+            orphan = self._store.add_remote(
+                *(rid, entry.name, DIR), size=0, mtime_s=None, mode=entry.mode, ino=None
+            )
+            outcome.work.append(("rid", orphan))
+            return
         on_its_way = self._store.remote_moving_to(rid, entry.name)
         if on_its_way is not None:
             outcome.work += moved(self._store, on_its_way.rid, rid, entry.name)

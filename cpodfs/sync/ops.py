@@ -16,8 +16,8 @@ from cpodfs.cache import content as data
 from cpodfs.cache.content import Content
 from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, ROOT, SENT
 from cpodfs.cache.store import Remote, Store
-from cpodfs.dfs import Client
-from cpodfs.errors import AlreadyExists, ChangedDuringUpload, NotFound
+from cpodfs.dfs import DOOMED, Client
+from cpodfs.errors import ChangedDuringUpload, NotEmpty, NotFound
 from cpodfs.paths import TEMP_PREFIX, join
 
 Item = tuple[str, int]
@@ -32,6 +32,15 @@ def pod_and_path(store: Store, rid: int) -> tuple[str, str]:
     """The pod and the absolute path inside it of a remote object."""
     pod, *rest = store.remote_path(rid)
     return pod, join(rest)
+
+
+def pod_of(store: Store, remote: Remote) -> int:
+    """The remote id of the pod that an object is in (or is)."""
+    while remote.rparent not in (ROOT, None):
+        above = store.remote(remote.rparent)
+        assert above is not None
+        remote = above
+    return remote.rid
 
 
 def child_path(store: Store, rparent: int, name: str) -> tuple[str, str]:
@@ -107,22 +116,27 @@ class RemoveDir(Op):
     """Delete an orphaned directory or pod, after making sure that the server's one is empty.
 
     The server would delete a full one without asking. What others put there meanwhile is kept:
-    AlreadyExists makes the engine list the directory again.
+    NotEmpty makes the engine give the directory its place here back. ``dirs`` has the pod's root,
+    through which the client removes nested directories.
     """
 
     rid: int
-    is_pod: bool
 
     async def call(self, store: Store, dfs: Client) -> None:
         pod, path = pod_and_path(store, self.rid)
         try:
-            listing = await dfs.list_dir(pod, path)
-            if listing.entries:
-                names = ", ".join(repr(e.name) for e in listing.entries[:3])
-                raise AlreadyExists(f"{pod}{path}: not empty at the server: {names}")
-            await (dfs.delete_pod(pod) if self.is_pod else dfs.rmdir(pod, path))
+            if path == "/":
+                await self._delete_pod(dfs, pod)
+            else:
+                await dfs.rmdir(pod, path)
         except NotFound:
             return
+
+    async def _delete_pod(self, dfs: Client, pod: str) -> None:
+        entries = (await dfs.list_dir(pod, "/")).entries
+        if any(not DOOMED.fullmatch(entry.name) for entry in entries):
+            raise NotEmpty(f"{len(entries)} files and directories are in the pod {pod!r}")
+        await dfs.delete_pod(pod)
 
     def done(self, store: Store) -> list[Item]:
         store.drop_remote(self.rid)
@@ -159,13 +173,14 @@ class Move(Op):
     async def call(self, store: Store, dfs: Client) -> None:
         pod, old = pod_and_path(store, self.rid)
         _, new = child_path(store, self.to_parent, self.to_name)
-        if self.is_dir:
-            # The server renames from its memory of the sub-tree: one that it has not listed since
-            # the pod was opened ends the connection with half of it moved.
-            await _list_below(dfs, pod, old)
+        if not self.is_dir:
+            await dfs.rename_file(pod, old, new)
+            return
+        # The server renames from its memory of the directory, which it has only once it listed it.
+        if any(entry.is_dir for entry in (await dfs.list_dir(pod, old)).entries):
             await dfs.rename_dir(pod, old, new)
         else:
-            await dfs.rename_file(pod, old, new)
+            await dfs.raw_rename_dir(pod, old, new)
 
     def done(self, store: Store) -> list[Item]:
         return moved(store, self.rid, self.to_parent, self.to_name)
@@ -182,20 +197,48 @@ def moved(store: Store, rid: int, to_parent: int, to_name: str) -> list[Item]:
     return []
 
 
-async def _list_below(dfs: Client, pod: str, path: str) -> None:
-    for entry in (await dfs.list_dir(pod, path)).entries:
-        if entry.is_dir:
-            await _list_below(dfs, pod, f"{path}/{entry.name}")
+@dataclass(slots=True)
+class Rehome(Op):
+    """Move a directory that has sub-directories: make it anew; then its children move one by one.
+
+    The server's own rename of such a tree edits the wrong lists (see ``dfs._trees``) and is not
+    atomic. Ours can be cut off anywhere: the old directory is an orphan from now on, and goes when
+    the last child has left it.
+    """
+
+    ino: int
+    rid: int
+    to_parent: int
+    to_name: str
+
+    async def call(self, store: Store, dfs: Client) -> None:
+        await dfs.mkdir(*child_path(store, self.to_parent, self.to_name))
+
+    def done(self, store: Store) -> list[Item]:
+        with store.transaction():
+            old = store.remote(self.rid)
+            store.set_remote(self.rid, ino=None)
+            work = _made_dir(store, self.ino, self.to_parent, self.to_name)
+            if old is not None and old.mode != SERVER_DIR_MODE:
+                store.mark(self.ino, MODE)
+            children = [c.ino for c in store.remote_children(self.rid) if c.ino is not None]
+            for ino in children:
+                store.replace(ino)
+        return [*work, ("rid", self.rid), *(("ino", ino) for ino in children)]
+
+
+@dataclass(slots=True)
+class Look(Op):
+    """List a directory that must be known before it can move; the engine does it."""
+
+    rid: int
 
 
 def move_aside(store: Store, remote: Remote) -> Move:
     """Break a cycle of renames (a↔b, or d/x → d): out of the way first, home later."""
     assert remote.rparent is not None
-    pod_rid = remote.rid
-    while (above := store.remote(pod_rid)) and above.rparent != ROOT:
-        assert above.rparent is not None
-        pod_rid = above.rparent
     assert remote.ino is not None
+    pod_rid = pod_of(store, remote)
     return Move(
         ("ino", remote.ino),
         tuple({remote.rparent, pod_rid}),

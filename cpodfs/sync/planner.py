@@ -17,12 +17,15 @@ from cpodfs.sync.ops import (
     Chmod,
     CreatePod,
     Item,
+    Look,
     Mkdir,
     Move,
     Op,
+    Rehome,
     RemoveDir,
     RemoveFile,
     Upload,
+    pod_of,
 )
 
 
@@ -89,8 +92,17 @@ class Planner:
         if (mine.rparent, mine.name) != (home.rid, name):
             if there is not None:
                 return Blocked(_owner(there))
-            return self._move(mine, home, name)
+            return self._move_dir(inode, mine, home)
         return self._chmod(inode, mine)
+
+    def _move_dir(self, inode: Inode, mine: Remote, home: Remote) -> Plan:
+        item: Item = ("ino", inode.ino)
+        if not inode.listed_s:
+            return Look(item, (mine.rid,), mine.rid)
+        name = inode.name or ""
+        if any(child.kind == DIR for child in self._store.remote_children(mine.rid)):
+            return Rehome(item, (home.rid,), inode.ino, mine.rid, home.rid, name)
+        return self._move(mine, home, name)
 
     def _plan_file(
         self, inode: Inode, mine: Remote | None, home: Remote, there: Remote | None
@@ -139,7 +151,8 @@ class Planner:
             return RemoveFile(("rid", rid), (remote.rparent,), rid)
         for child in self._store.remote_children(rid, limit=1):
             return Blocked(_owner(child))
-        return RemoveDir(("rid", rid), (remote.rparent, rid), rid, remote.rparent == ROOT)
+        dirs = tuple({remote.rparent, rid, pod_of(self._store, remote)})
+        return RemoveDir(("rid", rid), dirs, rid)
 
     def _will_be_replaced(self, orphan: Remote) -> bool:
         """Whether an upload to this very name is due, which spares the deletion."""
