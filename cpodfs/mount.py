@@ -43,6 +43,8 @@ KERNEL_TIMEOUT_S = 10.0
 MAX_REQUESTS = 500
 """Requests served at once. Readers that wait for the network must not keep others out."""
 RUN_GRACE_S = 10.0
+CANCEL_S = RUN_GRACE_S + 5.0
+"""After the grace comes the kill, and the logs of what was killed."""
 RUN_END_S = RUN_GRACE_S + 6.0
 """Cancelled runs get the grace between SIGTERM and SIGKILL, and some time to write their logs."""
 DETACH_S = 5.0
@@ -89,7 +91,11 @@ class Driver:
         run_files = RunFiles(tree, self.runs)
         attributes = Attributes(tree, run_files)
         attributes.reports = {b"status": self.status}
-        attributes.commands = {b"drain": self._command_drain, b"refresh": self._command_refresh}
+        attributes.commands = {
+            b"drain": self._command_drain,
+            b"refresh": self._command_refresh,
+            b"runs": self._command_runs,
+        }
         self._operations = Operations(
             *(tree, run_files, attributes),
             timeout_s=min(KERNEL_TIMEOUT_S, settings.attr_ttl_s),
@@ -251,6 +257,7 @@ class Driver:
             "user": self._settings.user,
             "cache": str(self._cache.folder),
             "offline": self.engine.offline,
+            "runs": self.runs.pods(),
             **store.totals(),
             "uploads": uploads,
             "failed": [{"path": store.path(i.ino), "error": i.error} for i in failed],
@@ -265,11 +272,18 @@ class Driver:
         else:
             self.engine.hurry()
 
+    async def _command_runs(self, _ino: int, value: bytes) -> None:
+        """"0": end all runs and begin no other; "1": runs may begin again."""
+        if value == b"0":
+            await self.runs.cancel_all(CANCEL_S)
+        else:
+            self.runs.reopen()
+
     async def _command_refresh(self, ino: int, _value: bytes) -> None:
         inode = self._cache.store.get(ino)
         if inode is not None and not inode.is_dir:
             ino = inode.parent or ROOT
-        await self.lister.refresh(ino)
+        await self.lister.refresh_from_others(ino)
 
 
 async def run(

@@ -87,7 +87,8 @@ def _check_folder(path: Path, absolute: Path) -> None:
 def is_dead(path: Path) -> bool:
     """Whether the driver behind a mount is gone ("Transport endpoint is not connected")."""
     try:
-        os.stat(path)
+        # Not stat: for some seconds after its driver's death the kernel answers that from memory.
+        os.statvfs(path)
     except OSError as error:
         return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
     return False

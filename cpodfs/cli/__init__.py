@@ -12,7 +12,6 @@ from cpodfs.cli.demo import demo
 from cpodfs.cli.inspect import refresh, status, sync
 from cpodfs.cli.mount import mount
 from cpodfs.cli.umount import umount
-from cpodfs.config import config_path, toml_defaults
 from cpodfs.devnet.cli import devnet
 from cpodfs.errors import CpodfsError
 
@@ -30,8 +29,7 @@ class _Cli(click.Group):
 
 @click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="cpodfs")
-@click.pass_context
-def main(ctx: click.Context) -> None:
+def main() -> None:
     """Pods of FairOS-DFS as folders, and Golem runs by touching a file.
 
     \b
@@ -40,11 +38,8 @@ def main(ctx: click.Context) -> None:
       tail -f ~/pods/blender/logs/*/stdout.log
       cpodfs umount ~/pods          upload what is pending, then unmount
 
-    Every option can also be an environment variable (CPODFS_MOUNT_USER, …) or stand in
-    ~/.config/cpodfs/config.toml, in that order; the names are the same.
+    New here? `cpodfs demo` shows all of it, with no account and no network.
     """
-    defaults = toml_defaults(config_path())
-    ctx.default_map = dict.fromkeys(main.commands, defaults)
 
 
 for command in (mount, umount, status, sync, refresh, demo, devnet):

@@ -6,9 +6,9 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import platformdirs
@@ -16,103 +16,157 @@ import trio
 
 from cpodfs import mountpoint as mp
 from cpodfs.cli.progress import drain_progress
-from cpodfs.config import Settings, account_cache, read_password_file, run_password_command
+from cpodfs.config import (
+    Settings,
+    account_cache,
+    config_path,
+    read_password_file,
+    run_password_command,
+    toml_defaults,
+)
 from cpodfs.devnet import launch
 from cpodfs.devnet.run_env import run_environment
 from cpodfs.errors import ConfigError, CpodfsError
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s %(message)s"
 
 
-@click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
-@click.option(
+class _Configured(click.Command):
+    """A command whose options may also stand in the configuration file, below all else."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not set(args) & set(ctx.help_option_names):
+            path = config_path()
+            values = toml_defaults(path)
+            known = {param.name for param in self.params if isinstance(param, click.Option)}
+            if unknown := sorted(values.keys() - known):
+                raise ConfigError(f"{path}: {unknown[0]}: no such option; see: cpodfs mount --help")
+            ctx.default_map = values
+        return super().parse_args(ctx, args)
+
+
+def _option(*names: str, aliases: Sequence[str] = (), **settings: Any) -> Callable[[_F], _F]:
+    """An option that is also the variable CPODFS_<NAME>; ``aliases`` are asked after that."""
+    variable = "CPODFS_" + names[0].removeprefix("--").replace("-", "_").upper()
+    return click.option(*names, envvar=[variable, *aliases], **settings)
+
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(
+    cls=_Configured,
+    epilog="Every option can also be set by a variable of the environment (--attr-ttl by "
+    "CPODFS_ATTR_TTL, and so on) or in config.toml in $XDG_CONFIG_HOME/cpodfs (attr-ttl = 10). "
+    "Flags come first, then the environment, then the file.",
+)
+@click.argument("mountpoint", type=_PATH)
+@_option(
     "--server",
+    metavar="URL",
     default="http://127.0.0.1:9090",
     show_default=True,
-    envvar="CPODFS_SERVER",
     help="The FairOS-DFS server.",
 )
-@click.option("--user", envvar="CPODFS_USER", help="The account's name at the server.")
-@click.option(
+@_option("--user", metavar="NAME", help="The account's name at the server.")
+@_option(
     "--password-file",
-    type=click.Path(path_type=Path),
-    envvar="CPODFS_PASSWORD_FILE",
-    help="File with the password; mode 0600.",
+    type=_PATH,
+    help="File whose first line is the password; only you may read it (mode 0600).",
 )
-@click.option(
+@_option(
     "--password-command",
-    envvar="CPODFS_PASSWORD_COMMAND",
-    help="Command that prints the password, such as 'pass show dfs'.",
+    metavar="COMMAND",
+    help="Command that prints the password, such as 'pass show dfs'. With neither, the password is "
+    "that in CPODFS_PASSWORD, or asked for.",
 )
-@click.option(
+@_option(
     "--devnet",
     is_flag=True,
-    help="Use (and start) the local development network: no account, no internet.",
+    help="Use a store and a Golem market on this machine, started and stopped with the mount.",
 )
-@click.option(
+@_option(
     "--devnet-state",
-    type=click.Path(path_type=Path),
-    envvar="CPODFS_DEVNET_STATE",
-    help="Its folder, instead of the one below $XDG_STATE_HOME.",
+    type=_PATH,
+    help="Folder of their state.  [default: $XDG_STATE_HOME/cpodfs/devnet]",
 )
-@click.option("--daemon", is_flag=True, help="Return as soon as the mount answers.")
-@click.option(
+@_option("--daemon", is_flag=True, help="Return as soon as the mount answers.")
+@_option(
     "--cache-dir",
-    type=click.Path(path_type=Path),
-    envvar="CPODFS_CACHE_DIR",
-    help="Folder for caches, instead of $XDG_CACHE_HOME/cpodfs.",
+    type=_PATH,
+    help="Folder for caches, one below it per account.  [default: $XDG_CACHE_HOME/cpodfs]",
 )
-@click.option(
+@_option(
     "--writeback-delay",
+    metavar="SECONDS",
     type=click.FloatRange(0),
     default=5.0,
     show_default=True,
-    envvar="CPODFS_WRITEBACK_DELAY",
-    help="Seconds of quiet before a change is uploaded.",
+    help="Time for which a file must be left alone before it is uploaded.",
 )
-@click.option(
+@_option(
     "--attr-ttl",
+    metavar="SECONDS",
     type=click.FloatRange(0),
     default=60.0,
     show_default=True,
-    envvar="CPODFS_ATTR_TTL",
-    help="Seconds for which a listing is taken as current.",
+    help="Time for which a folder's listing is taken as current.",
 )
-@click.option(
+@_option(
     "--timeout",
+    metavar="SECONDS",
     type=click.FloatRange(0.1),
     default=30.0,
     show_default=True,
-    envvar="CPODFS_TIMEOUT",
-    help="Seconds that one metadata call may take.",
+    help="Time that one call to the server may take, transfers excepted.",
 )
-@click.option(
-    "--uploads", type=click.IntRange(1, 64), default=4, show_default=True, help="Uploads at a time."
+@_option(
+    "--stall",
+    metavar="SECONDS",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="At the end: give up after so long without progress; the next mount uploads the rest.",
 )
-@click.option(
+@_option(
+    "--uploads",
+    metavar="N",
+    type=click.IntRange(1, 64),
+    default=4,
+    show_default=True,
+    help="Uploads at a time.",
+)
+@_option(
     "--downloads",
+    metavar="N",
     type=click.IntRange(1, 64),
     default=4,
     show_default=True,
     help="Downloads at a time.",
 )
-@click.option(
+@_option(
     "--yagna-url",
+    metavar="URL",
+    aliases=["YAGNA_API_URL"],
     default="http://127.0.0.1:7465",
     show_default=True,
-    envvar="YAGNA_API_URL",
-    help="The yagna daemon that runs talk to; its key comes from YAGNA_APPKEY.",
+    help="The yagna daemon that runs talk to (also YAGNA_API_URL); its key is YAGNA_APPKEY's.",
 )
-@click.option("--allow-other", is_flag=True, help="Let other users of this machine in.")
-@click.option(
+@_option("--allow-other", is_flag=True, help="Let other users of this machine in.")
+@_option(
     "--log-file",
-    type=click.Path(path_type=Path),
-    help="Append the log to this file (a daemon's default: in $XDG_STATE_HOME/cpodfs).",
+    type=_PATH,
+    help="Append the log to this file.  [default: stderr; with --daemon a file in "
+    "$XDG_STATE_HOME/cpodfs]",
 )
-@click.option("-v", "--verbose", is_flag=True, help="Log more.")
+@_option("--verbose", "-v", is_flag=True, help="Log more.")
 def mount(mountpoint: Path, **options: Any) -> None:
-    """Mount the account's pods at MOUNTPOINT, an empty folder of your own."""
+    """Mount the pods of an account at MOUNTPOINT, an empty folder of your own.
+
+    In the foreground, until it is unmounted or gets SIGTERM or Ctrl-C; either way what is pending is
+    uploaded first. A second Ctrl-C leaves the rest to the next mount.
+    """
     point = mp.prepare(mountpoint)
     if options["devnet"]:
         password: Callable[[], str] | None = None
@@ -219,6 +273,7 @@ def _settings(
         writeback_delay_s=options["writeback_delay"],
         attr_ttl_s=options["attr_ttl"],
         timeout_s=options["timeout"],
+        stall_s=options["stall"],
         uploads=options["uploads"],
         downloads=options["downloads"],
         allow_other=options["allow_other"],

@@ -33,7 +33,7 @@ END_S = 60.0
     help="Give up after so many seconds without progress; what is left stays in the cache.",
 )
 def umount(mountpoint: Path, stall: float) -> None:
-    """Upload what is pending at MOUNTPOINT, then unmount it.
+    """End the runs at MOUNTPOINT, upload what is pending, then unmount it.
 
     Exits with 1, naming the files, if something could not be uploaded: it waits in the cache and is
     sent by the next mount.
@@ -42,6 +42,7 @@ def umount(mountpoint: Path, stall: float) -> None:
     if mp.is_dead(point):
         mp.unmount(point, lazy=True)
         raise MountError(f"{point}: the driver had died; unmounted. Mount again to upload the rest")
+    _end_runs(point)
     tell(point, "drain")
     with drain_progress() as progress:
         status = wait_until_idle(point, stall, progress)
@@ -50,6 +51,7 @@ def umount(mountpoint: Path, stall: float) -> None:
         mp.unmount(point)
     except MountError as error:
         tell(point, "drain", "0")
+        tell(point, "runs", "1")
         if error.errno == errno.EBUSY:
             raise MountError(
                 f"{point}: in use: close what is open there, or leave the folder"
@@ -57,6 +59,14 @@ def umount(mountpoint: Path, stall: float) -> None:
         raise
     select.select([driver], [], [], stall + END_S)
     sys.exit(_verdict(status))
+
+
+def _end_runs(point: Path) -> None:
+    """Before anything else: their programs live in the mount, and write to it."""
+    pods = ask(point, "status")["runs"]
+    if pods:
+        click.echo(f"cpodfs: cancelling the runs of {', '.join(pods)}", err=True)
+    tell(point, "runs", "0")
 
 
 def wait_until_idle(

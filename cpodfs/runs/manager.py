@@ -140,6 +140,10 @@ class RunManager:
         """Whether the pod has a run; unlike `current` it reads nothing."""
         return pod in self._active
 
+    def pods(self) -> list[str]:
+        """The pods that have a run."""
+        return list(self._active)
+
     def current(self, pod: str) -> dict[str, Any] | None:
         """The record of the pod's run in progress, without the recipe; None when there is none.
 
@@ -162,7 +166,7 @@ class RunManager:
         return True
 
     async def cancel_all(self, deadline_s: float) -> None:
-        """End every run and begin no other. After ``deadline_s`` seconds, kill what is left.
+        """End every run and begin no other (until `reopen`). After ``deadline_s`` s, kill the rest.
 
         Call it while the mount is served (the last logs go through it), with a deadline longer
         than the grace. Killing takes at most `_KILL_WAIT_S` more.
@@ -180,6 +184,10 @@ class RunManager:
         with trio.move_on_after(_KILL_WAIT_S):
             for run in runs:
                 await run.ended.wait()
+
+    def reopen(self) -> None:
+        """The mount stays after all: runs may begin again."""
+        self._closing = False
 
     def history(self, pod: str) -> list[dict[str, Any]]:
         """The records of the pod's runs that are remembered, the newest first."""

@@ -19,6 +19,7 @@ from cpodfs.dfs import Client, Entry
 from cpodfs.errors import CpodfsError, NotFound
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
+from cpodfs.sync.ops import pod_of
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,20 @@ class Lister:
         error = self._failed.get(ino)
         if error is not None:
             raise error
+
+    async def refresh_from_others(self, ino: int) -> None:
+        """List anew after making the server forget: it answers from memory per session, where what
+        others changed is not seen until the pod was closed and opened. Raises a DfsError."""
+        remote = self._store.remote_of(ino)
+        if remote is not None and remote.rid != ROOT:
+            pod = pod_of(self._store, remote)
+            await self._locks.wait_free((pod,), moving=pod)
+            self._locks.take((pod,), moving=pod)
+            try:
+                await self._dfs.refresh_pod(self._store.remote_path(pod)[0])
+            finally:
+                self._locks.free((pod,), moving=pod)
+        await self.refresh(ino)
 
     async def list_locked(self, rid: int) -> None:
         """List a remote directory whose lock the caller holds. Raises a DfsError."""

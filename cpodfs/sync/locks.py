@@ -54,10 +54,10 @@ class DirLocks:
         for rid in freed:
             self.on_free(rid)
 
-    async def wait_free(self, dirs: Iterable[int]) -> None:
+    async def wait_free(self, dirs: Iterable[int], moving: int | None = None) -> None:
         """Return when ``dirs`` could be taken; take them before the next await."""
         wanted = tuple(dirs)
-        while self.blocker(wanted) is not None:
+        while self.blocker(wanted, moving) is not None:
             await self._freed.wait()
 
     def _above(self, rid: int) -> list[int]:

@@ -1,0 +1,1 @@
+"""``cpodfs demo``: the story that it tells (`story`) and the pod that it makes (``mandelbrot/``)."""

@@ -1,0 +1,37 @@
+"""Counts its starts in a folder outside the mount, prints, and waits there to be let on.
+
+``gated.py FOLDER``: "one" is printed before the gate, "two" after it. SIGTERM is noted and obeyed.
+"""
+
+import os
+import signal
+import sys
+import time
+
+folder = sys.argv[1]
+
+
+def say(word):
+    fd = os.open(os.path.join(folder, "said"), os.O_WRONLY)
+    os.write(fd, f"{word}\n".encode())
+    os.close(fd)
+
+
+def terminated(_number, _frame):
+    with open(os.path.join(folder, "terminated"), "w") as file:
+        file.write("SIGTERM\n")
+    sys.exit(7)
+
+
+signal.signal(signal.SIGTERM, terminated)
+with open(os.path.join(folder, "count"), "a") as file:
+    file.write(f"{time.time()}\n")
+print("one", flush=True)
+with open("output/partial", "w") as file:
+    file.write("so far\n")
+say("waiting")
+with open(os.path.join(folder, "gate"), "rb", buffering=0) as gate:
+    gate.read(3)
+print("two", flush=True)
+with open("output/partial", "a") as file:
+    file.write("and more\n")

@@ -1,0 +1,477 @@
+"""Touch-to-run as a user meets it: a real mount with its devnet, ``touch``, ``cat``, ``rm``, ``tail``."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from tests.mount.compute import (
+    SECRET,
+    WAIT,
+    DevnetMount,
+    Gate,
+    Inotify,
+    compute_pod,
+    devnet_mounted,
+    record,
+    run_folders,
+    run_processes,
+    run_to_end,
+    until,
+    wait_gone,
+)
+from tests.mount.harness import Mount, Server, mounted, run, sh
+
+REFUSED = {
+    "not JSON": ("{", "a.recipe: is not JSON"),
+    "a list": ("[]", "a.recipe: must be a JSON object"),
+    "no golem": ("{}", "a.recipe: golem: is missing"),
+    "no exec": ('{"golem": {}}', "a.recipe: golem.exec: is missing"),
+    "empty exec": ('{"golem": {"exec": " "}}', "a.recipe: golem.exec: must not be empty"),
+    "exec is a list": ('{"golem": {"exec": ["a"]}}', "a.recipe: golem.exec: must be text"),
+    "quotes": (
+        '{"golem": {"exec": "echo \'a"}}',
+        "a.recipe: golem.exec: cannot be split into words",
+    ),
+    "dots": (
+        '{"golem": {"exec": "a", "output": "../o"}}',
+        "a.recipe: golem.output: must not contain '..'",
+    ),
+    "absolute": ('{"golem": {"exec": "a", "log": "/tmp"}}', "a.recipe: golem.log: must be relative"),
+    "public": ('{"public": "yes", "golem": {"exec": "a"}}', "a.recipe: public: must be true"),
+}
+
+
+@pytest.fixture(scope="module")
+def devnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevnetMount]:
+    """One mount for the tests that take a pod of their own."""
+    with devnet_mounted(tmp_path_factory.mktemp("runs")) as mount:
+        yield mount
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    gate = Gate(tmp_path / "outside")
+    yield gate
+    gate.close()
+
+
+@pytest.fixture
+def gated(devnet: DevnetMount, gate: Gate, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A pod whose program waits at the gate; ended whatever happens."""
+    name = request.node.name.removeprefix("test_")[:60]
+    pod = compute_pod(devnet, name, ["python3", "script/gated.py", str(gate.folder)], "gated.py")
+    yield pod
+    if (pod / ".run").exists():
+        run("rm", "-f", pod / ".run")
+        wait_gone(pod)
+
+
+def touch_fails(pod: Path) -> str:
+    """The message of a ``touch .run`` that must be refused."""
+    done = subprocess.run(["touch", ".run"], cwd=pod, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert not (pod / ".run").exists()
+    return done.stderr
+
+
+def reason(pod: Path) -> str:
+    return os.getxattr(pod, "user.cpodfs.error").decode()
+
+
+# -- a run from touch to end ----------------------------------------------------------------------
+
+
+def test_a_run_leaves_logs_record_and_results(devnet: DevnetMount) -> None:
+    command = "python3 script/report.py 'two words' \"$HOME\" '*' ';' a\\ b"
+    pod = compute_pod(devnet, "report", command, "report.py", "sibling.py")
+    folder = run_to_end(pod)
+    assert (folder / "stdout.log").read_text() == "to stdout\n"
+    assert (folder / "stderr.log").read_text() == "to stderr\n"
+    ended = record(folder)
+    assert (ended["state"], ended["exit_code"], ended["signal"]) == ("finished", 0, None)
+    assert ended["host"] == socket.gethostname()
+    assert ended["id"] == folder.name
+    assert ended["recipe"] == json.loads((pod / "a.recipe").read_text())
+    times = [datetime.fromisoformat(ended[key]) for key in ("created", "started", "ended")]
+    assert times == sorted(times)
+    report = json.loads((pod / "output/report.json").read_text())
+    assert report["argv"] == ["two words", "$HOME", "*", ";", "a b"]
+    assert report["cwd"] == str(pod)
+    assert report["sibling"] == 42
+    assert (report["stdin"], report["group"]) == ("", True)
+
+
+def test_the_environment_is_clean(devnet: DevnetMount) -> None:
+    pod = compute_pod(devnet, "env", "python3 script/report.py", "report.py", "sibling.py")
+    folder = run_to_end(pod)
+    report = json.loads((pod / "output/report.json").read_text())
+    environ = report["environ"]
+    assert SECRET not in json.dumps(report)
+    assert len(environ["YAGNA_APPKEY"]) > 20
+    assert environ["YAGNA_API_URL"].startswith("http://127.0.0.1:")
+    assert environ["CPODFS_RUN_ID"] == folder.name
+    assert environ["CPODFS_PAYLOAD"] == str(pod / "payload")
+    assert environ["CPODFS_RUN_LOG"] == str(folder)
+    # A virtual environment is known by the place of its python3.
+    assert Path(report["executable"]).parent == Path(sys.executable).parent
+    assert environ["PYTHONDONTWRITEBYTECODE"] == "1"
+    assert run("find", pod, "-name", "__pycache__") == ""
+    shown = (folder / "run.json").read_text() + devnet.logged()
+    assert environ["YAGNA_APPKEY"] not in shown
+    assert SECRET not in shown
+
+
+def test_ids_sort_by_time_and_every_run_keeps_its_logs(devnet: DevnetMount) -> None:
+    pod = compute_pod(devnet, "ids", "sh -c 'echo run >> output/all; wc -l < output/all'")
+    folders = [run_to_end(pod) for _ in range(3)]
+    assert folders == run_folders(pod)
+    assert [(f / "stdout.log").read_text().strip() for f in folders] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("sh -c 'exit 42'", {"state": "failed", "exit_code": 42, "signal": None}),
+        ("sh -c 'kill -SEGV $$'", {"state": "failed", "exit_code": None, "signal": "SIGSEGV"}),
+        ("no-such-program", {"state": "failed", "exit_code": None, "signal": None}),
+    ],
+)
+def test_failures_are_recorded(devnet: DevnetMount, command: str, expected: dict) -> None:
+    folder = run_to_end(compute_pod(devnet, "failures", command))
+    ended = record(folder)
+    assert {key: ended[key] for key in expected} == expected
+    if command == "no-such-program":
+        assert "golem.exec: 'no-such-program'" in ended["error"]
+        assert "no-such-program" in (folder / "stderr.log").read_text()
+
+
+def test_a_program_in_the_pod_is_started_by_its_path(devnet: DevnetMount) -> None:
+    pod = compute_pod(devnet, "program", "./script/tool.sh 'it works'")
+    sh("printf '#!/bin/sh\\necho $1' > script/tool.sh; chmod +x script/tool.sh", pod)
+    assert (run_to_end(pod) / "stdout.log").read_text() == "it works\n"
+
+
+def test_much_output_arrives_whole(devnet: DevnetMount) -> None:
+    pod = compute_pod(devnet, "much", "sh -c 'seq 500000; seq 1000 >&2'")
+    folder = run_to_end(pod)
+    lines = "".join(f"{n}\n" for n in range(1, 500001))
+    assert (folder / "stdout.log").read_text() == lines
+    assert (folder / "stderr.log").read_text().endswith("\n999\n1000\n")
+
+
+# -- the control file -----------------------------------------------------------------------------
+
+
+def test_the_control_file_exists_while_the_run_does(gated: Path, gate: Gate) -> None:
+    assert ".run" not in run("ls", "-a", gated).split()
+    run("touch", gated / ".run")
+    assert ".run" in run("ls", "-a", gated).split()
+    assert gate.wait() == "waiting"
+    state = json.loads(run("cat", gated / ".run"))
+    (folder,) = run_folders(gated)
+    assert state["id"] == folder.name
+    until(lambda: json.loads(run("cat", gated / ".run"))["state"] == "running")
+    gate.open()
+    sh(WAIT, gated)
+    assert ".run" not in run("ls", "-a", gated).split()
+    with pytest.raises(FileNotFoundError):
+        (gated / ".run").read_text()
+
+
+def test_a_second_touch_is_busy(gated: Path, gate: Gate) -> None:
+    run("touch", gated / ".run")
+    gate.wait()
+    done = subprocess.run(["touch", ".run"], cwd=gated, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Device or resource busy" in done.stderr
+    with pytest.raises(OSError) as caught:
+        (gated / ".run").touch()
+    assert caught.value.errno == errno.EBUSY
+    assert run("sh", "-c", "echo > .run", cwd=gated, check=False) == ""
+    gate.open()
+    wait_gone(gated)
+    assert gate.starts == 1
+
+
+def test_many_touches_at_once_start_one_run(gated: Path, gate: Gate) -> None:
+    touches = [
+        subprocess.Popen(["touch", ".run"], cwd=gated, stderr=subprocess.PIPE) for _ in range(8)
+    ]
+    said = [touch.communicate()[1] for touch in touches]
+    assert sorted(touch.returncode for touch in touches) == [0] + [1] * 7
+    assert sum(b"Device or resource busy" in words for words in said) == 7
+    gate.wait()
+    gate.open()
+    wait_gone(gated)
+    assert gate.starts == 1
+
+
+def test_python_and_the_shell_can_touch_too(devnet: DevnetMount) -> None:
+    pod = compute_pod(devnet, "touches", "true")
+    for start in (
+        lambda: (pod / ".run").touch(),
+        lambda: sh("echo > .run", pod),
+        lambda: sh(": > .run", pod),
+        lambda: (pod / ".run").write_text("{}"),
+        lambda: run("cp", "a.recipe", ".run", cwd=pod),
+    ):
+        before = len(run_folders(pod))
+        start()
+        wait_gone(pod)
+        assert len(run_folders(pod)) == before + 1
+
+
+def test_rm_cancels(gated: Path, gate: Gate) -> None:
+    run("touch", gated / ".run")
+    gate.wait()
+    run("rm", gated / ".run")
+    wait_gone(gated)
+    (folder,) = run_folders(gated)
+    ended = record(folder)
+    assert (ended["state"], ended["exit_code"]) == ("cancelled", 7)
+    assert (gate.folder / "terminated").read_text() == "SIGTERM\n"
+    assert (folder / "stdout.log").read_text() == "one\n"
+    assert run_processes(folder.name) == []
+    assert run("rm", ".run", cwd=gated, check=False) == ""
+
+
+def test_nothing_else_can_take_the_name(devnet: DevnetMount) -> None:
+    pod = compute_pod(devnet, "names", "true")
+    for command in ("mv a.recipe .run", "mkdir .run", "ln -s a.recipe .run", "ln a.recipe .run"):
+        done = subprocess.run(command.split(), cwd=pod, capture_output=True, text=True)
+        assert done.returncode == 1, command
+        assert "not permitted" in done.stderr
+    assert sorted(os.listdir(pod)) == ["a.recipe", "script"]
+    assert run_folders(pod) == []
+    # Deeper in the pod it is a name like others.
+    sh("mkdir d; touch d/.run; mv d/.run d/x; mkdir d/.run", pod)
+    assert run_folders(pod) == []
+
+
+def test_the_control_file_is_never_stored(tmp_path: Path, own_server: Server, gate: Gate) -> None:
+    with mounted(tmp_path, own_server, None, "--writeback-delay", "0.1") as mount:
+        command = [sys.executable, "script/gated.py", str(gate.folder)]
+        pod = compute_pod(mount, "stored", command, "gated.py")
+        mount.sync()
+        sh("touch .run", pod)
+        gate.wait()
+        mount.sync()
+        run("cp", "-r", pod, tmp_path / "copy")
+        run("rsync", "-a", f"{pod}/", tmp_path / "rsynced")
+        own_server.reset_calls()
+        # Into the mount again: a copy of a control file is refused, or starts a run of its own.
+        mount.pod("again")
+        run("rsync", "-a", "--exclude", ".run", f"{pod}/", mount.point / "again")
+        gate.open()
+        wait_gone(pod)
+        mount.remount(wipe=True)
+        for name in ("stored", "again"):
+            assert ".run" not in run("find", mount.point / name)
+    requests = (own_server.state / "requests.jsonl").read_text()
+    assert "gated.py" in requests
+    assert ".run" not in requests.replace(".run.json", "")
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def test_without_a_recipe_the_touch_is_refused(devnet: DevnetMount) -> None:
+    pod = devnet.pod("plain")
+    assert "Operation not supported" in touch_fails(pod)
+    assert reason(pod).startswith("plain: not a compute pod: there is no recipe.json")
+    assert "run refused pod='plain': plain: not a compute pod" in devnet.logged()
+    (pod / "recipe.json").write_text('{"golem": {"exec": "true"}}')
+    run_to_end(pod)
+    with pytest.raises(OSError) as caught:
+        reason(pod)
+    assert caught.value.errno == errno.ENODATA
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_broken_recipes_are_refused_by_file_and_field(devnet: DevnetMount, what: str) -> None:
+    content, expected = REFUSED[what]
+    pod = devnet.pod("broken")
+    (pod / "a.recipe").write_text(content)
+    assert "Exec format error" in touch_fails(pod)
+    assert expected in reason(pod)
+    assert expected in devnet.logged()
+    assert not (pod / "logs").exists()
+
+
+def test_a_mended_recipe_runs(devnet: DevnetMount) -> None:
+    pod = compute_pod(devnet, "mended", " ")
+    touch_fails(pod)
+    sh("""sed -i 's/" "/"echo mended"/' a.recipe""", pod)
+    assert (run_to_end(pod) / "stdout.log").read_text() == "mended\n"
+    with pytest.raises(OSError):
+        reason(pod)
+
+
+def test_a_recipe_of_a_gigabyte(tmp_path: Path, server: Server) -> None:
+    with mounted(tmp_path, server, None, "--writeback-delay", "3600") as mount:
+        pod = mount.pod()
+        run("truncate", "-s", "1G", pod / "x.recipe")
+        assert "Exec format error" in touch_fails(pod)
+        assert reason(pod) == "x.recipe: is larger than 1024 KiB"
+        peak = Path(f"/proc/{mount.pid}/status").read_text().split("VmHWM:")[1].split()[0]
+        assert int(peak) < 300_000, "kB; it was read whole"
+        (pod / "x.recipe").unlink()
+
+
+def test_unknown_keys_and_other_recipes_are_warned_about(devnet: DevnetMount) -> None:
+    pod = devnet.pod("warned")
+    (pod / "recipe.json").write_text('{"colour": "red", "golem": {"exec": "true"}}')
+    (pod / "other.recipe").write_text("{")
+    ended = record(run_to_end(pod))
+    assert ended["recipe_file"] == "recipe.json"
+    assert ended["warnings"] == [
+        "recipe.json: is used; there are other recipes: other.recipe",
+        "recipe.json: colour: unknown key, kept",
+    ]
+    assert all(warning in devnet.logged() for warning in ended["warnings"])
+
+
+def test_a_received_pod_is_not_run(tmp_path: Path, server: Server) -> None:
+    owner, receiver = server.signup(), server.signup()
+    for folder in ("owner", "receiver"):
+        (tmp_path / folder).mkdir()
+    with mounted(tmp_path / "owner", server, owner) as mount:
+        compute_pod(mount, "shared", "true")
+        assert mount.stop() == 0
+    hand_over(server, owner, receiver, "shared")
+    with mounted(tmp_path / "receiver", server, receiver) as mount:
+        (pod,) = mount.point.iterdir()
+        assert "Read-only file system" in touch_fails(pod)
+        assert "Read-only" in reason(pod)
+
+
+def hand_over(server: Server, owner: tuple[str, str], receiver: tuple[str, str], pod: str) -> None:
+    """Share a pod, and receive it, as other programs of the two users would."""
+    import trio
+
+    from cpodfs.dfs import Client, Session
+
+    async def share() -> None:
+        async with Session(server.url, owner[0], lambda: owner[1]) as session:
+            reference = await Client(session).share_pod(pod)
+        async with Session(server.url, receiver[0], lambda: receiver[1]) as session:
+            await Client(session).receive_pod(reference)
+
+    trio.run(share)
+
+
+# -- while it runs --------------------------------------------------------------------------------
+
+
+def test_tail_and_inotify_see_lines_as_they_are_printed(gated: Path, gate: Gate) -> None:
+    run("touch", gated / ".run")
+    gate.wait()
+    (folder,) = run_folders(gated)
+    until(lambda: (folder / "stdout.log").exists())
+    tail = subprocess.Popen(
+        ["tail", "-n", "+1", "-f", folder / "stdout.log"], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert tail.stdout is not None
+        assert tail.stdout.readline() == "one\n"
+        assert (gated / "output/partial").read_text() == "so far\n"
+        assert (gated / ".run").exists()
+        watch = Inotify(folder / "stdout.log")
+        gate.open()
+        assert watch.wait()
+        watch.close()
+        assert tail.stdout.readline() == "two\n"
+    finally:
+        tail.kill()
+        tail.communicate()
+
+
+def test_pods_run_at_the_same_time(devnet: DevnetMount, tmp_path: Path) -> None:
+    gates = [Gate(tmp_path / f"gate{n}") for n in range(3)]
+    pods = [
+        compute_pod(
+            devnet, f"many{n}", ["python3", "script/gated.py", str(gate.folder)], "gated.py"
+        )
+        for n, gate in enumerate(gates)
+    ]
+    run("touch", *(pod / ".run" for pod in pods))
+    for gate in gates:
+        gate.wait()
+    assert all((pod / ".run").exists() for pod in pods)
+    for gate in gates:
+        gate.open()
+        gate.close()
+    for pod in pods:
+        wait_gone(pod)
+        assert record(run_folders(pod)[-1])["state"] == "finished"
+
+
+def test_a_pod_stays_in_its_place_while_it_runs(gated: Path, gate: Gate) -> None:
+    run("touch", gated / ".run")
+    gate.wait()
+    for command in (["mv", "-T", gated, gated.with_name("moved")], ["rmdir", gated]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "busy" in done.stderr
+    gate.open()
+    wait_gone(gated)
+
+
+def test_logs_that_are_deleted_meanwhile_do_no_harm(gated: Path, gate: Gate) -> None:
+    run("touch", gated / ".run")
+    gate.wait()
+    (folder,) = run_folders(gated)
+    run("rm", "-r", gated / "logs", gated / "output")
+    (gated / "output").mkdir()
+    gate.open()
+    wait_gone(gated)
+    assert record(folder)["state"] == "finished"
+    assert (folder / "stdout.log").read_text() == "one\ntwo\n"
+
+
+def test_children_that_the_program_leaves_are_ended(devnet: DevnetMount) -> None:
+    pod = compute_pod(devnet, "children", "sh -c 'setsid sleep 1000 & sleep 1000 & echo started'")
+    folder = run_to_end(pod)
+    assert record(folder)["state"] == "finished"
+    assert run_processes(folder.name) == []
+
+
+def test_a_program_that_ignores_sigterm_is_killed(devnet: DevnetMount) -> None:
+    pod = compute_pod(devnet, "stubborn", "sh -c 'trap \"\" TERM; echo up; while :; do sleep 1; done'")
+    run("touch", pod / ".run")
+    until(lambda: run_folders(pod) and (run_folders(pod)[-1] / "stdout.log").exists())
+    (folder,) = run_folders(pod)
+    until(lambda: (folder / "stdout.log").read_text() == "up\n")
+    run("rm", pod / ".run")
+    wait_gone(pod)
+    ended = record(folder)
+    assert (ended["state"], ended["signal"]) == ("cancelled", signal.SIGKILL.name)
+    assert run_processes(folder.name) == []
+
+
+# -- Golem ----------------------------------------------------------------------------------------
+
+
+def test_an_unmodified_requestor_script(devnet: DevnetMount) -> None:
+    pod = compute_pod(devnet, "words", "python3 script/words.py", "words.py")
+    (pod / "payload").mkdir()
+    for n in range(1, 4):
+        (pod / f"payload/{n}.txt").write_text("word " * n)
+    folder = run_to_end(pod)
+    ended = record(folder)
+    assert ended["state"] == "finished", (folder / "stderr.log").read_text()
+    counts = {p.name: p.read_text().strip() for p in (pod / "output").iterdir()}
+    assert counts == {f"{n}.txt.count": str(n) for n in range(1, 4)}
+    providers = {line.split(" by ")[1] for line in (folder / "stdout.log").read_text().splitlines()}
+    assert len(providers) == 2
