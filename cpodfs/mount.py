@@ -43,8 +43,6 @@ KERNEL_TIMEOUT_S = 10.0
 MAX_REQUESTS = 500
 """Requests served at once. Readers that wait for the network must not keep others out."""
 RUN_GRACE_S = 10.0
-CANCEL_S = RUN_GRACE_S + 5.0
-"""After the grace comes the kill, and the logs of what was killed."""
 RUN_END_S = RUN_GRACE_S + 6.0
 """Cancelled runs get the grace between SIGTERM and SIGKILL, and some time to write their logs."""
 DETACH_S = 5.0
@@ -275,7 +273,7 @@ class Driver:
     async def _command_runs(self, _ino: int, value: bytes) -> None:
         """"0": end all runs and begin no other; "1": runs may begin again."""
         if value == b"0":
-            await self.runs.cancel_all(CANCEL_S)
+            await self.runs.cancel_all(RUN_END_S)
         else:
             self.runs.reopen()
 

@@ -1,0 +1,97 @@
+"""Names, configuration and the mount table: pure functions, hostile input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cpodfs import config, paths
+from cpodfs.errors import ConfigError, NameRefused, NameTooLong
+
+
+@pytest.mark.parametrize("name", ["a", "ü" * 127, "with space", "-dash", "q\"uo'te", "a" * 255])
+def test_names_that_files_may_have(name: str) -> None:
+    paths.check_file_name(name)
+    assert paths.is_safe_remote_name(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "index.dfs", "a\nb", "\x7f", "nul\0"])
+def test_names_that_nothing_may_have(name: str) -> None:
+    for check in (paths.check_file_name, paths.check_dir_name):
+        with pytest.raises(NameRefused):
+            check(name)
+
+
+def test_limits_are_in_bytes() -> None:
+    with pytest.raises(NameTooLong):
+        paths.check_file_name("ü" * 128)
+    with pytest.raises(NameTooLong):
+        paths.check_dir_name("d" * 101)
+    with pytest.raises(NameTooLong):
+        paths.check_pod_name("p" * 65)
+    with pytest.raises(NameRefused):
+        paths.check_pod_name(" padded")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "../x", "nul\0", ".run", "\ud800", "x" * 256]
+)
+def test_names_from_the_server_that_are_hidden(name: str) -> None:
+    assert not paths.is_safe_remote_name(name)
+
+
+def test_undecodable_names_are_refused() -> None:
+    with pytest.raises(NameRefused):
+        paths.decode_name(b"\xff")
+    assert paths.decode_name("ü".encode()) == "ü"
+
+
+def test_cache_folders_differ_and_stay_inside(tmp_path: Path) -> None:
+    folders = {
+        config.account_cache(tmp_path, server, user)
+        for server in ("http://a:1", "http://b:1", "http://a:1/..")
+        for user in ("x", "../../etc", "x/y", "x" * 500)
+    }
+    assert len(folders) == 12
+    assert {folder.parent for folder in folders} == {tmp_path}
+    same = config.account_cache(tmp_path, "http://a:1/", "x")
+    assert same == config.account_cache(tmp_path, "http://a:1", "x")
+
+
+def test_password_file(tmp_path: Path) -> None:
+    path = tmp_path / "password"
+    path.write_text("secret word\nsecond line\n")
+    path.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        config.read_password_file(path)
+    path.chmod(0o600)
+    assert config.read_password_file(path) == "secret word"
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="empty"):
+        config.read_password_file(path)
+    with pytest.raises(ConfigError, match="missing"):
+        config.read_password_file(tmp_path / "missing")
+
+
+def test_password_command_shows_no_output() -> None:
+    assert config.run_password_command("printf 'a b\\nrest'") == "a b"
+    with pytest.raises(ConfigError) as caught:
+        config.run_password_command("sh -c 'echo hidden; exit 1'")
+    assert "hidden" not in str(caught.value).replace("'echo hidden; exit 1'", "")
+    for command in ("", "unbalanced '", "/nonexistent", "true"):
+        with pytest.raises(ConfigError):
+            config.run_password_command(command)
+
+
+def test_toml_layer(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    assert config.toml_defaults(path) == {}
+    path.write_text("writeback-delay = 2\nuser = 'me'\n")
+    assert config.toml_defaults(path) == {"writeback_delay": 2, "user": "me"}
+    path.write_text("password = 'x'\n")
+    with pytest.raises(ConfigError, match="password-file"):
+        config.toml_defaults(path)
+    path.write_text("broken =")
+    with pytest.raises(ConfigError, match=r"config\.toml"):
+        config.toml_defaults(path)

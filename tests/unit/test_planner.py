@@ -1,0 +1,186 @@
+"""Writeback as a plan: which calls make the server's tree equal to ours, and in which order."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from sync_helpers import World
+
+from cpodfs.cache.schema import CONTENT, DIR, MODE, SENT
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+def test_parents_go_before_children(world: World) -> None:
+    pod = world.pod()
+    outer = world.make(pod, "outer", DIR)
+    inner = world.make(outer, "inner", DIR)
+    world.make(inner, "file")
+    assert world.settle() == ["Mkdir outer", "Mkdir inner", "Upload file"]
+
+
+def test_create_and_delete_is_nothing(world: World) -> None:
+    pod = world.pod()
+    folder = world.make(pod, "d", DIR)
+    world.remove(world.make(folder, "f"))
+    world.remove(folder)
+    assert world.settle() == []
+
+
+def test_save_by_rename_is_one_upload(world: World) -> None:
+    pod = world.pod()
+    old = world.make(pod, "file")
+    world.settle()
+    world.calls.clear()
+    new = world.make(pod, "file.tmp")
+    world.remove(old)
+    world.move(new, pod, "file")
+    assert world.settle() == ["Upload file"]
+
+
+def test_a_clean_file_renamed_over_another_is_sent_again(world: World) -> None:
+    """The server refuses such a rename, and deleting first would lose the name for a while."""
+    pod = world.pod()
+    one, other = world.make(pod, "one"), world.make(pod, "other")
+    world.settle()
+    world.calls.clear()
+    world.remove(other)
+    world.move(one, pod, "other")
+    assert world.settle() == ["Upload other", "RemoveFile pod/one"]
+
+
+def test_an_uncached_file_renamed_over_another_waits_for_the_deletion(world: World) -> None:
+    pod = world.pod()
+    one, other = world.make(pod, "one"), world.make(pod, "other")
+    world.settle()
+    world.store.set(one, cached=0)
+    world.calls.clear()
+    world.remove(other)
+    world.move(one, pod, "other")
+    assert world.settle() == ["RemoveFile pod/other", "Move pod/one other"]
+
+
+def test_directories_are_emptied_before_they_go(world: World) -> None:
+    pod = world.pod()
+    folder = world.make(pod, "d", DIR)
+    file = world.make(folder, "f")
+    kept = world.make(folder, "kept")
+    world.settle()
+    world.calls.clear()
+    world.remove(file)
+    world.move(kept, pod, "kept")
+    world.remove(folder)
+    calls = world.settle()
+    assert calls[-1] == "RemoveDir pod/d"
+    assert set(calls[:-1]) == {"RemoveFile pod/d/f", "Move pod/d/kept kept"}
+
+
+def test_a_tree_moves_child_by_child(world: World) -> None:
+    pod = world.pod()
+    folder = world.make(pod, "d", DIR)
+    leaf = world.make(folder, "leaf", DIR)
+    world.make(folder, "f")
+    world.make(leaf, "g")
+    world.settle()
+    world.calls.clear()
+    world.move(folder, pod, "e")
+    assert world.settle() == [
+        "Rehome pod/d e",
+        "Move pod/d/leaf leaf",
+        "Move pod/d/f f",
+        "RemoveDir pod/d",
+    ]
+
+
+def test_an_unlisted_directory_is_looked_at_before_it_moves(world: World) -> None:
+    pod = world.pod()
+    folder = world.make(pod, "d", DIR)
+    world.settle()
+    world.store.set(folder, listed_s=0)
+    world.calls.clear()
+    world.move(folder, pod, "e")
+    assert world.settle() == ["Look pod/d", "Move pod/d e"]
+
+
+def test_upload_resets_the_mode(world: World) -> None:
+    pod = world.pod()
+    file = world.make(pod, "f", mode=0o700)
+    world.settle()
+    assert world.calls == ["Upload f", "Chmod pod/f"]
+    world.calls.clear()
+    world.store.set(file, mode=0o644)
+    world.store.mark(file, MODE)
+    assert world.settle() == ["Chmod pod/f"]
+    world.calls.clear()
+    world.store.mark(file, CONTENT)
+    assert world.settle() == ["Upload f", "Chmod pod/f"]
+
+
+def test_bits_of_a_umask_are_not_worth_a_call(world: World) -> None:
+    pod = world.pod()
+    world.make(pod, "f", mode=0o644)
+    assert world.settle() == ["Upload f"]
+
+
+def test_what_may_have_arrived_under_an_old_name_is_deleted(world: World) -> None:
+    pod = world.pod()
+    moved, removed = world.make(pod, "moved"), world.make(pod, "removed")
+    for ino in (moved, removed):
+        world.store.set(ino, dirty=7 | SENT)
+    world.move(moved, pod, "elsewhere")
+    world.remove(removed)
+    world.settle()
+    assert set(world.calls) >= {
+        "Upload elsewhere",
+        "RemoveFile pod/moved",
+        "RemoveFile pod/removed",
+    }
+    assert world.remote_tree() == {"pod", "pod/elsewhere"}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_shuffle_of_a_tree_is_reached(world: World, seed: int) -> None:
+    """Random moves, removals and creations, rings included: the two trees become equal."""
+    dice = random.Random(seed)
+    pod = world.pod()
+    dirs, files = [pod], []
+    for number in range(dice.randrange(4, 14)):
+        if dice.random() < 0.5:
+            dirs.append(world.make(dice.choice(dirs), f"n{number}", DIR))
+        else:
+            files.append(world.make(dice.choice(dirs), f"n{number}"))
+    world.settle()
+    for _ in range(dice.randrange(2, 25)):
+        _shuffle(world, dice, dirs, files)
+        if dice.random() < 0.1:
+            world.settle()
+    world.settle()
+    assert world.remote_tree() == world.local_tree()
+    assert not world.store.pending_inodes()
+    assert not world.store.orphans()
+
+
+def _shuffle(world: World, dice: random.Random, dirs: list[int], files: list[int]) -> None:
+    movable = dirs[1:] + files
+    if not movable:
+        return
+    ino, target = dice.choice(movable), dice.choice(dirs)
+    above = {a.ino for a in world.store.ancestors(target)}
+    name = f"n{dice.randrange(14)}"
+    occupant = world.store.child(target, name)
+    if dice.random() < 0.15:
+        files.append(world.make(target, name)) if occupant is None else None
+        return
+    if ino in above or (occupant and occupant.ino == ino):
+        return
+    if occupant is not None:
+        if occupant.is_dir and world.store.has_children(occupant.ino):
+            return
+        world.remove(occupant.ino)
+        (dirs if occupant.is_dir else files).remove(occupant.ino)
+    world.move(ino, target, name)
