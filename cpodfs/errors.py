@@ -18,6 +18,7 @@ CpodfsError                     EIO
 └── DfsError                    EIO         what the FairOS-DFS server said, or did not say
     ├── NotFound                ENOENT
     ├── AlreadyExists           EEXIST
+    ├── Conflict                ESTALE      the server's copy is not the one that we read
     ├── NotEmpty                ENOTEMPTY   a directory that still has children
     ├── NotLoggedIn             EACCES      the session is gone; logging in again may help
     │   └── LoginRefused        EACCES      wrong password or no such user; trying again will not
@@ -117,6 +118,10 @@ class NotFound(DfsError):
 
 class AlreadyExists(DfsError):
     errno = _errno.EEXIST
+
+
+class Conflict(DfsError):
+    errno = _errno.ESTALE
 
 
 class NotEmpty(DfsError):

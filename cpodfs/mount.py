@@ -46,6 +46,8 @@ RUN_GRACE_S = 10.0
 RUN_END_S = RUN_GRACE_S + 6.0
 """Cancelled runs get the grace between SIGTERM and SIGKILL, and some time to write their logs."""
 DETACH_S = 5.0
+MIN_FRESH_S = 2.0
+"""A listing younger than this is not asked for again before a write, whatever --attr-ttl says."""
 LEFT_OVER_NAMES = 1000
 
 Environment = Callable[[], Mapping[str, str]]
@@ -75,6 +77,7 @@ class Driver:
         self.engine = Engine(
             *(store, cache.content, dfs, self.lister, merger, locks),
             delay_s=settings.writeback_delay_s,
+            fresh_s=max(settings.attr_ttl_s, MIN_FRESH_S),
             limits=Limits(settings.uploads, settings.changes),
             on_outcome=self._on_outcome,
         )
@@ -271,7 +274,7 @@ class Driver:
             self.engine.hurry()
 
     async def _command_runs(self, _ino: int, value: bytes) -> None:
-        """"0": end all runs and begin no other; "1": runs may begin again."""
+        """ "0": end all runs and begin no other; "1": runs may begin again."""
         if value == b"0":
             await self.runs.cancel_all(RUN_END_S)
         else:

@@ -57,7 +57,8 @@ CREATE TABLE remote (
     name TEXT NOT NULL,
     kind TEXT NOT NULL,        -- 'f' or 'd'
     size INTEGER NOT NULL,     -- bytes
-    mtime_s INTEGER,           -- NULL: ours, just written; the next listing will tell
+    mtime_s INTEGER,           -- Unix time of the server; NULL: not known, the next listing tells
+    slack_s INTEGER NOT NULL,  -- how far `mtime_s` may be off: 0 when the server has told it
     mode INTEGER NOT NULL,     -- permission bits
     readonly INTEGER NOT NULL, -- pod: 1 when received from somebody else
     ino INTEGER UNIQUE,        -- whose object this is; NULL: orphan, to be deleted at the server
@@ -68,6 +69,6 @@ CREATE TABLE remote (
 CREATE INDEX remote_orphan ON remote (rid) WHERE ino IS NULL;
 
 INSERT INTO inode VALUES ({ROOT}, NULL, NULL, 'd', 448, 0, 0, 0, 0, NULL, 0, 0, 0, 0, 0, NULL);
-INSERT INTO remote VALUES ({ROOT}, NULL, '', 'd', 0, NULL, 448, 0, {ROOT}, NULL, NULL);
+INSERT INTO remote VALUES ({ROOT}, NULL, '', 'd', 0, NULL, 0, 448, 0, {ROOT}, NULL, NULL);
 PRAGMA user_version = {VERSION};
 """

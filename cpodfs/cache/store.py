@@ -24,7 +24,9 @@ INODE_COLUMNS = (
     "ino, parent, name, kind, mode, size, atime_ns, mtime_ns, ctime_ns, target, cached, dirty, "
     "dirty_s, listed_s, used_s, error"
 )
-REMOTE_COLUMNS = "rid, rparent, name, kind, size, mtime_s, mode, readonly, ino, to_parent, to_name"
+REMOTE_COLUMNS = (
+    "rid, rparent, name, kind, size, mtime_s, slack_s, mode, readonly, ino, to_parent, to_name"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,18 @@ class Remote:
     kind: str
     size: int
     mtime_s: int | None
+    slack_s: int
     mode: int
     readonly: int
     ino: int | None
     to_parent: int | None
     to_name: str | None
+
+    def is_version(self, size: int, mtime_s: int) -> bool:
+        """Whether what the server now says of a file can be the version that we know."""
+        if self.mtime_s is None:
+            return size == self.size
+        return size == self.size and abs(mtime_s - self.mtime_s) <= self.slack_s
 
 
 class Store:
@@ -255,7 +264,8 @@ class Store:
 
     def pending_inodes(self, after: int = 0, limit: int = -1) -> list[Inode]:
         rows = self._db.execute(
-            f"SELECT {INODE_COLUMNS} FROM inode WHERE dirty != 0 AND ino > ? ORDER BY ino LIMIT ?",
+            f"SELECT {INODE_COLUMNS} FROM inode WHERE dirty != 0 AND parent IS NOT NULL AND ino > ? "
+            "ORDER BY ino LIMIT ?",
             (after, limit),
         )
         return [Inode(*row) for row in rows]
@@ -283,14 +293,14 @@ class Store:
 
     def totals(self) -> dict[str, int]:
         """Counts for ``status``: objects, bytes, errors, deletions. Uses the partial indexes."""
-        one = self._db.execute
+        one, pending = self._db.execute, "dirty != 0 AND parent IS NOT NULL"
         return {
-            "pending": one("SELECT count(*) FROM inode WHERE dirty != 0").fetchone()[0],
+            "pending": one(f"SELECT count(*) FROM inode WHERE {pending}").fetchone()[0],
             "bytes": one(
-                "SELECT coalesce(sum(size), 0) FROM inode WHERE dirty & 1 AND dirty != 0"
+                f"SELECT coalesce(sum(size), 0) FROM inode WHERE dirty & 1 AND {pending}"
             ).fetchone()[0],
             "errors": one(
-                "SELECT count(*) FROM inode WHERE dirty != 0 AND error IS NOT NULL"
+                f"SELECT count(*) FROM inode WHERE error IS NOT NULL AND {pending}"
             ).fetchone()[0],
             "deletions": one("SELECT count(*) FROM remote WHERE ino IS NULL").fetchone()[0],
         }
@@ -362,8 +372,8 @@ class Store:
     ) -> int:
         """A new remote row (its place must be free); returns the rid."""
         cursor = self._db.execute(
-            "INSERT INTO remote (rparent, name, kind, size, mtime_s, mode, readonly, ino) "
-            "VALUES (?,?,?,?,?,?,?,?)",
+            "INSERT INTO remote (rparent, name, kind, size, mtime_s, slack_s, mode, readonly, ino) "
+            "VALUES (?,?,?,?,?,0,?,?,?)",
             (rparent, name, kind, size, mtime_s, mode, readonly, ino),
         )
         rid = cursor.lastrowid

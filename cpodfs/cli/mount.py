@@ -26,7 +26,7 @@ from cpodfs.config import (
 )
 from cpodfs.devnet import launch
 from cpodfs.devnet.run_env import run_environment
-from cpodfs.errors import ConfigError, CpodfsError
+from cpodfs.errors import ConfigError, CpodfsError, LoginRefused, Unreachable
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s %(message)s"
@@ -211,13 +211,39 @@ def _serve(
     log_file: Path | None,
 ) -> int:
     _log_to(log_file, verbose=options["verbose"])
-    with drain_progress() as progress:
-        left = trio.run(_mounted, point, password, options, ready, progress)
+    try:
+        with drain_progress() as progress:
+            left = trio.run(_mounted, point, password, options, ready, progress)
+    except BaseExceptionGroup as group:
+        raise _explained(_cause(group), options) from None
+    except CpodfsError as error:
+        raise _explained(error, options) from None
     for path in left[:50]:
         click.echo(f"cpodfs: not uploaded: {path}", err=True)
     if left:
         click.echo(f"cpodfs: {len(left)} changes wait in the cache for the next mount", err=True)
     return 1 if left else 0
+
+
+def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error of ours that a nursery wrapped, or the group itself when it is somebody else's."""
+    ours = group.subgroup(CpodfsError)
+    error: BaseException | None = ours
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return group if error is None else error
+
+
+def _explained(error: BaseException, options: Mapping[str, Any]) -> BaseException:
+    """What kept us from mounting, with what the user can do about it."""
+    if isinstance(error, LoginRefused):
+        return LoginRefused(f"{options['user']} at {options['server']}: {error}")
+    if isinstance(error, Unreachable):
+        return Unreachable(
+            f"{options['server']} does not answer, and this account has no cache to serve from: "
+            f"{error}"
+        )
+    return error
 
 
 async def _mounted(

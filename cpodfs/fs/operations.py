@@ -259,6 +259,9 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         text = decode_name(name)
         if self._runs.is_run_name(parent_inode, text):
+            if flags & os.O_EXCL:
+                # cp, tar, rsync: who copies or unpacks a pod has not asked to run it.
+                raise oserror(errno.EPERM, RUN_NAME)
             handle = await self._runs.create(parent_inode, ctx.pid)
             return _control_info(handle), self._run_entry(parent_inode)
         inode, handle = await self._tree.create(parent_inode, text, mode & ~ctx.umask)
@@ -290,7 +293,8 @@ class Operations(pyfuse3.Operations):
 
     @_answer
     async def flush(self, fh: int) -> None:
-        return
+        if not fh & CONTROL_HANDLE_BIT:
+            await self._tree.flush(fh)
 
     @_answer
     async def release(self, fh: int) -> None:

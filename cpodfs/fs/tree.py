@@ -12,11 +12,10 @@ import os
 import time
 from dataclasses import dataclass
 
-import trio
-
 from cpodfs import paths
 from cpodfs.cache import content as data
 from cpodfs.cache.content import Content
+from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT, DIR, FILE, LINK, MODE, PLACE, ROOT
 from cpodfs.cache.store import Inode, Store
 from cpodfs.errors import CpodfsError
@@ -59,6 +58,7 @@ class Tree:
         self.engine = engine
         self._lister = lister
         self._downloads = downloads
+        self._durability = Durability(store, content)
         handles.on_last_close = self._closed
         handles.on_gone = lambda ino: downloads.unwanted(ino, gone=True)
         for ino in store.unlinked():  # the last driver died while these were open
@@ -107,6 +107,7 @@ class Tree:
             handle = self.handles.open(inode.ino, lambda: self.content.create(inode.ino))
             self._modified(parent)
         self.engine.touch(("ino", inode.ino))
+        self._durability.wrote(inode.ino)
         return inode, handle
 
     async def mkdir(self, parent: int, name: str, mode: int) -> Inode:
@@ -258,7 +259,7 @@ class Tree:
                 self._empty(file)
             else:
                 await self._complete(file)
-                self.engine.wrote(file.ino)
+                self._dirty(file.ino)
                 os.ftruncate(file.fd, size)
         finally:
             if handle is None:
@@ -297,7 +298,7 @@ class Tree:
             os.close(fresh)
         with self.store.transaction():
             self.store.set(file.ino, cached=1, mtime_ns=time.time_ns())
-            self.engine.wrote(file.ino)
+            self._dirty(file.ino)
         os.ftruncate(file.fd, 0)
 
     async def read(self, handle: int, offset: int, size: int) -> bytes:
@@ -315,8 +316,13 @@ class Tree:
     async def write(self, handle: int, offset: int, buffer: bytes) -> int:
         file = self.handles.file(handle)
         await self._complete(file)
-        self.engine.wrote(file.ino)
+        self._dirty(file.ino)
         return os.pwrite(file.fd, buffer, offset)
+
+    def _dirty(self, ino: int) -> None:
+        """Journal that a file is about to be changed, before it is."""
+        self.engine.wrote(ino)
+        self._durability.wrote(ino)
 
     async def _complete(self, file: OpenFile) -> None:
         """Wait until the whole content is here: uploads send files whole."""
@@ -329,18 +335,17 @@ class Tree:
         else:
             self.store.set(file.ino, cached=1)
 
-    async def sync(self, handle: int) -> None:
-        """fsync: bytes, then names, on the disk."""
+    async def flush(self, handle: int) -> None:
+        """close and fsync: bytes, then names, on the disk."""
         file = self.handles.file(handle)
-        fd = os.dup(file.fd)
-        try:
-            await trio.to_thread.run_sync(self.content.sync, file.ino, fd)
-        finally:
-            os.close(fd)
-        await self.sync_names()
+        await self._durability.flush(file.ino, file.fd)
+
+    async def sync(self, handle: int) -> None:
+        await self.flush(handle)
+        await self._durability.names()
 
     async def sync_names(self) -> None:
-        await trio.to_thread.run_sync(self.store.sync)
+        await self._durability.names()
 
     async def read_whole(self, ino: int, limit: int) -> bytes:
         """The first ``limit`` bytes of a file, for ourselves."""
@@ -356,6 +361,7 @@ class Tree:
         if inode is not None and inode.dirty & CONTENT:
             self.store.set(ino, size=self.content.size(ino))
         self.engine.closed(ino)
+        self._durability.forget(ino)
         self._downloads.unwanted(ino)
 
     # -- checks -----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from cpodfs.dfs import Client
 from cpodfs.errors import (
     AlreadyExists,
     ChangedDuringUpload,
+    Conflict,
     CpodfsError,
     Denied,
     DfsError,
@@ -90,6 +91,7 @@ class Engine:
         locks: DirLocks,
         *,
         delay_s: float,
+        fresh_s: float,
         limits: Limits,
         on_outcome: Callable[[Outcome], None],
     ) -> None:
@@ -98,7 +100,7 @@ class Engine:
         self._lister = lister
         self._merger = merger
         self._locks = locks
-        self._planner = Planner(store, content)
+        self._planner = Planner(store, content, fresh_s)
         self._delay_s = delay_s
         self._limits = limits
         self._on_outcome = on_outcome
@@ -427,6 +429,11 @@ class Engine:
     def _fail(self, op: Op, error: Exception) -> None:
         if isinstance(error, ChangedDuringUpload):
             self._schedule(op.item, 0.0 if self._draining else self._delay_s)
+            return
+        if isinstance(error, Conflict):
+            log.info("conflict item=%s: %s", op.item, error)
+            self._unsure[op.item] = op.dirs
+            self._schedule(op.item, 0.0)
             return
         self.counters.failed += 1
         self.counters.recent.append(f"{time.strftime('%H:%M:%S')} {error}")

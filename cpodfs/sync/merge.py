@@ -162,6 +162,7 @@ class Merger:
         news: dict[str, Any] = {
             "size": entry.size,
             "mtime_s": entry.mtime_s,
+            "slack_s": 0,
             "mode": entry.mode,
             "to_parent": None,
             "to_name": None,
@@ -169,7 +170,7 @@ class Merger:
         local = self._store.get(remote.ino) if remote.ino is not None else None
         if local is not None and remote.mode != entry.mode and not local.dirty & MODE:
             self._store.set(local.ino, mode=entry.mode)
-        same = remote.size == entry.size and remote.mtime_s in (None, entry.mtime_s)
+        same = remote.is_version(entry.size, entry.mtime_s)
         if entry.is_dir or same or (local is not None and local.dirty & SENT):
             self._store.set_remote(remote.rid, **news)
             return

@@ -9,6 +9,7 @@ change the trees and never wait. After a failure the remote tree is as it was.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from cpodfs.cache.content import Content
 from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, ROOT, SENT
 from cpodfs.cache.store import Remote, Store
 from cpodfs.dfs import DOOMED, Client
-from cpodfs.errors import ChangedDuringUpload, NotEmpty, NotFound
+from cpodfs.errors import ChangedDuringUpload, Conflict, NotEmpty, NotFound
 from cpodfs.paths import TEMP_PREFIX, join
 
 Item = tuple[str, int]
@@ -275,14 +276,18 @@ class Upload(Op):
 
     ``changed`` is set by whoever writes to the data file while it is being read here. The body then
     raises before its last byte, and the server, which parses the form before it acts, has done
-    nothing: readers elsewhere see the old file or the new one, never a mixture.
+    nothing: readers elsewhere see the old file or the new one, never a mixture. ``known`` is the
+    version that will be replaced; when the server has another by now, the call raises Conflict.
     """
 
     ino: int
     rparent: int
     name: str
     content: Content
+    known: Remote | None
     changed: bool = field(default=False, init=False)
+    stored_s: int | None = field(default=None, init=False)
+    slack_s: int = field(default=0, init=False)
     size: int = field(default=0, init=False)
     sent: int = field(default=0, init=False)
 
@@ -294,6 +299,8 @@ class Upload(Op):
 
     async def call(self, store: Store, dfs: Client) -> None:
         pod, directory = pod_and_path(store, self.rparent)
+        await self._check_version(dfs, *child_path(store, self.rparent, self.name))
+        started = time.time()
         fd = self.content.open(self.ino)
         try:
             self.size = os.fstat(fd).st_size
@@ -305,6 +312,21 @@ class Upload(Op):
             )
         finally:
             os.close(fd)
+        skew_s = dfs.session.clock_skew_s
+        if skew_s is not None:
+            # Somewhere in between, and both clocks are only known to about a second.
+            self.stored_s = round(time.time() + skew_s)
+            self.slack_s = round(time.time() - started) + 2
+
+    async def _check_version(self, dfs: Client, pod: str, path: str) -> None:
+        if self.known is None or self.known.mtime_s is None:
+            return
+        try:
+            stat = await dfs.stat_file(pod, path)
+        except NotFound:
+            return  # deleted elsewhere: nothing of theirs is overwritten
+        if not self.known.is_version(stat.size, stat.mtime_s):
+            raise Conflict(f"{pod}{path}: changed at the server since it was read")
 
     async def _body(self, fd: int) -> AsyncIterator[bytes]:
         offset = 0
@@ -335,7 +357,8 @@ class Upload(Op):
             store.set_remote(
                 rid,
                 size=self.size,
-                mtime_s=None,
+                mtime_s=self.stored_s,
+                slack_s=self.slack_s,
                 mode=SERVER_FILE_MODE,
                 ino=self.ino if alive else None,
             )

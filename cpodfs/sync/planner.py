@@ -8,10 +8,11 @@ file); else it is blocked on whoever stands in the way. Chains of blocked object
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from cpodfs.cache.content import Content
-from cpodfs.cache.schema import CONTENT, DIR, FILE, LINK, MODE, PLACE, ROOT
+from cpodfs.cache.schema import CONTENT, DIR, FILE, LINK, MODE, PLACE, ROOT, SENT
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.sync.ops import (
     Chmod,
@@ -40,9 +41,12 @@ Plan = Op | Blocked | None
 
 
 class Planner:
-    def __init__(self, store: Store, content: Content) -> None:
+    """``fresh_s``: for so long a listing tells what the server has under a name."""
+
+    def __init__(self, store: Store, content: Content, fresh_s: float = float("inf")) -> None:
         self._store = store
         self._content = content
+        self._fresh_s = fresh_s
 
     def plan(self, item: Item) -> Plan:
         """The next operation for an object, what it waits for, or None when it is as it should be."""
@@ -121,9 +125,22 @@ class Planner:
             self._store.mark(inode.ino, CONTENT)
             inode = self._store.get(inode.ino) or inode
         if inode.dirty & CONTENT or mine is None:
-            item: Item = ("ino", inode.ino)
-            return Upload(item, (home.rid,), inode.ino, home.rid, name, self._content)
+            return self._upload(inode, home, there or (None if elsewhere else mine))
         return self._chmod(inode, mine)
+
+    def _upload(self, inode: Inode, home: Remote, known: Remote | None) -> Plan:
+        item: Item = ("ino", inode.ino)
+        if known is None and not self._is_fresh(inode.parent):
+            return Look(item, (home.rid,), home.rid)  # is there something of that name by now?
+        if inode.dirty & SENT:
+            known = None  # what is there now may well be ours
+        name = inode.name or ""
+        return Upload(item, (home.rid,), inode.ino, home.rid, name, self._content, known)
+
+    def _is_fresh(self, directory: int | None) -> bool:
+        """Whether the last listing of a directory is recent enough to overwrite what it lacks."""
+        inode = self._store.get(directory) if directory is not None else None
+        return inode is not None and 0 <= time.time() - inode.listed_s < self._fresh_s
 
     def _move(self, mine: Remote, home: Remote, name: str) -> Move:
         assert mine.rparent is not None
@@ -148,6 +165,9 @@ class Planner:
         if remote.kind == FILE:
             if self._will_be_replaced(remote):
                 return None
+            home = self._store.remote(remote.rparent)
+            if home is not None and home.ino is not None and not self._is_fresh(home.ino):
+                return Look(("rid", rid), (home.rid,), home.rid)  # did somebody change it since?
             return RemoveFile(("rid", rid), (remote.rparent,), rid)
         for child in self._store.remote_children(rid, limit=1):
             return Blocked(_owner(child))

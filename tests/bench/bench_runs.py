@@ -7,6 +7,7 @@ shell with its output in a local file. Medians in ms; clocks are this machine's 
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -116,7 +117,7 @@ class Bench:
 
     def prepare(self, lines: int) -> None:
         self.stamps.unlink(missing_ok=True)
-        (self.pod / "a.recipe").write_text('{"golem": {"exec": "%s"}}' % self.program(lines))
+        (self.pod / "a.recipe").write_text(json.dumps({"golem": {"exec": self.program(lines)}}))
 
     def touched(self) -> tuple[float, float]:
         """One run: ms to its first instruction, ms from its last to ``.run`` gone."""

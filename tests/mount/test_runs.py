@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -30,7 +31,7 @@ from tests.mount.compute import (
     until,
     wait_gone,
 )
-from tests.mount.harness import Mount, Server, mounted, run, sh
+from tests.mount.harness import Server, mounted, run, sh
 
 REFUSED = {
     "not JSON": ("{", "a.recipe: is not JSON"),
@@ -47,7 +48,10 @@ REFUSED = {
         '{"golem": {"exec": "a", "output": "../o"}}',
         "a.recipe: golem.output: must not contain '..'",
     ),
-    "absolute": ('{"golem": {"exec": "a", "log": "/tmp"}}', "a.recipe: golem.log: must be relative"),
+    "absolute": (
+        '{"golem": {"exec": "a", "log": "/tmp"}}',
+        "a.recipe: golem.log: must be relative",
+    ),
     "public": ('{"public": "yes", "golem": {"exec": "a"}}', "a.recipe: public: must be true"),
 }
 
@@ -224,7 +228,6 @@ def test_python_and_the_shell_can_touch_too(devnet: DevnetMount) -> None:
         lambda: sh("echo > .run", pod),
         lambda: sh(": > .run", pod),
         lambda: (pod / ".run").write_text("{}"),
-        lambda: run("cp", "a.recipe", ".run", cwd=pod),
     ):
         before = len(run_folders(pod))
         start()
@@ -254,9 +257,35 @@ def test_nothing_else_can_take_the_name(devnet: DevnetMount) -> None:
         assert "not permitted" in done.stderr
     assert sorted(os.listdir(pod)) == ["a.recipe", "script"]
     assert run_folders(pod) == []
+    for command in ("cp a.recipe .run", "sh -Cc 'echo > .run'"):
+        done = subprocess.run(shlex.split(command), cwd=pod, capture_output=True, text=True)
+        assert done.returncode != 0, command
+    assert run_folders(pod) == []
     # Deeper in the pod it is a name like others.
     sh("mkdir d; touch d/.run; mv d/.run d/x; mkdir d/.run", pod)
     assert run_folders(pod) == []
+
+
+def test_a_copy_of_a_running_pod_does_not_run(gated: Path, gate: Gate, tmp_path: Path) -> None:
+    run("touch", gated / ".run")
+    gate.wait()
+    copy = gated.with_name("a copy")
+    run("cp", "-r", gated, copy, check=False)
+    run("tar", "-cf", tmp_path / "all.tar", ".", cwd=gated)
+    run("tar", "-xf", tmp_path / "all.tar", cwd=copy, check=False)
+    assert (copy / "a.recipe").read_text() == (gated / "a.recipe").read_text()
+    assert not (copy / ".run").exists()
+    gate.open()
+    wait_gone(gated)
+    assert gate.starts == 1
+
+
+def test_odd_names_of_pods(devnet: DevnetMount) -> None:
+    for name in ("two words", "quo'te\"s", "ünï-cödé", "-n", "%41"):
+        pod = compute_pod(devnet, name, "sh -c 'pwd; printenv CPODFS_POD'")
+        folder = run_to_end(pod)
+        assert (folder / "stdout.log").read_text() == f"{pod}\n{name}\n"
+        assert record(folder)["pod"] == name
 
 
 def test_the_control_file_is_never_stored(tmp_path: Path, own_server: Server, gate: Gate) -> None:
@@ -270,7 +299,6 @@ def test_the_control_file_is_never_stored(tmp_path: Path, own_server: Server, ga
         run("cp", "-r", pod, tmp_path / "copy")
         run("rsync", "-a", f"{pod}/", tmp_path / "rsynced")
         own_server.reset_calls()
-        # Into the mount again: a copy of a control file is refused, or starts a run of its own.
         mount.pod("again")
         run("rsync", "-a", "--exclude", ".run", f"{pod}/", mount.point / "again")
         gate.open()
@@ -448,7 +476,9 @@ def test_children_that_the_program_leaves_are_ended(devnet: DevnetMount) -> None
 
 
 def test_a_program_that_ignores_sigterm_is_killed(devnet: DevnetMount) -> None:
-    pod = compute_pod(devnet, "stubborn", "sh -c 'trap \"\" TERM; echo up; while :; do sleep 1; done'")
+    pod = compute_pod(
+        devnet, "stubborn", "sh -c 'trap \"\" TERM; echo up; while :; do sleep 1; done'"
+    )
     run("touch", pod / ".run")
     until(lambda: run_folders(pod) and (run_folders(pod)[-1] / "stdout.log").exists())
     (folder,) = run_folders(pod)

@@ -79,9 +79,10 @@ def test_a_run_is_found_again_after_kill_9(devnet: DevnetMount, pod: Path, gate:
     assert len(run_processes(folder.name)) == 1
     devnet.start()
     assert (pod / ".run").exists()
-    assert "busy" in subprocess.run(
-        ["touch", pod / ".run"], capture_output=True, text=True
-    ).stderr.lower()
+    assert (
+        "busy"
+        in subprocess.run(["touch", pod / ".run"], capture_output=True, text=True).stderr.lower()
+    )
     gate.open()
     sh(WAIT, pod)
     ended = record(folder)
@@ -160,6 +161,22 @@ def test_sigterm_cancels_and_records(devnet: DevnetMount, pod: Path, gate: Gate)
     assert not (pod / ".run").exists()
     assert record(folder)["state"] == "cancelled"
     assert (folder / "stdout.log").read_text() == "one\n"
+    assert gate.starts == 1
+
+
+def test_after_an_umount_that_failed_runs_begin_again(
+    devnet: DevnetMount, pod: Path, gate: Gate
+) -> None:
+    inside = subprocess.Popen(["sleep", "1000"], cwd=pod)
+    try:
+        done = devnet.cli("umount", str(devnet.point), check=False)
+        assert done.returncode == 1
+        assert "in use" in done.stderr
+    finally:
+        inside.kill()
+        inside.wait()
+    gate.open()
+    sh(f"touch .run; {WAIT}", pod)
     assert gate.starts == 1
 
 

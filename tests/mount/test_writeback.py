@@ -11,7 +11,7 @@ import pytest
 
 from tests.mount.harness import Mount, Server, mounted, run, sh
 
-UPLOAD, DELETE = "POST /v1/file/upload", "DELETE /v1/file/delete"
+UPLOAD, STAT = "POST /v1/file/upload", "GET /v1/file/stat"
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_write_close_rename_is_one_upload(counted: Mount) -> None:
     (pod / "temp").write_text("version 20")
     (pod / "temp").replace(pod / "file")
     counted.sync()
-    assert counted.server.calls() == {UPLOAD: 1}
+    assert counted.server.calls() == {UPLOAD: 1, STAT: 1}
 
 
 def test_what_is_deleted_before_its_upload_costs_nothing(counted: Mount) -> None:

@@ -1,0 +1,74 @@
+"""What has been acknowledged as durable, and is: in as few syncs as can be.
+
+Imports the cache. A close or fsync returns only when the data file, its entry in the cache folder
+and the journal that names it are on the disk. Many that wait at once share one sync of the journal.
+"""
+
+from __future__ import annotations
+
+import os
+
+import trio
+
+from cpodfs.cache.content import Content
+from cpodfs.cache.store import Store
+
+
+class Durability:
+    """``wrote`` marks what a later ``flush`` must make durable."""
+
+    def __init__(self, store: Store, content: Content) -> None:
+        self._store = store
+        self._content = content
+        self._unsynced: set[int] = set()
+        self._asked = 0
+        self._done = 0
+        self._running = False
+        self._round = trio.Event()
+
+    def wrote(self, ino: int) -> None:
+        self._unsynced.add(ino)
+
+    def forget(self, ino: int) -> None:
+        self._unsynced.discard(ino)
+
+    async def flush(self, ino: int, fd: int) -> None:
+        """Make a file durable if it was written to since the last time. Raises OSError.
+
+        Bytes and journal at once: neither promises anything until both are there.
+        """
+        if ino not in self._unsynced:
+            return
+        self._unsynced.discard(ino)
+        own = os.dup(fd)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.names)
+                await trio.to_thread.run_sync(self._content.sync, ino, own)
+        except* OSError as group:
+            self._unsynced.add(ino)
+            raise group.exceptions[0] from None
+        finally:
+            os.close(own)
+
+    async def names(self) -> None:
+        """Make every change of names and attributes so far durable. Raises OSError."""
+        self._asked += 1
+        mine = self._asked
+        while self._done < mine:
+            if self._running:
+                await self._round.wait()
+            else:
+                await self._sync()
+
+    async def _sync(self) -> None:
+        """One sync serves all who asked before it began; who asks later may have committed later."""
+        self._running = True
+        asked = self._asked
+        try:
+            await trio.to_thread.run_sync(self._store.sync)
+            self._done = asked
+        finally:
+            self._running = False
+            self._round.set()
+            self._round = trio.Event()

@@ -1,0 +1,397 @@
+"""The command line as its users meet it, bad input first: real processes, real mounts."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from cpodfs import mountpoint
+from cpodfs.cli import main
+from cpodfs.cli.mount import mount as mount_command
+from tests.mount.harness import CPODFS, Mount, Server, mounted
+
+NOWHERE = "http://127.0.0.1:1"
+
+
+@pytest.fixture
+def ready(tmp_path: Path, server: Server) -> Mount:
+    """An account and a folder, not yet mounted."""
+    return Mount(tmp_path, server)
+
+
+def refused(mount: Mount, *options: str, point: Path | None = None) -> str:
+    """What ``cpodfs mount`` says when it refuses; it must leave nothing mounted."""
+    command = [*mount.command(), *options]
+    if point is not None:
+        command[command.index("mount") + 1] = str(point)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=mount.env, timeout=30
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("cpodfs: ")
+    return last
+
+
+# -- what keeps a mount from being made ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("daemon", [[], ["--daemon"]])
+def test_server_that_is_not_there(ready: Mount, daemon: list[str]) -> None:
+    said = refused(ready, "--server", NOWHERE, *daemon)
+    assert f"{NOWHERE} does not answer" in said
+    assert mountpoint.find(ready.point) is None
+
+
+@pytest.mark.parametrize("daemon", [[], ["--daemon"]])
+def test_wrong_password(ready: Mount, daemon: list[str]) -> None:
+    ready.password_file.write_text("not the password\n")
+    said = refused(ready, *daemon)
+    assert f"{ready.user} at {ready.server.url}" in said
+    assert "not the password" not in said
+    assert mountpoint.find(ready.point) is None
+
+
+def test_unknown_user(ready: Mount) -> None:
+    assert "nobody-here at" in refused(ready, "--user", "nobody-here")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--server", "gopher://x"], "http://"),
+        (["--password-file", "/nonexistent"], "/nonexistent: cannot read the password"),
+        (["--password-file", "/dev/null"], "/dev/null: "),
+    ],
+)
+def test_options_that_cannot_be(ready: Mount, options: list[str], reason: str) -> None:
+    assert reason in refused(ready, *options)
+
+
+def test_password_file_that_others_may_read(ready: Mount) -> None:
+    ready.password_file.chmod(0o644)
+    assert f"chmod 600 {ready.password_file}" in refused(ready)
+
+
+def test_no_password_and_no_terminal(ready: Mount) -> None:
+    command = [*CPODFS, "mount", str(ready.point), "--user", ready.user]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ready.env, timeout=30
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        "cpodfs: no password: use --password-file, --password-command or CPODFS_PASSWORD\n"
+    )
+
+
+def test_mount_points_that_cannot_be(ready: Mount, tmp_path: Path) -> None:
+    file, full, foreign = tmp_path / "file", tmp_path / "full", tmp_path / "foreign"
+    file.touch()
+    (full / "inside").mkdir(parents=True)
+    foreign.mkdir()
+    if os.getuid() == 0:
+        os.chown(foreign, 12345, 12345)
+    else:
+        foreign = Path("/usr")
+    assert "no such folder; make it with: mkdir -p" in refused(ready, point=tmp_path / "missing")
+    assert f"{file}: not a directory" in refused(ready, point=file)
+    assert f"{full}: not empty" in refused(ready, point=full)
+    assert f"{foreign}: belongs to another user" in refused(ready, point=foreign)
+    assert "proc is mounted there already" in refused(ready, point=Path("/proc"))
+    assert list(full.iterdir()) == [full / "inside"]
+
+
+def test_mounted_twice(mount: Mount, tmp_path: Path) -> None:
+    assert f"already mounted; see: cpodfs status {mount.point}" in refused(mount)
+    other = tmp_path / "other"
+    other.mkdir()
+    assert f"mounted already (process {mount.pid})" in refused(mount, point=other)
+    assert mount.status()["pid"] == mount.pid
+
+
+def test_cache_from_another_version(mount: Mount) -> None:
+    (mount.pod() / "file").write_text("kept")
+    assert mount.stop() == 0
+    [database] = mount.cache.glob("*/meta.db")
+    with sqlite3.connect(database) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    before = database.read_bytes()
+    said = refused(mount)
+    assert "written in format 99" in said
+    assert str(database.parent) in said
+    assert database.read_bytes() == before
+
+
+def test_left_over_from_a_crash(mount: Mount) -> None:
+    (mount.pod() / "file").write_text("not yet uploaded")
+    mount.kill()
+    with pytest.raises(OSError) as caught:
+        os.listdir(mount.point)
+    assert caught.value.errno == errno.ENOTCONN
+    mount.start()
+    assert (mount.point / "pod/file").read_text() == "not yet uploaded"
+    mount.remount(wipe=True)
+    assert (mount.point / "pod/file").read_text() == "not yet uploaded"
+
+
+def test_umount_of_a_crashed_mount(mount: Mount) -> None:
+    mount.kill()
+    done = mount.cli("umount", str(mount.point), check=False)
+    assert done.returncode == 1
+    assert "the driver had died; unmounted" in done.stderr
+    assert mountpoint.find(mount.point) is None
+
+
+# -- a server that goes away ---------------------------------------------------------------------
+
+
+def test_offline_mount_serves_the_cache(tmp_path: Path, own_server: Server) -> None:
+    with mounted(tmp_path, own_server, None, "--stall", "1") as mount:
+        pod = mount.pod()
+        (pod / "old").write_text("old")
+        assert mount.stop() == 0
+        own_server.kill()
+        mount.start()
+        assert (pod / "old").read_text() == "old"
+        (pod / "new").write_text("new")
+        assert sorted(os.listdir(pod)) == ["new", "old"]
+        done = mount.cli("umount", str(mount.point), "--stall", "1", check=False)
+        assert done.returncode == 1
+        assert "pod/new" in done.stderr
+        assert "the next mount uploads it" in done.stderr
+        assert mount.wait() == 1
+        own_server.start_again()
+        mount.start()
+        mount.remount(wipe=True)
+        assert (pod / "new").read_text() == "new"
+
+
+@pytest.fixture
+def broken(tmp_path: Path, own_server: Server) -> Iterator[Mount]:
+    """A mount with two files that the server refuses to take."""
+    with mounted(tmp_path, own_server, None, "--stall", "1") as mount:
+        pod = mount.pod()
+        (pod / "fine").write_text("fine")
+        mount.sync()
+        own_server.faults(error_rate=1.0, match="/v1/file/upload")
+        (pod / "one").write_text("1")
+        (pod / "two").write_text("2")
+        yield mount
+        mount.start()
+        own_server.faults(error_rate=0.0)
+        mount.remount(wipe=True)
+        assert sorted(os.listdir(pod)) == ["fine", "one", "two"]
+
+
+def test_umount_names_what_could_not_be_uploaded(broken: Mount) -> None:
+    done = broken.cli("umount", str(broken.point), "--stall", "1", check=False)
+    assert done.returncode == 1
+    assert "not uploaded: pod/one: " in done.stderr
+    assert "not uploaded: pod/two: " in done.stderr
+    assert "fine" not in done.stderr
+    assert broken.wait() == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_name_what_could_not_be_uploaded(broken: Mount, number: signal.Signals) -> None:
+    assert broken.process is not None
+    broken.process.send_signal(number)
+    assert broken.wait() == 1
+    assert "pod/one" in broken.said
+    assert "pod/two" in broken.said
+    assert "fine" not in broken.said
+    assert mountpoint.find(broken.point) is None
+
+
+# -- ordinary life -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_upload_and_unmount(mount: Mount, number: signal.Signals) -> None:
+    (mount.pod() / "file").write_text("text")
+    assert mount.process is not None
+    mount.process.send_signal(number)
+    assert mount.wait() == 0
+    assert mountpoint.find(mount.point) is None
+    mount.start()
+    assert mount.status()["pending"] == 0
+
+
+def test_signal_ends_a_mount_that_is_in_use(mount: Mount) -> None:
+    pod = mount.pod()
+    file = os.open(pod / "file", os.O_WRONLY | os.O_CREAT)
+    with subprocess.Popen(["sleep", "60"], cwd=pod) as inside:
+        os.write(file, b"text")
+        assert mount.stop() == 0
+        inside.kill()
+    with pytest.raises(OSError, match="Transport endpoint is not connected"):
+        os.close(file)
+    assert mountpoint.find(mount.point) is None
+    mount.start()
+    assert (pod / "file").read_text() == "text"
+
+
+def test_umount_while_in_use(mount: Mount) -> None:
+    pod = mount.pod()
+    with (pod / "file").open("w") as file:
+        done = mount.cli("umount", str(mount.point), check=False)
+        assert done.returncode == 1
+        assert f"{mount.point}: in use" in done.stderr
+        file.write("still works")
+    assert (pod / "file").read_text() == "still works"
+    mount.cli("umount", str(mount.point))
+    assert mount.wait() == 0
+
+
+def test_daemon_returns_when_the_mount_answers(ready: Mount) -> None:
+    command = [*ready.command(), "--daemon"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ready.env, timeout=30)
+    try:
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert os.path.ismount(ready.point)
+        assert ready.status()["user"] == ready.user
+        (ready.pod() / "file").write_text("text")
+        # It must not keep the terminal, nor anything else of its parent's.
+        pid = ready.status()["pid"]
+        assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
+        assert os.getsid(pid) == pid
+    finally:
+        assert ready.cli("umount", str(ready.point), check=False).returncode == 0
+    assert mountpoint.find(ready.point) is None
+
+
+def test_commands_elsewhere_and_on_the_only_mount(mount: Mount, tmp_path: Path) -> None:
+    for command in ("umount", "status", "sync", "refresh"):
+        done = mount.cli(command, str(tmp_path), check=False)
+        assert done.returncode == 1
+        assert f"{tmp_path}: not in a cpodfs mount" in done.stderr
+    shown = mount.cli("status", str(mount.pod())).stdout
+    assert mount.user in shown
+    assert json.loads(mount.cli("status", "--json", str(mount.point)).stdout)["pid"] == mount.pid
+
+
+def test_systemd_is_told(ready: Mount) -> None:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd,
+    ):
+        systemd.bind(f"{folder}/notify")
+        systemd.settimeout(30)
+        ready.env["NOTIFY_SOCKET"] = f"{folder}/notify"
+        ready.start()
+        first = systemd.recv(4096).decode().splitlines()
+        assert "READY=1" in first
+        assert f"STATUS={ready.point} is mounted" in first
+        (ready.pod() / "file").write_text("text")
+        assert ready.stop() == 0
+        assert "STOPPING=1" in systemd.recv(4096).decode().splitlines()
+
+
+# -- configuration -------------------------------------------------------------------------------
+
+
+def test_flags_before_environment_before_file(ready: Mount, tmp_path: Path) -> None:
+    config = tmp_path / "config" / "cpodfs" / "config.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text(
+        f'server = "{NOWHERE}"\nuser = "of-the-file"\ncache_dir = "{tmp_path}/of-the-file"\n'
+        f'password-file = "{ready.password_file}"\nattr-ttl = 7\nlog-file = "{ready.log}"\n'
+    )
+    ready.env |= {"CPODFS_SERVER": "http://127.0.0.1:2", "CPODFS_USER": ready.user}
+    command = [*CPODFS, "mount", str(ready.point), "--server", ready.server.url]
+    ready.command = lambda: command  # type: ignore[method-assign]
+    ready.start()
+    try:
+        status = ready.status()
+        assert status["server"] == ready.server.url
+        assert status["user"] == ready.user
+        assert Path(status["cache"]).parent == tmp_path / "of-the-file"
+    finally:
+        assert ready.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("usr = 'x'", "usr: no such option"),
+        ("user = ", "Invalid value"),
+        ("password = 'secret'", "password: not here"),
+    ],
+)
+def test_configuration_file_with_a_mistake(
+    ready: Mount, tmp_path: Path, text: str, reason: str
+) -> None:
+    config = tmp_path / "config" / "cpodfs" / "config.toml"
+    config.parent.mkdir(parents=True)
+    config.write_text(text)
+    said = refused(ready)
+    assert f"{config}: " in said
+    assert reason in said
+    assert "secret" not in said
+    assert " mount [OPTIONS] MOUNTPOINT" in ready.cli("mount", "--help").stdout
+
+
+@pytest.mark.parametrize("source", ["file", "command", "variable"])
+def test_password_is_seen_nowhere(ready: Mount, source: str) -> None:
+    password = ready.password_file.read_text()
+    command = ready.command()
+    at = command.index("--password-file")
+    if source == "command":
+        command[at : at + 2] = ["--password-command", f"cat '{ready.password_file}'"]
+    elif source == "variable":
+        del command[at : at + 2]
+        ready.env["CPODFS_PASSWORD"] = password
+    command.append("--verbose")
+    ready.command = lambda: command  # type: ignore[method-assign]
+    ready.start()
+    try:
+        (ready.pod() / "file").write_text("text")
+        ready.sync()
+        for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                assert password.encode() not in cmdline.read_bytes()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    finally:
+        assert ready.stop() == 0
+    assert password not in ready.logged() + ready.said
+    for file in ready.cache.rglob("*"):
+        assert file.is_dir() or password.encode() not in file.read_bytes()
+
+
+def test_every_option_of_mount_has_its_variable() -> None:
+    options = [p for p in mount_command.params if p.param_type_name == "option"]
+    assert len(options) > 15
+    for option in options:
+        assert isinstance(option.envvar, list)
+        assert option.name is not None
+        assert option.envvar[0] == f"CPODFS_{option.name.upper()}"
+
+
+@pytest.mark.parametrize("command", ["", *main.commands])
+def test_help(command: str) -> None:
+    shown = CliRunner().invoke(main, [command, "--help"] if command else ["-h"])
+    assert shown.exit_code == 0
+    assert shown.output.startswith(f"Usage: main {command}".rstrip())
+    known = main.commands[command].params if command else main.params
+    for param in known:
+        if param.param_type_name == "option":
+            assert f"{param.opts[0]} " in shown.output
+            assert getattr(param, "help", None)
+    if not command:
+        for name in main.commands:
+            assert f"\n  {name} " in shown.output
