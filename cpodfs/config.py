@@ -40,6 +40,8 @@ class Settings:
     uploads: int = 4
     changes: int = 8
     downloads: int = 4
+    cache_size: int = 10 << 30
+    fsync_remote: bool = False
     allow_other: bool = False
     yagna_url: str = "http://127.0.0.1:7465"
 

@@ -25,14 +25,16 @@ from cpodfs.cache.schema import ROOT
 from cpodfs.config import Settings
 from cpodfs.dfs import Client, Session, Timeouts
 from cpodfs.errors import CpodfsError, LoginRefused, MountError, Unreachable
-from cpodfs.fs.control import Attributes, RunFiles
+from cpodfs.fs.control import RUN_INO_BIT, Attributes, RunFiles
 from cpodfs.fs.handles import Handles
 from cpodfs.fs.operations import Operations
 from cpodfs.fs.tree import Tree
 from cpodfs.notify import sd_notify
+from cpodfs.paths import RUN_NAME
 from cpodfs.runs.manager import RunManager
 from cpodfs.sync.downloads import Downloads
 from cpodfs.sync.engine import Engine, Limits
+from cpodfs.sync.eviction import Evictor
 from cpodfs.sync.lister import Lister
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
@@ -85,10 +87,14 @@ class Driver:
         self.runs = RunManager(
             *(cache.folder / "runs", settings.mountpoint),
             environment=environment,
-            on_end=lambda pod: log.info("run ended pod=%r", pod),
+            on_end=self._on_run_end,
             cancel_grace_s=RUN_GRACE_S,
         )
-        tree = Tree(store, cache.content, handles, self.engine, self.lister, self.downloads)
+        tree = Tree(
+            *(store, cache.content, handles, self.engine, self.lister, self.downloads),
+            *(merger, self._on_outcome),
+        )
+        self.engine.is_read = self.downloads.is_read
         run_files = RunFiles(tree, self.runs)
         attributes = Attributes(tree, run_files)
         attributes.reports = {b"status": self.status}
@@ -97,8 +103,15 @@ class Driver:
             b"refresh": self._command_refresh,
             b"runs": self._command_runs,
         }
+        self.evictor = Evictor(
+            *(store, cache.content),
+            size=settings.cache_size,
+            is_open=lambda ino: handles.opened(ino) is not None,
+        )
+        self.engine.on_clean = self.downloads.on_complete = self.evictor.poke
         self._operations = Operations(
             *(tree, run_files, attributes),
+            fsync_remote=settings.fsync_remote,
             timeout_s=min(KERNEL_TIMEOUT_S, settings.attr_ttl_s),
         )
 
@@ -115,6 +128,7 @@ class Driver:
         async with trio.open_nursery() as nursery:
             await nursery.start(self.lister.run)
             await nursery.start(self.downloads.run)
+            await nursery.start(self.evictor.run)
             await nursery.start(self.engine.run)
             self._mount()
             try:
@@ -240,6 +254,17 @@ class Driver:
                 pyfuse3.InodeT(change.parent), os.fsencode(change.name), ignore_enoent=True
             )
 
+    def _on_run_end(self, pod: str) -> None:
+        """Tell the kernel that ``.run`` is gone: who watches it with inotify hears of it."""
+        inode = self._cache.store.child(ROOT, pod)
+        if inode is not None and self._mounted:
+            pyfuse3.invalidate_entry_async(
+                pyfuse3.InodeT(inode.ino),
+                RUN_NAME.encode(),
+                pyfuse3.InodeT(RUN_INO_BIT | inode.ino),
+                ignore_enoent=True,
+            )
+
     # -- what users ask through attributes of the root --------------------------------------------
 
     def status(self) -> dict[str, Any]:
@@ -249,7 +274,7 @@ class Driver:
             {"path": store.path(ino), "sent": sent, "size": size}
             for ino, (sent, size) in list(self.engine.uploading().items())[:50]
         ]
-        failed = [i for i in store.pending_inodes(limit=1000) if i.error][:50]
+        failed = store.failed(limit=50)
         return {
             "version": __version__,
             "pid": os.getpid(),

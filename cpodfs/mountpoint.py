@@ -17,6 +17,7 @@ from pathlib import Path
 from cpodfs.errors import MountError
 
 FSTYPE = "fuse.cpodfs"
+ANSWER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +86,27 @@ def _check_folder(path: Path, absolute: Path) -> None:
 
 
 def is_dead(path: Path) -> bool:
-    """Whether the driver behind a mount is gone ("Transport endpoint is not connected")."""
+    """Whether the driver behind a mount is gone ("Transport endpoint is not connected").
+
+    Raises MountError when it is there and does not answer in 10 s.
+    """
     try:
-        # Not stat: for some seconds after its driver's death the kernel answers that from memory.
-        os.statvfs(path)
-    except OSError as error:
-        return error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    return False
+        # statfs, as attributes may be answered by the kernel alone.
+        done = subprocess.run(
+            ["stat", "-f", "--", str(path)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=os.environ | {"LC_ALL": "C"},
+            timeout=ANSWER_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise MountError(
+            f"{path}: its driver hangs; end it with kill -9 (what is pending is kept), mount again"
+        ) from None
+    dead = (os.strerror(errno.ENOTCONN), os.strerror(errno.ECONNABORTED))
+    return done.returncode != 0 and any(reason in done.stderr for reason in dead)
 
 
 def unmount(path: Path, *, lazy: bool = False) -> None:

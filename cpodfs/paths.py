@@ -17,7 +17,8 @@ INDEX_NAME = "index.dfs"
 POD_NAME_MAX = 64
 DIR_NAME_MAX = 100
 FILE_NAME_MAX = 255
-TEMP_PREFIX = ".cpodfs-moving-"
+OUR_PREFIX = ".cpodfs-"
+TEMP_PREFIX = f"{OUR_PREFIX}moving-"
 """Remote name of an object that is on its way from one name to another in a cycle of renames."""
 
 
@@ -39,6 +40,8 @@ def check_file_name(name: str) -> None:
 def check_dir_name(name: str) -> None:
     """Raise NameRefused or NameTooLong unless a directory may be called ``name`` in a pod."""
     _check(name, DIR_NAME_MAX)
+    if name.startswith(OUR_PREFIX):
+        raise NameRefused(f"{name!r}: names that begin with {OUR_PREFIX!r} are cpodfs's own")
     if name == INDEX_NAME:
         raise NameRefused(f"{name!r}: reserved, FairOS-DFS keeps its directories in files so named")
 
@@ -58,7 +61,7 @@ def is_safe_remote_name(name: str) -> bool:
     What may not: anything that is not exactly one path component, or that we could not tell from
     the server's or our own files. Such objects stay in the pod, unseen.
     """
-    if name in ("", ".", "..", INDEX_NAME, RUN_NAME) or "/" in name or "\0" in name:
+    if name in ("", ".", "..", INDEX_NAME) or "/" in name or "\0" in name:
         return False
     try:
         return len(name.encode("utf-8")) <= FILE_NAME_MAX

@@ -14,7 +14,10 @@ from pathlib import Path
 
 import trio
 
-COPY_CHUNK = 1 << 20
+RESERVE = 32 << 20
+"""Bytes of the disk that no content may take: the journal must always have room."""
+LOOK_EVERY = 16 << 20
+"""At most so many bytes are written between two looks at the free space."""
 
 
 class Content:
@@ -22,6 +25,7 @@ class Content:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._until_look = 0
         for shard in range(256):
             (root / f"{shard:02x}").mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -44,6 +48,25 @@ class Content:
     def remove(self, ino: int) -> None:
         self.path(ino).unlink(missing_ok=True)
 
+    def shortage(self) -> int:
+        """Bytes that are lacking on the disk for comfortable work; 0 when there is enough."""
+        return max(0, 2 * RESERVE - self._available())
+
+    def check_room(self, size: int) -> None:
+        """Raise ENOSPC before a write takes the last of the disk, which the journal needs to keep
+        what was acknowledged before."""
+        self._until_look -= size + 1
+        if self._until_look > 0:
+            return
+        available = self._available()
+        if available < RESERVE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.root))
+        self._until_look = min((available - RESERVE) // 2, LOOK_EVERY)
+
+    def _available(self) -> int:
+        disk = os.statvfs(self.root)
+        return disk.f_bavail * disk.f_frsize
+
     def sync(self, ino: int, fd: int) -> None:
         """Make the data file and its name survive a loss of power. Blocks: run it in a thread."""
         os.fdatasync(fd)
@@ -52,14 +75,6 @@ class Content:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-    def used(self) -> int:
-        """Bytes that the data files occupy on disk. Blocks: run it in a thread."""
-        return sum(
-            entry.stat(follow_symlinks=False).st_blocks * 512
-            for shard in os.scandir(self.root)
-            for entry in os.scandir(shard)
-        )
 
 
 async def read(fd: int, offset: int, size: int) -> bytes:

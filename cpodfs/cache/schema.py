@@ -42,6 +42,7 @@ CREATE TABLE inode (
     UNIQUE (parent, name)
 );
 CREATE INDEX inode_by_parent ON inode (parent, ino);
+CREATE INDEX inode_cached ON inode (used_s, ino, size) WHERE cached = 1 AND dirty = 0;
 CREATE INDEX inode_dirty ON inode (ino) WHERE dirty != 0;
 
 CREATE TABLE xattr (

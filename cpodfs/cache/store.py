@@ -95,6 +95,9 @@ class Store:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._check_version()
+            # For sync(). Open for as long as the database: closing any descriptor of a file drops
+            # the process's POSIX locks on it, and others could then clear the journal away.
+            self._files = [os.open(f"{path}{end}", os.O_RDONLY) for end in ("-wal", "")]
         except sqlite3.Error as error:
             raise CacheError(f"{path}: not a usable cache: {error}") from error
         self._depth = 0
@@ -114,18 +117,13 @@ class Store:
 
     def close(self) -> None:
         self._db.close()
+        for fd in self._files:
+            os.close(fd)
 
     def sync(self) -> None:
         """Make every commit so far survive a loss of power. Blocks: run it in a thread."""
-        for suffix in ("-wal", ""):
-            try:
-                fd = os.open(f"{self._path}{suffix}", os.O_RDONLY)
-            except FileNotFoundError:
-                continue
-            try:
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
+        for fd in self._files:
+            os.fdatasync(fd)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -137,11 +135,11 @@ class Store:
         self._depth = 1
         try:
             yield
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
-        else:
             self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:  # on a full disk SQLite has rolled back by itself
+                self._db.execute("ROLLBACK")
+            raise
         finally:
             self._depth = 0
 
@@ -270,6 +268,21 @@ class Store:
         )
         return [Inode(*row) for row in rows]
 
+    def is_settled(self) -> bool:
+        """Whether the server knows all."""
+        pending = "SELECT 1 FROM inode WHERE dirty != 0 AND parent IS NOT NULL LIMIT 1"
+        orphan = "SELECT 1 FROM remote WHERE ino IS NULL LIMIT 1"
+        return not any(self._db.execute(query).fetchone() for query in (pending, orphan))
+
+    def failed(self, limit: int) -> list[Inode]:
+        """Pending inodes whose writeback has failed."""
+        rows = self._db.execute(
+            f"SELECT {INODE_COLUMNS} FROM inode WHERE dirty != 0 AND parent IS NOT NULL "
+            "AND error IS NOT NULL LIMIT ?",
+            (limit,),
+        )
+        return [Inode(*row) for row in rows]
+
     def unlinked(self) -> list[int]:
         """Inodes without a name: left over when the driver died while they were open."""
         rows = self._db.execute("SELECT ino FROM inode WHERE parent IS NULL AND ino != ?", (ROOT,))
@@ -305,10 +318,19 @@ class Store:
             "deletions": one("SELECT count(*) FROM remote WHERE ino IS NULL").fetchone()[0],
         }
 
-    def cached_files(self) -> list[tuple[int, float]]:
-        """Clean files with content here, least recently used first, as (inode, Unix time)."""
+    def cached_bytes(self) -> int:
+        """Bytes of clean files whose content is here."""
+        query = "SELECT coalesce(sum(size), 0) FROM inode WHERE cached = 1 AND dirty = 0"
+        total: int = self._db.execute(query).fetchone()[0]
+        return total
+
+    def evictable(self, after: tuple[float, int], limit: int) -> list[tuple[int, float, int]]:
+        """Clean files with content here as (inode, Unix time of the last use, bytes), the least
+        recently used first, beyond the (time, inode) ``after``."""
         return self._db.execute(
-            "SELECT ino, used_s FROM inode WHERE cached = 1 AND dirty = 0 ORDER BY used_s"
+            "SELECT ino, used_s, size FROM inode WHERE cached = 1 AND dirty = 0 "
+            "AND (used_s, ino) > (?, ?) ORDER BY used_s, ino LIMIT ?",
+            (*after, limit),
         ).fetchall()
 
     # -- extended attributes ----------------------------------------------------------------------

@@ -12,16 +12,21 @@ from cpodfs.errors import MountError
 
 
 def mount_of(path: Path | None) -> Path:
-    """The mount that ``path`` is in; without one, the only mount there is. Raises MountError."""
+    """The mount that ``path`` is in; without one, the only mount there is.
+
+    Raises MountError, also when its driver hangs: whoever asks it would hang as well.
+    """
     if path is not None:
         entry = mp.containing(path)
         if entry is None:
             raise MountError(f"{path}: not in a cpodfs mount; see: cpodfs mount --help")
-        return entry.mountpoint
-    ours = [m.mountpoint for m in mp.mounts() if m.fstype == mp.FSTYPE]
+        ours = [entry.mountpoint]
+    else:
+        ours = [m.mountpoint for m in mp.mounts() if m.fstype == mp.FSTYPE]
     if len(ours) != 1:
         listed = ", ".join(map(str, ours)) or "none"
         raise MountError(f"which mount? Give its path; there are: {listed}")
+    mp.is_dead(ours[0])
     return ours[0]
 
 

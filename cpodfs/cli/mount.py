@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,14 @@ def _option(*names: str, aliases: Sequence[str] = (), **settings: Any) -> Callab
     return click.option(*names, envvar=[variable, *aliases], **settings)
 
 
+def _size(_ctx: click.Context, _param: click.Parameter, value: str | int) -> int:
+    """A number of bytes: 1000000, 500M, 10G; the units are binary."""
+    found = re.fullmatch(r"(\d+)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
+    if found is None:
+        raise click.BadParameter(f"{value!r} is no size; such as 500M or 10G")
+    return int(found[1]) << (10 * " KMGT".index(found[2].upper() or " "))
+
+
 _PATH = click.Path(path_type=Path)
 
 
@@ -96,6 +105,22 @@ _PATH = click.Path(path_type=Path)
     "--cache-dir",
     type=_PATH,
     help="Folder for caches, one below it per account.  [default: $XDG_CACHE_HOME/cpodfs]",
+)
+@_option(
+    "--cache-size",
+    metavar="SIZE",
+    callback=_size,
+    default="10G",
+    show_default=True,
+    help="What contents may take up: bytes, or with K, M, G or T. What is not yet uploaded is never "
+    "thrown out.",
+)
+@_option(
+    "--fsync",
+    type=click.Choice(["local", "remote"]),
+    default="local",
+    show_default=True,
+    help="What fsync waits for: the local disk, or also the upload.",
 )
 @_option(
     "--writeback-delay",
@@ -300,6 +325,8 @@ def _settings(
         attr_ttl_s=options["attr_ttl"],
         timeout_s=options["timeout"],
         stall_s=options["stall"],
+        cache_size=options["cache_size"],
+        fsync_remote=options["fsync"] == "remote",
         uploads=options["uploads"],
         downloads=options["downloads"],
         allow_other=options["allow_other"],

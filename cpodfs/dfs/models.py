@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from cpodfs.errors import BadReply
 
-_MAX = 2**63
+_MAX = 2**63 - 1
 _MODE_BITS = 0o7777
 _FILE_MODE = 0o600
 _DIR_MODE = 0o700

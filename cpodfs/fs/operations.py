@@ -11,6 +11,7 @@ import errno
 import functools
 import logging
 import os
+import sqlite3
 import stat
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
+from cpodfs.cache.content import RESERVE
 from cpodfs.cache.schema import LINK, ROOT
 from cpodfs.cache.store import Inode
 from cpodfs.errors import CpodfsError
@@ -53,6 +55,10 @@ def _answer(handler: _F) -> _F:
             raise FUSEError(error.errno) from error
         except OSError as error:
             raise FUSEError(error.errno or errno.EIO) from error
+        except sqlite3.OperationalError as error:
+            log.exception("%s: the journal cannot be written", handler.__name__)
+            full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+            raise FUSEError(errno.ENOSPC if full else errno.EIO) from error
         except Exception as error:
             log.exception("%s failed", handler.__name__)
             raise FUSEError(errno.EIO) from error
@@ -67,13 +73,20 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = True
 
     def __init__(
-        self, tree: Tree, runs: RunFiles, attributes: Attributes, *, timeout_s: float
+        self,
+        tree: Tree,
+        runs: RunFiles,
+        attributes: Attributes,
+        *,
+        timeout_s: float,
+        fsync_remote: bool = False,
     ) -> None:
         super().__init__()
         self._tree = tree
         self._runs = runs
         self._attributes = attributes
         self._timeout_s = timeout_s
+        self._fsync_remote = fsync_remote
         self._uid, self._gid = os.getuid(), os.getgid()
 
     # -- entries ----------------------------------------------------------------------------------
@@ -134,6 +147,7 @@ class Operations(pyfuse3.Operations):
         inode = await self._tree.lookup(parent_inode, text)
         return self._absent(ABSENT_TIMEOUT_S) if inode is None else self._given(inode)
 
+    @_answer
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for ino, count in inode_list:
             if not ino & RUN_INO_BIT:
@@ -306,13 +320,13 @@ class Operations(pyfuse3.Operations):
     @_answer
     async def fsync(self, fh: int, datasync: bool) -> None:
         if not fh & CONTROL_HANDLE_BIT:
-            await self._tree.sync(fh)
+            await self._tree.sync(fh, remote=self._fsync_remote)
 
     # -- directories ------------------------------------------------------------------------------
 
     @_answer
     async def opendir(self, inode: int, ctx: RequestContext) -> int:
-        await self._tree.directory(inode)
+        await self._tree.opendir(inode)
         return inode
 
     @_answer
@@ -341,13 +355,15 @@ class Operations(pyfuse3.Operations):
 
     @_answer
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
-        """Space is the cache's: what can be written now. The store behind it has no known end."""
+        """Space is the cache's: what can be written now, evicting what is clean. What is used is
+        what waits for upload. The store behind it has no known end."""
         disk = os.statvfs(self._tree.content.root)
+        store = self._tree.store
         answer = pyfuse3.StatvfsData()
         answer.f_bsize, answer.f_frsize = disk.f_bsize, disk.f_frsize
-        answer.f_blocks, answer.f_bfree, answer.f_bavail = (
-            *(disk.f_blocks, disk.f_bfree, disk.f_bavail),
-        )
+        room = disk.f_bavail + (store.cached_bytes() - RESERVE) // disk.f_frsize
+        answer.f_bfree = answer.f_bavail = max(0, room)
+        answer.f_blocks = answer.f_bfree + store.totals()["bytes"] // disk.f_frsize
         answer.f_files, answer.f_ffree, answer.f_favail = disk.f_files, disk.f_ffree, disk.f_favail
         answer.f_namemax = 255
         return answer

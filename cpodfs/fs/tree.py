@@ -8,8 +8,10 @@ the cache is changed in one transaction and the engine is told.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cpodfs import paths
@@ -23,7 +25,10 @@ from cpodfs.fs.handles import Handles, OpenFile
 from cpodfs.sync.downloads import Downloads
 from cpodfs.sync.engine import Engine
 from cpodfs.sync.lister import Lister
+from cpodfs.sync.merge import Merger, Outcome
 from cpodfs.sync.ops import SERVER_DIR_MODE
+
+log = logging.getLogger(__name__)
 
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 
@@ -51,6 +56,8 @@ class Tree:
         engine: Engine,
         lister: Lister,
         downloads: Downloads,
+        merger: Merger,
+        on_outcome: Callable[[Outcome], None],
     ) -> None:
         self.store = store
         self.content = content
@@ -58,9 +65,11 @@ class Tree:
         self.engine = engine
         self._lister = lister
         self._downloads = downloads
+        self._merger = merger
+        self._on_outcome = on_outcome
         self._durability = Durability(store, content)
         handles.on_last_close = self._closed
-        handles.on_gone = lambda ino: downloads.unwanted(ino, gone=True)
+        handles.on_gone = self._gone
         for ino in store.unlinked():  # the last driver died while these were open
             handles.purge(ino)
 
@@ -77,13 +86,22 @@ class Tree:
         if not inode.dirty & CONTENT:
             return inode.size
         file = self.handles.opened(inode.ino)
-        return os.fstat(file.fd).st_size if file else self.content.size(inode.ino)
+        if file is not None:
+            return os.fstat(file.fd).st_size
+        try:
+            return self.content.size(inode.ino)
+        except FileNotFoundError:
+            return self.size(self._lost_content(inode))
 
     async def directory(self, ino: int) -> Inode:
         """A directory whose children are known."""
         inode = self._directory(ino)
         await self._lister.ensure(inode)
         return inode
+
+    async def opendir(self, ino: int) -> None:
+        """A directory is about to be read: its children become known."""
+        await self._lister.opened(self._directory(ino))
 
     async def lookup(self, parent: int, name: str) -> Inode | None:
         """The child of that name, or None. Costs no call when the listing is known."""
@@ -283,10 +301,28 @@ class Tree:
 
     def _open_data(self, inode: Inode) -> int:
         if inode.cached:
-            return self.content.open(inode.ino)
+            try:
+                return self.content.open(inode.ino)
+            except FileNotFoundError:
+                inode = self._lost_content(inode)
+                if inode.cached:
+                    return self.content.open(inode.ino)
         if not any(d.ino == inode.ino for d in self._downloads.running()):
             return self.content.create(inode.ino, inode.size)
         return self.content.open(inode.ino)
+
+    def _lost_content(self, inode: Inode) -> Inode:
+        """The data file is not there: a loss of power before it was synced, or somebody's rm in the
+        cache folder. Back to what the server has; if it has nothing, to an empty file."""
+        log.error("content lost: %s", self.store.path(inode.ino))
+        remote = self.store.remote_of(inode.ino)
+        with self.store.transaction():
+            if remote is None:
+                os.close(self.content.create(inode.ino))
+            else:
+                self.store.set(inode.ino, cached=0, size=remote.size)
+                self.store.unmark(inode.ino, CONTENT)
+        return self.inode(inode.ino)
 
     def _empty(self, file: OpenFile) -> None:
         """Truncate to nothing, which needs no download even when nothing is here yet."""
@@ -296,9 +332,13 @@ class Tree:
             fresh = self.content.create(file.ino)
             os.dup2(fresh, file.fd, inheritable=False)
             os.close(fresh)
-        with self.store.transaction():
-            self.store.set(file.ino, cached=1, mtime_ns=time.time_ns())
-            self._dirty(file.ino)
+        try:
+            with self.store.transaction():
+                self.store.set(file.ino, cached=1, mtime_ns=time.time_ns())
+                self._dirty(file.ino)
+        except BaseException:
+            self.engine.closed(file.ino)  # the mark was rolled back
+            raise
         os.ftruncate(file.fd, 0)
 
     async def read(self, handle: int, offset: int, size: int) -> bytes:
@@ -316,11 +356,21 @@ class Tree:
     async def write(self, handle: int, offset: int, buffer: bytes) -> int:
         file = self.handles.file(handle)
         await self._complete(file)
+        self.content.check_room(len(buffer))
         self._dirty(file.ino)
-        return os.pwrite(file.fd, buffer, offset)
+        left = memoryview(buffer)
+        while left:  # the kernel's write-back does not look at how much was written
+            written = os.pwrite(file.fd, left, offset)
+            left = left[written:]
+            offset += written
+        return len(buffer)
 
     def _dirty(self, ino: int) -> None:
         """Journal that a file is about to be changed, before it is."""
+        if ino in self._merger.replaced:
+            outcome = Outcome()
+            self._merger.revive(ino, outcome)
+            self._on_outcome(outcome)
         self.engine.wrote(ino)
         self._durability.wrote(ino)
 
@@ -340,9 +390,12 @@ class Tree:
         file = self.handles.file(handle)
         await self._durability.flush(file.ino, file.fd)
 
-    async def sync(self, handle: int) -> None:
+    async def sync(self, handle: int, *, remote: bool) -> None:
+        """fsync; with ``remote``, the server must have it, too (EIO if it will not take it)."""
         await self.flush(handle)
         await self._durability.names()
+        if remote:
+            await self.engine.push(self.handles.file(handle).ino)
 
     async def sync_names(self) -> None:
         await self._durability.names()
@@ -355,6 +408,10 @@ class Tree:
             return await self.read(handle, 0, size) if size else b""
         finally:
             self.handles.release(handle)
+
+    def _gone(self, ino: int) -> None:
+        self._downloads.unwanted(ino, gone=True)
+        self._merger.replaced.pop(ino, None)
 
     def _closed(self, ino: int) -> None:
         inode = self.store.get(ino)
@@ -410,6 +467,8 @@ class Tree:
         parent, name = inode.parent, inode.name
         assert parent is not None
         assert name is not None
+        if self.handles.opened(inode.ino) and not inode.cached and inode.size:
+            self._downloads.get(inode.ino, inode.size)  # while the server still has it
         orphan = self.store.detach(inode.ino)
         self.engine.unlinked(inode.ino)
         if orphan is not None:

@@ -299,7 +299,11 @@ class RunManager:
 
     def _forget(self, run: _Run) -> None:
         del self._active[run.pod]
-        log.info("run ended pod=%r run=%s state=%s", run.pod, run.id, run.record["state"])
+        log.info(
+            "run ended pod=%r run=%s state=%s exit_code=%s signal=%s error=%r",
+            *(run.pod, run.id),
+            *(run.record[key] for key in ("state", "exit_code", "signal", "error")),
+        )
         run.ended.set()
         try:
             self._on_end(run.pod)

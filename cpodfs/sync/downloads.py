@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -31,6 +33,7 @@ class Download:
     """A file being fetched into its data file. ``available``: bytes from 0 on that may be read."""
 
     ino: int
+    rid: int
     fd: int
     size: int
     available: int = 0
@@ -61,6 +64,7 @@ class Downloads:
         self._limit = trio.CapacityLimiter(parallel)
         self._attempts = attempts
         self._running: dict[int, Download] = {}
+        self.on_complete: Callable[[], None] = lambda: None
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -72,12 +76,19 @@ class Downloads:
     def running(self) -> list[Download]:
         return list(self._running.values())
 
+    def is_read(self, rid: int | None) -> bool:
+        """Whether the content of this remote object is being fetched."""
+        return any(download.rid == rid for download in self._running.values())
+
     def get(self, ino: int, size: int) -> Download:
-        """The download of a file that is not cached, started if need be."""
+        """The download of a file that is not cached, started if need be. Raises NotFound."""
         download = self._running.get(ino)
         if download is None:
             assert self._nursery is not None
-            download = Download(ino, self._content.create(ino, size), size)
+            remote = self._store.remote_of(ino)
+            if remote is None:
+                raise NotFound("the content was not here yet when the file was deleted")
+            download = Download(ino, remote.rid, self._content.create(ino, size), size)
             self._running[ino] = download
             self._nursery.start_soon(self._fetch, download)
         return download
@@ -113,6 +124,9 @@ class Downloads:
         except OSError as failure:
             error = CpodfsError(f"cannot write to the cache: {failure}")
             error.errno = failure.errno or error.errno
+        except Exception as failure:
+            log.exception("download broke ino=%d", download.ino)
+            error = CpodfsError(f"download failed: {failure!r}")
         finally:
             self._end(download, error)
 
@@ -123,9 +137,9 @@ class Downloads:
         inode = self._store.get(download.ino)
         complete = error is None and download.available == download.size
         complete = complete and not given_up and inode is not None
-        if complete:
-            self._store.set(download.ino, cached=1)
+        if complete and self._record(download):
             download.finished = True
+            self.on_complete()
         else:
             # Emptied, not removed: whoever has the data file open reads the next attempt's bytes.
             os.ftruncate(download.fd, 0)
@@ -133,17 +147,25 @@ class Downloads:
         os.close(download.fd)
         download.moved()
 
+    def _record(self, download: Download) -> bool:
+        try:
+            self._store.set(download.ino, cached=1)
+        except sqlite3.Error:
+            log.exception("download cannot be recorded ino=%d", download.ino)
+            return False
+        return True
+
     async def _stream(self, download: Download) -> None:
-        remote = self._store.remote_of(download.ino)
-        if remote is None:
+        if self._store.remote(download.rid) is None:
             raise NotFound("the file is no longer at the server")
         offset = 0
-        async with self._dfs.download(*pod_and_path(self._store, remote.rid)) as body:
+        async with self._dfs.download(*pod_and_path(self._store, download.rid)) as body:
             if body.size != download.size:
                 raise NotFound(
                     f"changed at the server: {body.size} bytes there, {download.size} expected"
                 )
             async for chunk in body:
+                self._content.check_room(len(chunk))
                 await trio.to_thread.run_sync(_write_all, download.fd, chunk, offset)
                 offset += len(chunk)
                 if offset > download.available:

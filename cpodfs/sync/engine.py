@@ -8,6 +8,7 @@ server) and in ``run`` (nothing to do). A failed call is retried for ever, at gr
 
 from __future__ import annotations
 
+import errno
 import heapq
 import logging
 import random
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 import trio
 
 from cpodfs.cache.content import Content
-from cpodfs.cache.schema import CONTENT
+from cpodfs.cache.schema import CONTENT, PLACE
 from cpodfs.cache.store import Store
 from cpodfs.dfs import Client
 from cpodfs.errors import (
@@ -48,6 +49,7 @@ RETRY_FIRST_S = 1.0
 RETRY_MAX_S = 300.0
 OFFLINE_MAX_S = 30.0
 STARTS_AT_ONCE = 8
+IN_USE_S = 0.5
 FOR_GOOD = (Refused, Denied, QuotaExceeded, FileNotFoundError)
 """Failures that repeating will not mend; tried again at the longest distance, in case it was."""
 
@@ -114,6 +116,8 @@ class Engine:
         self._attempts: dict[Item, int] = {}
         self._unsure: dict[Item, tuple[int, ...]] = {}
         self._marked: set[int] = set()
+        self.on_clean: Callable[[], None] = lambda: None
+        self.is_read: Callable[[int | None], bool] = lambda rid: False
         self._draining = False
         self._offline_until = 0.0
         self._offline_s = 0.0
@@ -151,17 +155,19 @@ class Engine:
     def unlinked(self, ino: int) -> None:
         """The file lost its name: an upload of it under way is for nothing."""
         self._marked.discard(ino)
-        self._due.pop(("ino", ino), None)
-        flight = self._flights.get(("ino", ino))
+        item: Item = ("ino", ino)
+        self._due.pop(item, None)
+        self._wake_waiting(item)
+        flight = self._flights.get(item)
         if flight is not None and isinstance(flight.op, Upload):
             flight.op.changed = True
-            flight.scope.cancel()
+            if flight.op.sent < flight.op.size:  # else the server has it all: hear it out
+                flight.scope.cancel()
 
     # -- what the user asks -----------------------------------------------------------------------
 
     def is_idle(self) -> bool:
-        totals = self._store.totals()
-        return not (totals["pending"] or totals["deletions"] or self._flights)
+        return not self._flights and self._store.is_settled()
 
     def uploading(self) -> dict[int, tuple[int, int]]:
         """Bytes sent and to send of each upload under way, by inode."""
@@ -181,6 +187,7 @@ class Engine:
         self._offline_until = 0.0
         for item in list(self._due):
             self._schedule(item, 0.0)
+        self._wake.set()
 
     def relax(self) -> None:
         self._draining = False
@@ -200,6 +207,24 @@ class Engine:
             return True
         finally:
             self.relax()
+
+    async def push(self, ino: int) -> None:
+        """Return when the server has the file. Raises EIO, with the reason, when an attempt fails."""
+        item: Item = ("ino", ino)
+        if (inode := self._store.get(ino)) is None or not inode.dirty:
+            return
+        self._attempts.pop(item, None)
+        self._schedule(item, 0.0)
+        while True:
+            await self._progress.wait()
+            inode = self._store.get(ino)
+            if inode is None or inode.parent is None or not inode.dirty & (CONTENT | PLACE):
+                return
+            waits_for: Item | None = item
+            while waits_for is not None:
+                if waits_for in self._attempts:
+                    raise OSError(errno.EIO, inode.error or "the server did not take it")
+                waits_for = self._blocked.get(waits_for)
 
     def _next_due_s(self) -> float:
         now = time.monotonic()
@@ -260,6 +285,14 @@ class Engine:
 
     def _try(self, item: Item) -> None:
         """Start the next operation for an object, or note what it waits for."""
+        try:
+            self._try_once(item)
+        except Exception:
+            # Our own mistake, or a full disk: one object must not end the mount.
+            log.exception("cannot plan item=%s", item)
+            self._schedule(item, RETRY_MAX_S)
+
+    def _try_once(self, item: Item) -> None:
         if item in self._flights:
             self._flights[item].again = True
             return
@@ -287,6 +320,10 @@ class Engine:
         busy = self._locks.blocker(dirs, moving)
         if busy is not None:
             self._park(busy, op.item)
+            return
+        if self.is_read(op.replaces):
+            # Somebody has it open after its unlink, and not all of it is here yet.
+            self._schedule(op.item, IN_USE_S)
             return
         assert self._nursery is not None
         op.dirs = dirs
@@ -360,10 +397,11 @@ class Engine:
     async def _fly(self, flight: _Flight, verify: tuple[int, ...] | None) -> None:
         op = flight.op
         error: Exception | None = None
-        work: list[Item] | None = None
+        finished, work = False, None
         try:
             with flight.scope:
                 work = await self._run_op(op, verify)
+                finished = True
         except (CpodfsError, OSError) as failure:
             error = failure
         except Exception as failure:
@@ -374,30 +412,45 @@ class Engine:
             del self._flights[op.item]
             if flight.scope.cancelled_caught:
                 error = ChangedDuringUpload("given up: the file was deleted")
-            if error is not None:
-                self._fail(op, error)
-            elif work is not None:
-                self._succeeded(op, work, again=flight.again)
+            try:
+                if error is not None:
+                    self._fail(op, error)
+                elif work is not None:
+                    self._succeeded(op, work, again=flight.again)
+                elif finished:
+                    self._looked(op)
+            except Exception:
+                log.exception("writeback broke item=%s", op.item)
+                self._schedule(op.item, RETRY_MAX_S)
             self._locks.free(op.dirs, flight.moving)
             kind = "uploads" if isinstance(op, Upload) else "changes"
             self._unpark(kind, lambda: self._count(kind) < getattr(self._limits, kind))
             self._progress.set()
             self._progress = trio.Event()
 
-    async def _run_op(self, op: Op, verify: tuple[int, ...] | None) -> list[Item]:
+    async def _run_op(self, op: Op, verify: tuple[int, ...] | None) -> list[Item] | None:
+        """What now needs work; None when nothing was done but to look."""
         if verify is not None:
-            # What an earlier attempt did is not known: look before doing anything.
-            for rid in verify:
-                await self._lister.list_locked(rid)
-            self._unsure.pop(op.item, None)
-            return [op.item]
+            await self._verify(op.item, verify)
+            return None
         if isinstance(op, Look):
             await self._lister.list_locked(op.rid)
-            return [op.item]
+            return None
         log.debug("start %r", op)
         op.before(self._store)
         await op.call(self._store, self._dfs)
         return op.done(self._store)
+
+    async def _verify(self, item: Item, dirs: tuple[int, ...]) -> None:
+        """What an earlier attempt did is not known: look before doing anything."""
+        moving = self._store.remote_of(item[1]) if item[0] == "ino" else None
+        target = moving.to_parent if moving is not None else None
+        # The target first: the object found there is then not missed where it came from.
+        for rid in sorted(dirs, key=lambda rid: rid != target):
+            await self._lister.list_locked(rid)
+        self._unsure.pop(item, None)
+        if moving is not None and self._store.remote(moving.rid) is not None:
+            self._store.set_remote(moving.rid, to_parent=None, to_name=None)
 
     def _succeeded(self, op: Op, work: Iterable[Item], *, again: bool) -> None:
         self._offline_s = 0.0
@@ -406,11 +459,18 @@ class Engine:
             self.counters.bytes_sent += op.size
             if not op.changed:
                 self._marked.discard(op.ino)
+                self.on_clean()
         if self._attempts.pop(op.item, None) is not None:
             self._retry_others()
         for item in work:
             self._schedule(item, 0.0)
         self._schedule(op.item, self._delay_s if again and not self._draining else 0.0)
+        self._wake_waiting(op.item)
+
+    def _looked(self, op: Op) -> None:
+        """The server answers, but nothing is done yet: attempts go on counting."""
+        self._offline_s = 0.0
+        self._schedule(op.item, 0.0)
         self._wake_waiting(op.item)
 
     def _settled(self, item: Item) -> None:
@@ -440,6 +500,9 @@ class Engine:
         attempt = self._attempts[op.item] = self._attempts.get(op.item, 0) + 1
         if isinstance(error, DfsError) and error.sent and not isinstance(op, Upload):
             self._unsure[op.item] = op.dirs
+        if isinstance(op, Move) and isinstance(error, NotFound | AlreadyExists | Refused | Denied):
+            # A clear answer: it has not moved.
+            self._store.set_remote(op.rid, to_parent=None, to_name=None)
         if isinstance(op, RemoveDir) and isinstance(error, NotEmpty):
             outcome = Outcome()
             self._merger.resurrect(op.rid, outcome)
@@ -455,8 +518,10 @@ class Engine:
     def _backoff(self, attempt: int, error: Exception) -> float:
         jitter = random.uniform(0.8, 1.2)  # noqa: S311
         if isinstance(error, Unreachable | NotLoggedIn):
-            self._offline_s = min(max(self._offline_s * 2, RETRY_FIRST_S), OFFLINE_MAX_S)
-            self._offline_until = time.monotonic() + self._offline_s * jitter
+            # Of several calls that were under way when the network went, one moves the gate.
+            if time.monotonic() >= self._offline_until:
+                self._offline_s = min(max(self._offline_s * 2, RETRY_FIRST_S), OFFLINE_MAX_S)
+                self._offline_until = time.monotonic() + self._offline_s * jitter
             return 0.0
         if isinstance(error, FOR_GOOD) and attempt > 1:
             return RETRY_MAX_S * jitter

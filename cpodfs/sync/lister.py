@@ -18,6 +18,7 @@ from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import Client, Entry
 from cpodfs.errors import CpodfsError, NotFound
 from cpodfs.sync.locks import DirLocks
+from cpodfs.sync.lookahead import Lookahead
 from cpodfs.sync.merge import Merger, Outcome
 from cpodfs.sync.ops import pod_of
 
@@ -50,6 +51,7 @@ class Lister:
         self._running: dict[int, trio.Event] = {}
         self._failed: dict[int, CpodfsError] = {}
         self._retry_at: dict[int, float] = {}
+        self._lookahead = Lookahead(store, self._begin)
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -57,6 +59,11 @@ class Lister:
         async with trio.open_nursery() as self._nursery:
             task_status.started()
             await trio.sleep_forever()
+
+    async def opened(self, directory: Inode) -> None:
+        """As ``ensure``, for somebody who reads the directory and may be walking the tree."""
+        self._lookahead.opened(directory)
+        await self.ensure(directory)
 
     async def ensure(self, directory: Inode) -> None:
         """Return when the children of ``directory`` are known. Raises a DfsError if they can't be."""
@@ -69,8 +76,7 @@ class Lister:
 
     async def refresh(self, ino: int) -> None:
         """List now, or join whoever does. Raises a DfsError."""
-        if ino not in self._running:
-            self._start(ino)
+        self._begin(ino)
         await self._running[ino].wait()
         error = self._failed.get(ino)
         if error is not None:
@@ -111,13 +117,17 @@ class Lister:
         if current is None or self._store.remote_path(rid) != started:
             return
         outcome = self._merger.listing(current, rid, entries, readonly)
-        await self._confirm(outcome)
         self._on_outcome(outcome)
+        await self._confirm(outcome.missing)
 
     # -- one listing at a time per directory ------------------------------------------------------
 
     def _refresh_later(self, ino: int) -> None:
         if ino not in self._running and time.monotonic() >= self._retry_at.get(ino, 0.0):
+            self._start(ino)
+
+    def _begin(self, ino: int) -> None:
+        if ino not in self._running:
             self._start(ino)
 
     def _start(self, ino: int) -> None:
@@ -134,8 +144,12 @@ class Lister:
             log.info("listing failed ino=%d: %s", ino, error)
             self._failed[ino] = error
             self._retry_at[ino] = time.monotonic() + min(self._ttl_s, 10.0)
+        except Exception as error:
+            log.exception("listing broke ino=%d", ino)
+            self._failed[ino] = CpodfsError(f"listing failed: {error!r}")
         finally:
             self._running.pop(ino).set()
+            self._lookahead.listed(ino)
 
     async def _refresh(self, ino: int) -> None:
         remote = self._store.remote_of(ino)
@@ -158,13 +172,17 @@ class Lister:
         listing = await self._dfs.list_dir(parts[0], "/" + "/".join(parts[1:]))
         return listing.entries, set()
 
-    async def _confirm(self, outcome: Outcome) -> None:
+    async def _confirm(self, missing: list[Remote]) -> None:
         """Ask by name for what a listing did not show, before taking it as deleted."""
-        for remote in outcome.missing:
+        for remote in missing:
             if await self._is_gone(remote):
+                outcome = Outcome()
                 self._merger.gone(remote, outcome)
+                self._on_outcome(outcome)
 
     async def _is_gone(self, remote: Remote) -> bool:
+        if self._store.remote(remote.rid) is None:
+            return False  # its directory was found to be gone meanwhile, and all in it
         pod, *rest = self._store.remote_path(remote.rid)
         if remote.rparent == ROOT:  # the list of pods leaves none out
             return pod not in {name for kind in await self._pod_names() for name in kind}

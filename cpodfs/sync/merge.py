@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, SENT
+from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import DOOMED, Entry
-from cpodfs.paths import FILE_NAME_MAX, is_safe_remote_name
-from cpodfs.sync.ops import Item, moved
+from cpodfs.paths import FILE_NAME_MAX, RUN_NAME, is_safe_remote_name
+from cpodfs.sync.ops import Item, left_behind, moved
 
 log = logging.getLogger(__name__)
+
+LATEST_S = 1 << 33
+"""Unix time beyond which a server's clock is not believed; nanoseconds must fit 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +49,29 @@ class Outcome:
 
 
 class Merger:
-    """``discard(ino)`` is told of an inode that lost its name, and frees it once nobody has it open."""
+    """``discard(ino)`` is told of an inode that lost its name, and frees it once nobody has it open.
+
+    ``replaced``: inodes that lost their name to a newer version, while somebody may have them open.
+    """
 
     def __init__(self, store: Store, discard: Callable[[int], None]) -> None:
         self._store = store
         self._discard = discard
+        self.replaced: dict[int, tuple[int, str]] = {}
+
+    def revive(self, ino: int, outcome: Outcome) -> None:
+        """Somebody writes to a version that another from the server has replaced under its name,
+        through a handle that is still open: it becomes a conflict copy."""
+        parent, name = self.replaced.pop(ino)
+        if self._store.get(parent) is None:
+            return
+        log.warning("conflict: %r is written to here and was changed at the server", name)
+        with self._store.transaction():
+            name = self._free_name(parent, name)
+            self._store.place(ino, parent, name)
+            self._store.mark(ino, PLACE)
+        outcome.changes.append(NameChange(parent, name))
+        outcome.work.append(("ino", ino))
 
     def listing(
         self, directory: Inode, rid: int, entries: Iterable[Entry], readonly: set[str]
@@ -60,7 +81,7 @@ class Merger:
         with self._store.transaction():
             known = {r.name: r for r in self._store.remote_children(rid)}
             for entry in entries:
-                if not is_safe_remote_name(entry.name):
+                if not self._may_show(directory, entry.name):
                     log.warning(
                         "hidden: unusable name %r in %s",
                         entry.name,
@@ -79,6 +100,9 @@ class Merger:
             self._store.set(directory.ino, listed_s=time.time())
         return outcome
 
+    def _may_show(self, directory: Inode, name: str) -> bool:
+        return is_safe_remote_name(name) and not (name == RUN_NAME and directory.parent == ROOT)
+
     def gone(self, remote: Remote, outcome: Outcome) -> None:
         """The server has no such object any more. What is dirty here stays, and is sent anew."""
         with self._store.transaction():
@@ -88,9 +112,10 @@ class Merger:
             inode = self._store.get(remote.ino) if remote.ino is not None else None
             if inode is None or inode.parent is None:
                 return
-            keep = inode.dirty & CONTENT or (inode.is_dir and self._store.has_children(inode.ino))
-            if keep:
-                self._store.mark(inode.ino, PLACE)
+            # A file that we renamed is ours to keep, too, if its bytes are here.
+            changed = inode.dirty & CONTENT or (inode.dirty & PLACE and inode.cached)
+            if changed or (inode.is_dir and self._store.has_children(inode.ino)):
+                self._store.mark(inode.ino, PLACE if inode.is_dir else PLACE | CONTENT)
                 outcome.work.append(("ino", inode.ino))
             else:
                 self._unname(inode, outcome)
@@ -137,8 +162,13 @@ class Merger:
         ino: int | None = None
         if local is not None:
             ours = local.is_dir if entry.is_dir else bool(local.dirty & SENT)
-            if ours and self._store.remote_of(local.ino) is None:
+            elsewhere = self._store.remote_of(local.ino)
+            if ours and (elsewhere is None or local.is_dir):
                 ino = local.ino
+                if (
+                    elsewhere is not None
+                ):  # its new home, made by us or not: the children will follow
+                    outcome.work += left_behind(self._store, elsewhere)
             else:
                 self._set_aside(local, outcome)
         if ino is None:
@@ -178,12 +208,16 @@ class Merger:
             self._store.set_remote(remote.rid, **news)
             self._adopt(directory.ino, remote.rid, entry, outcome)
             return
+        self._store.set_remote(remote.rid, ino=None)
         if local.dirty & CONTENT:
             self._set_aside(local, outcome)
         else:
+            assert local.parent is not None
+            assert local.name is not None
             self._store.detach(local.ino)
+            self.replaced[local.ino] = (local.parent, local.name)
             self._discard(local.ino)
-        self._store.set_remote(remote.rid, **news, ino=None)
+        self._store.set_remote(remote.rid, **news)
         place = local if local.parent is not None else directory
         parent, name = (
             (place.parent, place.name) if local.parent is not None else (directory.ino, entry.name)
@@ -210,7 +244,8 @@ class Merger:
             *(parent, name or entry.name, DIR if entry.is_dir else FILE),
             entry.mode & ~0o222 if readonly else entry.mode,
             size=entry.size,
-            mtime_ns=entry.mtime_s * 1_000_000_000 or None,  # the list of pods has no times
+            mtime_ns=min(entry.mtime_s, LATEST_S) * 1_000_000_000
+            or None,  # the list of pods has no times
         )
 
     def _set_aside(self, local: Inode, outcome: Outcome) -> None:
@@ -220,9 +255,6 @@ class Merger:
         name = self._free_name(local.parent, local.name)
         log.warning("conflict: %s changed here and at the server; ours is now %r", local.name, name)
         outcome.changes += [NameChange(local.parent, local.name), NameChange(local.parent, name)]
-        remote = self._store.remote_of(local.ino)
-        if remote is not None and not local.is_dir:
-            self._store.set_remote(remote.rid, ino=None)
         self._store.place(local.ino, local.parent, name)
         outcome.work.append(("ino", local.ino))
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from cpodfs.cache import content as data
 from cpodfs.cache.content import Content
-from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, ROOT, SENT
+from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT
 from cpodfs.cache.store import Remote, Store
 from cpodfs.dfs import DOOMED, Client
 from cpodfs.errors import ChangedDuringUpload, Conflict, NotEmpty, NotFound
@@ -56,6 +56,11 @@ class Op:
 
     item: Item
     dirs: tuple[int, ...]
+
+    @property
+    def replaces(self) -> int | None:
+        """The remote id of an orphan whose content this call destroys."""
+        return None
 
     def before(self, store: Store) -> None:
         """Journal what must be known if the outcome of the call never is."""
@@ -148,6 +153,10 @@ class RemoveDir(Op):
 class RemoveFile(Op):
     rid: int
 
+    @property
+    def replaces(self) -> int | None:
+        return self.rid
+
     async def call(self, store: Store, dfs: Client) -> None:
         try:
             await dfs.delete_file(*pod_and_path(store, self.rid))
@@ -220,12 +229,21 @@ class Rehome(Op):
             old = store.remote(self.rid)
             store.set_remote(self.rid, ino=None)
             work = _made_dir(store, self.ino, self.to_parent, self.to_name)
-            if old is not None and old.mode != SERVER_DIR_MODE:
+            if old is None:
+                return work
+            if old.mode != SERVER_DIR_MODE:
                 store.mark(self.ino, MODE)
-            children = [c.ino for c in store.remote_children(self.rid) if c.ino is not None]
-            for ino in children:
-                store.replace(ino)
-        return [*work, ("rid", self.rid), *(("ino", ino) for ino in children)]
+            return [*work, *left_behind(store, old)]
+
+
+def left_behind(store: Store, old: Remote) -> list[Item]:
+    """A directory has a new object at the server: what is in ``old`` must follow, then it can go."""
+    with store.transaction():
+        store.set_remote(old.rid, ino=None)
+        children = [c.ino for c in store.remote_children(old.rid) if c.ino is not None]
+        for ino in children:
+            store.mark(ino, PLACE)
+    return [("rid", old.rid), *(("ino", ino) for ino in children)]
 
 
 @dataclass(slots=True)
@@ -290,6 +308,10 @@ class Upload(Op):
     slack_s: int = field(default=0, init=False)
     size: int = field(default=0, init=False)
     sent: int = field(default=0, init=False)
+
+    @property
+    def replaces(self) -> int | None:
+        return self.known.rid if self.known is not None and self.known.ino is None else None
 
     def before(self, store: Store) -> None:
         inode = store.get(self.ino)

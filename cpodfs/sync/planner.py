@@ -130,6 +130,7 @@ class Planner:
 
     def _upload(self, inode: Inode, home: Remote, known: Remote | None) -> Plan:
         item: Item = ("ino", inode.ino)
+        assert inode.cached, "an upload needs the whole content"
         if known is None and not self._is_fresh(inode.parent):
             return Look(item, (home.rid,), home.rid)  # is there something of that name by now?
         if inode.dirty & SENT:

@@ -22,7 +22,7 @@ SCRIPTS = Path(__file__).with_name("run_scripts")
 WAIT = "while [ -e .run ]; do sleep 0.05; done"
 DEADLINE_S = 30.0
 SECRET = "8c1f-only-the-driver-knows"
-IN_MODIFY = 0x2
+IN_MODIFY, IN_DELETE_SELF = 0x2, 0x400
 
 
 class DevnetMount(Mount):

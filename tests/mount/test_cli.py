@@ -156,6 +156,19 @@ def test_umount_of_a_crashed_mount(mount: Mount) -> None:
     assert mountpoint.find(mount.point) is None
 
 
+def test_driver_that_hangs(mount: Mount) -> None:
+    os.kill(mount.pid, signal.SIGSTOP)
+    try:
+        for command in ("umount", "status"):
+            done = mount.cli(command, str(mount.point), check=False)
+            assert done.returncode == 1
+            assert "its driver hangs; end it with kill -9" in done.stderr
+    finally:
+        os.kill(mount.pid, signal.SIGCONT)
+    mount.cli("umount", str(mount.point))
+    assert mount.wait() == 0
+
+
 # -- a server that goes away ---------------------------------------------------------------------
 
 

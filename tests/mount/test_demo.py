@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from cpodfs import mountpoint
 from tests.mount.harness import CPODFS
 
 DEMO = [*CPODFS, "demo"]
+TOP = Path(__file__).parents[2]
 LIMIT_S = 60.0
 
 
@@ -113,3 +115,38 @@ def test_failure_says_why(env: dict[str, str], tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "fusermount3 is missing; install it with: apt install fuse3" in done.stderr
     assert list((tmp_path / "state/cpodfs").iterdir()) == []
+
+
+def test_the_tour_in_the_readme_can_be_pasted(tmp_path: Path) -> None:
+    readme = (TOP / "README.rst").read_text()
+    start = readme.index("A tour of five minutes\n")
+    end = readme.index("With a FairOS-DFS server of your own::")
+    blocks = re.findall(r"::\n\n((?:    .*\n|\n)+)", readme[start:end])
+    script = "".join(re.sub("^    ", "", block, flags=re.MULTILINE) for block in blocks)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    try:
+        done = subprocess.run(
+            ["bash", "-e"],
+            input=script,
+            capture_output=True,
+            text=True,
+            cwd=TOP,
+            env={"HOME": str(tmp_path), "PATH": path},
+            timeout=120,
+        )
+    finally:
+        if mountpoint.find(tmp_path / "pods") is not None:
+            mountpoint.unmount(tmp_path / "pods", lazy=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"state": "starting"' in done.stdout
+    assert "done\n6\n{" in done.stdout
+    assert "}\n6\n" in done.stdout
+    assert re.search(r"^ pending +0 changes", done.stdout, re.MULTILINE)
+
+
+def test_two_lines_to_paste() -> None:
+    lines = (TOP / "README.rst").read_text().splitlines()
+    commands = [line for line in lines if line.startswith("    ")]
+    assert len([line for line in commands if line.endswith(" cpodfs demo")]) == 0
+    assert len([line for line in commands if line.endswith("/cpodfs demo")]) == 1
+    assert len([line for line in commands if line.endswith(".ci/check")]) == 1

@@ -15,7 +15,13 @@ from typing import Any
 
 import hypothesis
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from tests.mount.model import EXCHANGE, NOREPLACE, Twin, World
 
@@ -50,7 +56,7 @@ FAULTS = st.sampled_from(
 )
 DELAYS = st.sampled_from([0.0, 0.05, 0.05, 0.3, 3600.0])
 TTLS = st.sampled_from([0.1, 60.0])
-TARGETS = st.sampled_from(["a", "b/a", "../c", "nowhere"])
+TARGETS = st.sampled_from(["a", "b/a", "nowhere"])
 
 
 class Shared:
@@ -71,19 +77,29 @@ class Shared:
             world.close()
 
 
+has_handles = precondition(lambda machine: bool(machine.twin and machine.twin.handles))
+
+
 class PodMachine(RuleBasedStateMachine):
     """Paths are drawn as positions in the plain folder's tree, so that most of them exist."""
 
     twin: Twin | None = None
     broken = True
 
-    @initialize(delay=DELAYS, ttl=TTLS)
-    def begin(self, delay: float, ttl: float) -> None:
+    @initialize(delay=DELAYS, ttl=TTLS, planted=st.booleans(), synced=st.booleans())
+    def begin(self, delay: float, ttl: float, planted: bool, synced: bool) -> None:
         self.config = (delay, ttl)
         world = Shared.get()
         world.configure(delay, ttl)
         self.twin = Twin(world)
         self.broken = False
+        if planted:
+            for path in ("a", "a/b", "a/b/c", "b", "b/a"):
+                self.do("mkdir", path)
+            for seed, path in enumerate(("c", "a/a", "a/b/a", "a/b/c/a", "b/a/b", "b/b")):
+                self.do("write_file", path, seed, 100 * seed)
+        if synced:
+            self.do("sync")
 
     def do(self, *step: Any) -> None:
         assert self.twin is not None
@@ -220,22 +236,27 @@ class PodMachine(RuleBasedStateMachine):
     def open(self, slot: int, at: int, flags: int) -> None:
         self.do("open", slot, self._entry(at, files=True), flags)
 
+    @has_handles
     @rule(slot=SLOTS, offset=SIZES, seed=SEEDS, size=SIZES)
     def pwrite(self, slot: int, offset: int, seed: int, size: int) -> None:
         self.do("pwrite", slot, offset, seed, size)
 
+    @has_handles
     @rule(slot=SLOTS, offset=SIZES, size=SIZES)
     def pread(self, slot: int, offset: int, size: int) -> None:
         self.do("pread", slot, offset, size)
 
+    @has_handles
     @rule(slot=SLOTS, size=SIZES)
     def ftruncate(self, slot: int, size: int) -> None:
         self.do("ftruncate", slot, size)
 
+    @has_handles
     @rule(slot=SLOTS, mode=MODES)
     def fchmod(self, slot: int, mode: int) -> None:
         self.do("fchmod", slot, mode)
 
+    @has_handles
     @rule(slot=SLOTS, how=st.sampled_from(["fstat", "fsync", "close"]))
     def with_handle(self, slot: int, how: str) -> None:
         self.do(how, slot)

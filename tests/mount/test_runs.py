@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.compute import (
+    IN_DELETE_SELF,
     SECRET,
     WAIT,
     DevnetMount,
@@ -31,29 +32,7 @@ from tests.mount.compute import (
     until,
     wait_gone,
 )
-from tests.mount.harness import Server, mounted, run, sh
-
-REFUSED = {
-    "not JSON": ("{", "a.recipe: is not JSON"),
-    "a list": ("[]", "a.recipe: must be a JSON object"),
-    "no golem": ("{}", "a.recipe: golem: is missing"),
-    "no exec": ('{"golem": {}}', "a.recipe: golem.exec: is missing"),
-    "empty exec": ('{"golem": {"exec": " "}}', "a.recipe: golem.exec: must not be empty"),
-    "exec is a list": ('{"golem": {"exec": ["a"]}}', "a.recipe: golem.exec: must be text"),
-    "quotes": (
-        '{"golem": {"exec": "echo \'a"}}',
-        "a.recipe: golem.exec: cannot be split into words",
-    ),
-    "dots": (
-        '{"golem": {"exec": "a", "output": "../o"}}',
-        "a.recipe: golem.output: must not contain '..'",
-    ),
-    "absolute": (
-        '{"golem": {"exec": "a", "log": "/tmp"}}',
-        "a.recipe: golem.log: must be relative",
-    ),
-    "public": ('{"public": "yes", "golem": {"exec": "a"}}', "a.recipe: public: must be true"),
-}
+from tests.mount.harness import Mount, Server, mounted, run, sh
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +58,6 @@ def gated(devnet: DevnetMount, gate: Gate, request: pytest.FixtureRequest) -> It
     if (pod / ".run").exists():
         run("rm", "-f", pod / ".run")
         wait_gone(pod)
-
-
-def touch_fails(pod: Path) -> str:
-    """The message of a ``touch .run`` that must be refused."""
-    done = subprocess.run(["touch", ".run"], cwd=pod, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert not (pod / ".run").exists()
-    return done.stderr
-
-
-def reason(pod: Path) -> str:
-    return os.getxattr(pod, "user.cpodfs.error").decode()
 
 
 # -- a run from touch to end ----------------------------------------------------------------------
@@ -134,6 +101,35 @@ def test_the_environment_is_clean(devnet: DevnetMount) -> None:
     shown = (folder / "run.json").read_text() + devnet.logged()
     assert environ["YAGNA_APPKEY"] not in shown
     assert SECRET not in shown
+
+
+def test_a_yagna_of_ones_own(tmp_path: Path, server: Server) -> None:
+    mount = Mount(tmp_path, server)
+    mount.env |= {
+        "YAGNA_APPKEY": "their-key",
+        "YAGNA_API_URL": "http://127.0.0.1:1/",
+        "TOKEN": SECRET,
+    }
+    try:
+        mount.start()
+        folder = run_to_end(compute_pod(mount, "yagna", "env"))
+        lines = (folder / "stdout.log").read_text().splitlines()
+        assert {"YAGNA_APPKEY=their-key", "YAGNA_API_URL=http://127.0.0.1:1/"} <= set(lines)
+        assert not any(SECRET in line for line in lines)
+        assert mount.stop() == 0
+    finally:
+        if mount.process is not None:
+            mount.kill()
+
+
+def test_a_pod_that_is_not_here_yet(mount: Mount) -> None:
+    """After the loss of the cache the recipe and the script come from the server."""
+    command = [sys.executable, "script/stamps.py", "output/stamps", "1", "0"]
+    compute_pod(mount, "far", command, "stamps.py")
+    mount.remount(wipe=True)
+    folder = run_to_end(mount.point / "far")
+    assert record(folder)["state"] == "finished"
+    assert (mount.point / "far/output/stamps").exists()
 
 
 def test_ids_sort_by_time_and_every_run_keeps_its_logs(devnet: DevnetMount) -> None:
@@ -311,94 +307,6 @@ def test_the_control_file_is_never_stored(tmp_path: Path, own_server: Server, ga
     assert ".run" not in requests.replace(".run.json", "")
 
 
-# -- refusals -------------------------------------------------------------------------------------
-
-
-def test_without_a_recipe_the_touch_is_refused(devnet: DevnetMount) -> None:
-    pod = devnet.pod("plain")
-    assert "Operation not supported" in touch_fails(pod)
-    assert reason(pod).startswith("plain: not a compute pod: there is no recipe.json")
-    assert "run refused pod='plain': plain: not a compute pod" in devnet.logged()
-    (pod / "recipe.json").write_text('{"golem": {"exec": "true"}}')
-    run_to_end(pod)
-    with pytest.raises(OSError) as caught:
-        reason(pod)
-    assert caught.value.errno == errno.ENODATA
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_broken_recipes_are_refused_by_file_and_field(devnet: DevnetMount, what: str) -> None:
-    content, expected = REFUSED[what]
-    pod = devnet.pod("broken")
-    (pod / "a.recipe").write_text(content)
-    assert "Exec format error" in touch_fails(pod)
-    assert expected in reason(pod)
-    assert expected in devnet.logged()
-    assert not (pod / "logs").exists()
-
-
-def test_a_mended_recipe_runs(devnet: DevnetMount) -> None:
-    pod = compute_pod(devnet, "mended", " ")
-    touch_fails(pod)
-    sh("""sed -i 's/" "/"echo mended"/' a.recipe""", pod)
-    assert (run_to_end(pod) / "stdout.log").read_text() == "mended\n"
-    with pytest.raises(OSError):
-        reason(pod)
-
-
-def test_a_recipe_of_a_gigabyte(tmp_path: Path, server: Server) -> None:
-    with mounted(tmp_path, server, None, "--writeback-delay", "3600") as mount:
-        pod = mount.pod()
-        run("truncate", "-s", "1G", pod / "x.recipe")
-        assert "Exec format error" in touch_fails(pod)
-        assert reason(pod) == "x.recipe: is larger than 1024 KiB"
-        peak = Path(f"/proc/{mount.pid}/status").read_text().split("VmHWM:")[1].split()[0]
-        assert int(peak) < 300_000, "kB; it was read whole"
-        (pod / "x.recipe").unlink()
-
-
-def test_unknown_keys_and_other_recipes_are_warned_about(devnet: DevnetMount) -> None:
-    pod = devnet.pod("warned")
-    (pod / "recipe.json").write_text('{"colour": "red", "golem": {"exec": "true"}}')
-    (pod / "other.recipe").write_text("{")
-    ended = record(run_to_end(pod))
-    assert ended["recipe_file"] == "recipe.json"
-    assert ended["warnings"] == [
-        "recipe.json: is used; there are other recipes: other.recipe",
-        "recipe.json: colour: unknown key, kept",
-    ]
-    assert all(warning in devnet.logged() for warning in ended["warnings"])
-
-
-def test_a_received_pod_is_not_run(tmp_path: Path, server: Server) -> None:
-    owner, receiver = server.signup(), server.signup()
-    for folder in ("owner", "receiver"):
-        (tmp_path / folder).mkdir()
-    with mounted(tmp_path / "owner", server, owner) as mount:
-        compute_pod(mount, "shared", "true")
-        assert mount.stop() == 0
-    hand_over(server, owner, receiver, "shared")
-    with mounted(tmp_path / "receiver", server, receiver) as mount:
-        (pod,) = mount.point.iterdir()
-        assert "Read-only file system" in touch_fails(pod)
-        assert "Read-only" in reason(pod)
-
-
-def hand_over(server: Server, owner: tuple[str, str], receiver: tuple[str, str], pod: str) -> None:
-    """Share a pod, and receive it, as other programs of the two users would."""
-    import trio
-
-    from cpodfs.dfs import Client, Session
-
-    async def share() -> None:
-        async with Session(server.url, owner[0], lambda: owner[1]) as session:
-            reference = await Client(session).share_pod(pod)
-        async with Session(server.url, receiver[0], lambda: receiver[1]) as session:
-            await Client(session).receive_pod(reference)
-
-    trio.run(share)
-
-
 # -- while it runs --------------------------------------------------------------------------------
 
 
@@ -423,6 +331,18 @@ def test_tail_and_inotify_see_lines_as_they_are_printed(gated: Path, gate: Gate)
     finally:
         tail.kill()
         tail.communicate()
+
+
+def test_inotify_tells_the_end(gated: Path, gate: Gate) -> None:
+    for _ in range(2):
+        run("touch", gated / ".run")
+        gate.wait()
+        watch = Inotify(gated / ".run", IN_DELETE_SELF)
+        gate.open()
+        assert watch.wait()
+        assert not (gated / ".run").exists()
+        watch.close()
+    assert [record(folder)["state"] for folder in run_folders(gated)] == ["finished"] * 2
 
 
 def test_pods_run_at_the_same_time(devnet: DevnetMount, tmp_path: Path) -> None:

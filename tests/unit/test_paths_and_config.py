@@ -34,9 +34,7 @@ def test_limits_are_in_bytes() -> None:
         paths.check_pod_name(" padded")
 
 
-@pytest.mark.parametrize(
-    "name", ["", ".", "..", "a/b", "../x", "nul\0", ".run", "\ud800", "x" * 256]
-)
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", "nul\0", "\ud800", "x" * 256])
 def test_names_from_the_server_that_are_hidden(name: str) -> None:
     assert not paths.is_safe_remote_name(name)
 

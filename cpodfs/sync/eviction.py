@@ -1,0 +1,71 @@
+"""Keeps the cache within its size: clean contents go, least recently used first.
+
+Imports the cache and handles' view of what is open. Dirty contents are never touched, nor open ones;
+what is left then may exceed the size, and only a full disk ends it (``Content.check_room``).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import trio
+
+from cpodfs.cache.content import Content
+from cpodfs.cache.store import Store
+
+log = logging.getLogger(__name__)
+
+PAUSE_S = 1.0
+LOW_WATER = 0.9
+"""How much of the size is left in use, so that not every new file evicts another."""
+BATCH = 100
+
+
+class Evictor:
+    """``is_open(ino)``: whether somebody reads the file now."""
+
+    def __init__(
+        self, store: Store, content: Content, *, size: int, is_open: Callable[[int], bool]
+    ) -> None:
+        self._store = store
+        self._content = content
+        self._size = size
+        self._is_open = is_open
+        self._wanted = trio.Event()
+
+    def poke(self) -> None:
+        """The cache has grown."""
+        self._wanted.set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        task_status.started()
+        while True:
+            await self._wanted.wait()
+            self._wanted = trio.Event()
+            await self._make_room()
+            await trio.sleep(PAUSE_S)
+
+    async def _make_room(self) -> None:
+        used = self._store.cached_bytes()
+        excess = used - self._size if used > self._size else 0
+        if excess:
+            excess = used - int(self._size * LOW_WATER)
+        excess = max(excess, self._content.shortage())
+        seen = (-1.0, -1)
+        while excess > 0:
+            batch = self._store.evictable(seen, BATCH)
+            if not batch:
+                return
+            for ino, used_s, size in batch:
+                seen = (used_s, ino)
+                if excess > 0 and not self._is_open(ino):
+                    self._evict(ino)
+                    excess -= size
+            await trio.lowlevel.checkpoint()
+
+    def _evict(self, ino: int) -> None:
+        # The journal first: an inode that says "cached" must have its bytes.
+        self._store.set(ino, cached=0)
+        self._content.remove(ino)
+        log.debug("evicted ino=%d", ino)
