@@ -108,6 +108,7 @@ class Driver:
             size=settings.cache_size,
             is_open=lambda ino: handles.opened(ino) is not None,
         )
+        cache.content.make_room = self.evictor.make_room
         self.engine.on_clean = self.downloads.on_complete = self.evictor.poke
         self._operations = Operations(
             *(tree, run_files, attributes),

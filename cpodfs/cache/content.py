@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import trio
@@ -26,6 +27,7 @@ class Content:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._until_look = 0
+        self.make_room: Callable[[], None] = lambda: None
         for shard in range(256):
             (root / f"{shard:02x}").mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -58,6 +60,8 @@ class Content:
         self._until_look -= size + 1
         if self._until_look > 0:
             return
+        if self._available() < 2 * RESERVE:
+            self.make_room()
         available = self._available()
         if available < RESERVE:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.root))

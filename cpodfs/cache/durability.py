@@ -21,6 +21,7 @@ class Durability:
         self._store = store
         self._content = content
         self._unsynced: set[int] = set()
+        self._syncing: dict[int, trio.Event] = {}
         self._asked = 0
         self._done = 0
         self._running = False
@@ -37,9 +38,15 @@ class Durability:
 
         Bytes and journal at once: neither promises anything until both are there.
         """
-        if ino not in self._unsynced:
-            return
+        while ino in self._unsynced or ino in self._syncing:
+            if ino in self._syncing:
+                await self._syncing[ino].wait()
+            else:
+                await self._flush(ino, fd)
+
+    async def _flush(self, ino: int, fd: int) -> None:
         self._unsynced.discard(ino)
+        done = self._syncing[ino] = trio.Event()
         own = os.dup(fd)
         try:
             async with trio.open_nursery() as nursery:
@@ -50,6 +57,8 @@ class Durability:
             raise group.exceptions[0] from None
         finally:
             os.close(own)
+            del self._syncing[ino]
+            done.set()
 
     async def names(self) -> None:
         """Make every change of names and attributes so far durable. Raises OSError."""

@@ -21,6 +21,9 @@ CONTENT, MODE, PLACE, SENT = 1, 2, 4, 8
 bits. PLACE: nor the object under this name. SENT: an upload has begun and its outcome is not known,
 so whatever the server now shows under this name may be ours."""
 
+UNKNOWN = -1
+"""``remote.size`` of a file that is either the old version or the one that we sent."""
+
 SCHEMA = f"""
 CREATE TABLE inode (
     ino INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice, so its FUSE generation is always 0
@@ -57,7 +60,7 @@ CREATE TABLE remote (
     rparent INTEGER,           -- rid of the directory; NULL for the root only
     name TEXT NOT NULL,
     kind TEXT NOT NULL,        -- 'f' or 'd'
-    size INTEGER NOT NULL,     -- bytes
+    size INTEGER NOT NULL,     -- bytes; UNKNOWN (-1): we overwrote it, and never heard if it worked
     mtime_s INTEGER,           -- Unix time of the server; NULL: not known, the next listing tells
     slack_s INTEGER NOT NULL,  -- how far `mtime_s` may be off: 0 when the server has told it
     mode INTEGER NOT NULL,     -- permission bits

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpodfs.cache.schema import DIR, FILE, PLACE, ROOT, SCHEMA, SENT, VERSION
+from cpodfs.cache.schema import DIR, FILE, PLACE, ROOT, SCHEMA, SENT, UNKNOWN, VERSION
 from cpodfs.errors import CacheError, CacheVersion
 
 INODE_COLUMNS = (
@@ -78,6 +78,8 @@ class Remote:
 
     def is_version(self, size: int, mtime_s: int) -> bool:
         """Whether what the server now says of a file can be the version that we know."""
+        if self.size == UNKNOWN:
+            return True
         if self.mtime_s is None:
             return size == self.size
         return size == self.size and abs(mtime_s - self.mtime_s) <= self.slack_s
@@ -238,16 +240,20 @@ class Store:
         Else the server could keep a file that nobody here knows to delete.
         """
         inode = self.get(ino)
-        if inode is None or not inode.dirty & SENT or self.remote_of(ino) is not None:
+        if inode is None or not inode.dirty & SENT:
             return
         home = self.remote_of(inode.parent) if inode.parent is not None else None
         if home is None or inode.name is None:
             return
         there = self.remote_at(home.rid, inode.name)
+        owner = ino if self.remote_of(ino) is None else None
         if there is None:
-            self.add_remote(home.rid, inode.name, FILE, size=0, mtime_s=None, mode=0o600, ino=ino)
-        elif there.ino is None:
-            self.set_remote(there.rid, ino=ino)
+            self.add_remote(
+                *(home.rid, inode.name, FILE), size=UNKNOWN, mtime_s=None, mode=0o600, ino=owner
+            )
+        elif there.ino is None and owner is not None:
+            self.set_remote(there.rid, ino=owner)
+        self.unmark(ino, SENT)
 
     def replace(self, ino: int) -> None:
         """Recompute the PLACE bit of an inode from the two trees."""
@@ -324,13 +330,12 @@ class Store:
         total: int = self._db.execute(query).fetchone()[0]
         return total
 
-    def evictable(self, after: tuple[float, int], limit: int) -> list[tuple[int, float, int]]:
-        """Clean files with content here as (inode, Unix time of the last use, bytes), the least
-        recently used first, beyond the (time, inode) ``after``."""
+    def evictable(self, limit: int) -> list[tuple[int, int]]:
+        """Clean files with content here as (inode, bytes), the least recently used first."""
         return self._db.execute(
-            "SELECT ino, used_s, size FROM inode WHERE cached = 1 AND dirty = 0 "
-            "AND (used_s, ino) > (?, ?) ORDER BY used_s, ino LIMIT ?",
-            (*after, limit),
+            "SELECT ino, size FROM inode WHERE cached = 1 AND dirty = 0 "
+            "ORDER BY used_s, ino LIMIT ?",
+            (limit,),
         ).fetchall()
 
     # -- extended attributes ----------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""How commands talk to a running driver: through attributes of the mount, as the owner may."""
+"""How commands talk to a running driver: through attributes of the mount, as the owner may.
+
+Arguments that name a mount are of type Path, not click.Path, which looks at the file at once and
+would hang where a driver hangs.
+"""
 
 from __future__ import annotations
 

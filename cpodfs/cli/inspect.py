@@ -18,7 +18,7 @@ from cpodfs.cli.umount import wait_until_idle
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("mountpoint", type=Path, required=False)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def status(mountpoint: Path | None, as_json: bool) -> None:
     """Show what is pending, what is being uploaded and what failed."""
@@ -46,7 +46,7 @@ def _table(report: dict[str, Any]) -> Table:
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), required=False)
+@click.argument("path", type=Path, required=False)
 @click.option(
     "--stall",
     type=click.FloatRange(0),
@@ -69,7 +69,7 @@ def sync(path: Path | None, stall: float) -> None:
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=Path)
 def refresh(path: Path) -> None:
     """Look at the server for changes of the folder PATH, now."""
     mount_of(path)

@@ -70,7 +70,7 @@ _PATH = click.Path(path_type=Path)
     "CPODFS_ATTR_TTL, and so on) or in config.toml in $XDG_CONFIG_HOME/cpodfs (attr-ttl = 10). "
     "Flags come first, then the environment, then the file.",
 )
-@click.argument("mountpoint", type=_PATH)
+@click.argument("mountpoint", type=Path)
 @_option(
     "--server",
     metavar="URL",

@@ -24,7 +24,7 @@ END_S = 60.0
 
 
 @click.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=Path)
 @click.option(
     "--stall",
     type=click.FloatRange(0),

@@ -147,11 +147,15 @@ class Operations(pyfuse3.Operations):
         inode = await self._tree.lookup(parent_inode, text)
         return self._absent(ABSENT_TIMEOUT_S) if inode is None else self._given(inode)
 
-    @_answer
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        """There is no way to answer with an error, so none may leave here."""
         for ino, count in inode_list:
-            if not ino & RUN_INO_BIT:
+            if ino & RUN_INO_BIT:
+                continue
+            try:
                 self._tree.handles.forget(ino, count)
+            except Exception:
+                log.exception("forget failed ino=%d", ino)
 
     @_answer
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
@@ -288,10 +292,11 @@ class Operations(pyfuse3.Operations):
             return _control_info(self._runs.open(inode ^ RUN_INO_BIT, writing=writing))
         if flags & os.O_ACCMODE != os.O_RDONLY:
             self._tree.check_writable(inode)
-        # The content under an inode changes only through this mount: pages may stay.
-        return FileInfo(
-            fh=self._tree.open(inode, truncate=bool(flags & os.O_TRUNC)), keep_cache=True
-        )
+        # A content that is here changes only through this mount: the kernel's pages may stay. What
+        # must be fetched anew might be another version by now.
+        cached = bool(self._tree.inode(inode).cached)
+        handle = self._tree.open(inode, truncate=bool(flags & os.O_TRUNC))
+        return FileInfo(fh=handle, keep_cache=cached)
 
     @_answer
     async def read(self, fh: int, off: int, size: int) -> bytes:

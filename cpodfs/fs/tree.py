@@ -320,7 +320,7 @@ class Tree:
             if remote is None:
                 os.close(self.content.create(inode.ino))
             else:
-                self.store.set(inode.ino, cached=0, size=remote.size)
+                self.store.set(inode.ino, cached=0, size=max(0, remote.size))
                 self.store.unmark(inode.ino, CONTENT)
         return self.inode(inode.ino)
 

@@ -493,7 +493,8 @@ class Engine:
         if isinstance(error, Conflict):
             log.info("conflict item=%s: %s", op.item, error)
             self._unsure[op.item] = op.dirs
-            self._schedule(op.item, 0.0)
+            attempt = self._attempts[op.item] = self._attempts.get(op.item, 0) + 1
+            self._schedule(op.item, 0.0 if attempt == 1 else self._backoff(attempt, error))
             return
         self.counters.failed += 1
         self.counters.recent.append(f"{time.strftime('%H:%M:%S')} {error}")

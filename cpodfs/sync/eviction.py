@@ -7,6 +7,7 @@ what is left then may exceed the size, and only a full disk ends it (``Content.c
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Callable
 
 import trio
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 PAUSE_S = 1.0
 LOW_WATER = 0.9
 """How much of the size is left in use, so that not every new file evicts another."""
-BATCH = 100
+AT_ONCE = 200
 
 
 class Evictor:
@@ -43,26 +44,31 @@ class Evictor:
         while True:
             await self._wanted.wait()
             self._wanted = trio.Event()
-            await self._make_room()
+            self.make_room()
             await trio.sleep(PAUSE_S)
 
-    async def _make_room(self) -> None:
+    def make_room(self) -> None:
+        """Evict what is too much, by the size given or by the disk; at most ``AT_ONCE`` files."""
+        try:
+            self._make_room()
+        except (OSError, sqlite3.Error):
+            log.exception("eviction failed")
+
+    def _make_room(self) -> None:
         used = self._store.cached_bytes()
-        excess = used - self._size if used > self._size else 0
-        if excess:
-            excess = used - int(self._size * LOW_WATER)
+        excess = used - int(self._size * LOW_WATER) if used > self._size else 0
         excess = max(excess, self._content.shortage())
-        seen = (-1.0, -1)
-        while excess > 0:
-            batch = self._store.evictable(seen, BATCH)
-            if not batch:
+        if excess <= 0:
+            return
+        candidates = self._store.evictable(AT_ONCE)
+        for ino, size in candidates:
+            if excess <= 0:
                 return
-            for ino, used_s, size in batch:
-                seen = (used_s, ino)
-                if excess > 0 and not self._is_open(ino):
-                    self._evict(ino)
-                    excess -= size
-            await trio.lowlevel.checkpoint()
+            if not self._is_open(ino):
+                self._evict(ino)
+                excess -= size
+        if candidates:
+            self.poke()
 
     def _evict(self, ino: int) -> None:
         # The journal first: an inode that says "cached" must have its bytes.

@@ -90,13 +90,13 @@ class Merger:
                     continue
                 remote = known.pop(entry.name, None)
                 if remote is not None and (remote.kind == DIR) != entry.is_dir:
-                    self.gone(remote, outcome)
-                    remote = None
-                if remote is None:
+                    # The server may have both, and show one. Ours counts until it is known gone.
+                    outcome.missing.append(remote)
+                elif remote is None:
                     self._new(directory, rid, entry, entry.name in readonly, outcome)
                 else:
                     self._seen(directory, remote, entry, outcome)
-            outcome.missing = [r for r in known.values() if r.to_parent is None]
+            outcome.missing += [r for r in known.values() if r.to_parent is None]
             self._store.set(directory.ino, listed_s=time.time())
         return outcome
 
@@ -201,7 +201,7 @@ class Merger:
         if local is not None and remote.mode != entry.mode and not local.dirty & MODE:
             self._store.set(local.ino, mode=entry.mode)
         same = remote.is_version(entry.size, entry.mtime_s)
-        if entry.is_dir or same or (local is not None and local.dirty & SENT):
+        if entry.is_dir or same:
             self._store.set_remote(remote.rid, **news)
             return
         if local is None:  # deleted here, changed there since: the newer version is somebody's work
@@ -212,11 +212,7 @@ class Merger:
         if local.dirty & CONTENT:
             self._set_aside(local, outcome)
         else:
-            assert local.parent is not None
-            assert local.name is not None
-            self._store.detach(local.ino)
-            self.replaced[local.ino] = (local.parent, local.name)
-            self._discard(local.ino)
+            self._replaced(local)
         self._store.set_remote(remote.rid, **news)
         place = local if local.parent is not None else directory
         parent, name = (
@@ -275,5 +271,12 @@ class Merger:
         assert inode.parent is not None
         assert inode.name is not None
         outcome.changes.append(NameChange(inode.parent, inode.name))
+        self._replaced(inode)
+
+    def _replaced(self, inode: Inode) -> None:
+        assert inode.parent is not None
+        assert inode.name is not None
         self._store.detach(inode.ino)
+        if inode.is_file:
+            self.replaced[inode.ino] = (inode.parent, inode.name)
         self._discard(inode.ino)

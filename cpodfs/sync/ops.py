@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from cpodfs.cache import content as data
 from cpodfs.cache.content import Content
-from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT
+from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
 from cpodfs.cache.store import Remote, Store
 from cpodfs.dfs import DOOMED, Client
 from cpodfs.errors import ChangedDuringUpload, Conflict, NotEmpty, NotFound
@@ -314,14 +314,23 @@ class Upload(Op):
         return self.known.rid if self.known is not None and self.known.ino is None else None
 
     def before(self, store: Store) -> None:
-        inode = store.get(self.ino)
-        assert inode is not None
-        store.set(self.ino, dirty=inode.dirty | SENT)
         self.changed = False
+
+    def _about_to_send(self, store: Store) -> None:
+        """Journal that from now on the server may have either version, and nobody else's doing."""
+        inode = store.get(self.ino)
+        if inode is None or inode.parent is None:
+            raise ChangedDuringUpload(f"{self.name}: deleted before it was uploaded")
+        with store.transaction():
+            store.set(self.ino, dirty=inode.dirty | SENT)
+            there = store.remote_at(self.rparent, self.name)
+            if there is not None:
+                store.set_remote(there.rid, size=UNKNOWN, mtime_s=None)
 
     async def call(self, store: Store, dfs: Client) -> None:
         pod, directory = pod_and_path(store, self.rparent)
         await self._check_version(dfs, *child_path(store, self.rparent, self.name))
+        self._about_to_send(store)
         started = time.time()
         fd = self.content.open(self.ino)
         try:

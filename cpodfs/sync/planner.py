@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 
 from cpodfs.cache.content import Content
-from cpodfs.cache.schema import CONTENT, DIR, FILE, LINK, MODE, PLACE, ROOT, SENT
+from cpodfs.cache.schema import CONTENT, DIR, FILE, LINK, MODE, PLACE, ROOT
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.sync.ops import (
     Chmod,
@@ -133,8 +133,6 @@ class Planner:
         assert inode.cached, "an upload needs the whole content"
         if known is None and not self._is_fresh(inode.parent):
             return Look(item, (home.rid,), home.rid)  # is there something of that name by now?
-        if inode.dirty & SENT:
-            known = None  # what is there now may well be ours
         name = inode.name or ""
         return Upload(item, (home.rid,), inode.ino, home.rid, name, self._content, known)
 

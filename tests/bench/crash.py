@@ -117,6 +117,8 @@ class Tree:
 
     def _pwrite(self, offset: int, seed: int, size: int) -> None:
         assert self.open is not None
+        if not size:
+            return
         old = self.open.now.ljust(offset, b"\0")
         self.open.now = old[:offset] + bytes_of(seed, size) + old[offset + size :]
 
@@ -368,7 +370,14 @@ class Crash:
         if problems and after.problems(found):
             raise AssertionError(
                 f"seed {self.seed}, round {number}, during {in_flight}:\n  "
-                + "\n  ".join([*problems, "calls before, oldest first:", *map(str, self._recent)])
+                + "\n  ".join(
+                    [
+                        *problems,
+                        "calls before, oldest first:",
+                        *map(str, self._recent),
+                        self.mount.logged()[-30000:],
+                    ]
+                )
             )
         self.tree = Tree(found)
 
