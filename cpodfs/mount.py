@@ -218,20 +218,22 @@ class Driver:
         progress(self.status())
         left = self._left_over()
         report = {"time": time.time(), "pid": os.getpid(), "left": left}
-        (self._cache.folder / "last-unmount.json").write_text(json.dumps(report))
+        with suppress(OSError):  # a full disk must not keep us from ending well
+            (self._cache.folder / "last-unmount.json").write_text(json.dumps(report))
         return [entry["path"] for entry in left]
 
     async def _give_up_on_signal(self, scope: trio.CancelScope) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for _ in signals:
-                scope.cancel()
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                if number != signal.SIGHUP:  # a closed terminal is no reason
+                    scope.cancel()
 
     async def _report(self, progress: Progress) -> None:
         while True:
             status = self.status()
             progress(status)
             sd_notify(STATUS=f"uploading: {status['pending'] + status['deletions']} changes left")
-            await trio.sleep(0.2)
+            await trio.sleep(0.5)
 
     def _left_over(self) -> list[dict[str, Any]]:
         store = self._cache.store
@@ -287,6 +289,7 @@ class Driver:
             "runs": self.runs.pods(),
             **store.totals(),
             "uploads": uploads,
+            "storing": self.engine.is_being_stored(),
             "failed": [{"path": store.path(i.ino), "error": i.error} for i in failed],
             "done": self.engine.counters.done,
             "bytes_sent": self.engine.counters.bytes_sent,

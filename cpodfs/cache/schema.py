@@ -70,6 +70,7 @@ CREATE TABLE remote (
     to_name TEXT,
     UNIQUE (rparent, name)
 );
+CREATE INDEX remote_moving ON remote (to_parent, to_name) WHERE to_parent IS NOT NULL;
 CREATE INDEX remote_orphan ON remote (rid) WHERE ino IS NULL;
 
 INSERT INTO inode VALUES ({ROOT}, NULL, NULL, 'd', 448, 0, 0, 0, 0, NULL, 0, 0, 0, 0, 0, NULL);

@@ -19,7 +19,7 @@ from cpodfs.cli.control import ask, mount_of, tell
 from cpodfs.cli.progress import drain_progress
 from cpodfs.errors import MountError
 
-POLL_S = 0.1
+POLL_S = 0.2
 END_S = 60.0
 
 
@@ -78,7 +78,7 @@ def wait_until_idle(
         status = ask(point, "status")
         progress(status)
         now = (status["done"], sum(u["sent"] for u in status["uploads"]))
-        if now != last:
+        if now != last or status["storing"]:
             moved, last = time.monotonic(), now
         changes = status["pending"] + status["deletions"]
         stuck = changes <= len(status["failed"]) and not status["uploads"] and not status["offline"]

@@ -282,6 +282,9 @@ class Operations(pyfuse3.Operations):
                 raise oserror(errno.EPERM, RUN_NAME)
             handle = await self._runs.create(parent_inode, ctx.pid)
             return _control_info(handle), self._run_entry(parent_inode)
+        found = None if flags & os.O_EXCL else await self._tree.lookup(parent_inode, text)
+        if found is not None:  # since the kernel looked, somebody made it elsewhere
+            return await self.open(found.ino, flags, ctx), self._given(found)
         inode, handle = await self._tree.create(parent_inode, text, mode & ~ctx.umask)
         return FileInfo(fh=handle, keep_cache=True), self._given(inode)
 
@@ -295,7 +298,10 @@ class Operations(pyfuse3.Operations):
         # A content that is here changes only through this mount: the kernel's pages may stay. What
         # must be fetched anew might be another version by now.
         cached = bool(self._tree.inode(inode).cached)
-        handle = self._tree.open(inode, truncate=bool(flags & os.O_TRUNC))
+        if flags & os.O_TRUNC or flags & os.O_ACCMODE == os.O_WRONLY:
+            handle = self._tree.open(inode, truncate=bool(flags & os.O_TRUNC))
+        else:
+            handle = await self._tree.open_to_read(inode)
         return FileInfo(fh=handle, keep_cache=cached)
 
     @_answer

@@ -20,7 +20,7 @@ from cpodfs.cache.content import Content
 from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT, DIR, FILE, LINK, MODE, PLACE, ROOT
 from cpodfs.cache.store import Inode, Store
-from cpodfs.errors import CpodfsError
+from cpodfs.errors import Conflict, CpodfsError, NotFound
 from cpodfs.fs.handles import Handles, OpenFile
 from cpodfs.sync.downloads import Downloads
 from cpodfs.sync.engine import Engine
@@ -246,8 +246,7 @@ class Tree:
     async def set_attributes(self, ino: int, change: Times, handle: int | None) -> Inode:
         """chmod, truncate and utimens, whichever are asked for."""
         inode = self.inode(ino)
-        if change.mode is not None or change.size is not None:
-            self.check_writable(ino)
+        self.check_writable(ino)
         if change.size is not None:
             await self._truncate(inode, change.size, handle)
         with self.store.transaction():
@@ -297,6 +296,27 @@ class Tree:
             self._empty(self.handles.file(handle))
         else:
             self.store.set(ino, used_s=time.time())
+        return handle
+
+    async def open_to_read(self, ino: int) -> int:
+        """A handle whose content is here, or on its way.
+
+        Raises ESTALE when the server has another version by now: the kernel then looks the name up
+        again, and finds it.
+        """
+        handle = self.open(ino)
+        inode = self.inode(ino)
+        if inode.cached or not inode.size:
+            return handle
+        try:
+            await self._downloads.get(ino, inode.size).wait_begun()
+        except (Conflict, NotFound) as error:
+            self.handles.release(handle)
+            if inode.parent is not None:
+                await self._lister.refresh(inode.parent)
+            raise oserror(errno.ESTALE, inode.name) from error
+        except CpodfsError:
+            return handle  # offline, maybe not for long: it is time enough when somebody reads
         return handle
 
     def _open_data(self, inode: Inode) -> int:

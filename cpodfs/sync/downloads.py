@@ -18,7 +18,7 @@ import trio
 from cpodfs.cache.content import Content
 from cpodfs.cache.store import Store
 from cpodfs.dfs import Client
-from cpodfs.errors import BadReply, CpodfsError, NotFound, ServerError, Unreachable
+from cpodfs.errors import BadReply, Conflict, CpodfsError, NotFound, ServerError, Unreachable
 from cpodfs.sync.ops import pod_and_path
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class Download:
     size: int
     available: int = 0
     finished: bool = False
+    begun: bool = False
     error: CpodfsError | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     _moved: trio.Event = field(default_factory=trio.Event)
@@ -45,6 +46,13 @@ class Download:
     async def wait_for(self, end: int) -> None:
         """Return when the first ``end`` bytes are there. Raises why they will not be."""
         while self.available < min(end, self.size) or (end >= self.size and not self.finished):
+            if self.error is not None:
+                raise self.error
+            await self._moved.wait()
+
+    async def wait_begun(self) -> None:
+        """Return when the server has begun to answer. Raises why it did not."""
+        while not (self.begun or self.finished):
             if self.error is not None:
                 raise self.error
             await self._moved.wait()
@@ -161,9 +169,10 @@ class Downloads:
         offset = 0
         async with self._dfs.download(*pod_and_path(self._store, download.rid)) as body:
             if body.size != download.size:
-                raise NotFound(
-                    f"changed at the server: {body.size} bytes there, {download.size} expected"
-                )
+                raise Conflict(f"{body.size} bytes at the server, {download.size} expected")
+            if not download.begun:
+                download.begun = True
+                download.moved()
             async for chunk in body:
                 self._content.check_room(len(chunk))
                 await trio.to_thread.run_sync(_write_all, download.fd, chunk, offset)

@@ -195,18 +195,25 @@ class Engine:
     async def drain(self, stalled_s: float) -> bool:
         """Send all that is pending. False when nothing moved for ``stalled_s`` seconds."""
         self.hurry()
+        last, since = self._moved(), trio.current_time()
         try:
             while not self.is_idle():
-                if not self._flights and self._next_due_s() > stalled_s:
+                moved = self._moved()
+                if moved != last or self.is_being_stored():
+                    last, since = moved, trio.current_time()
+                idle = not self._flights and self._next_due_s() > stalled_s
+                if idle or trio.current_time() - since > stalled_s:
                     return False
-                before = self._moved()
-                with trio.move_on_after(stalled_s) as patience:
+                with trio.move_on_after(min(stalled_s, 1.0)):
                     await self._progress.wait()
-                if patience.cancelled_caught and self._moved() == before:
-                    return False
             return True
         finally:
             self.relax()
+
+    def is_being_stored(self) -> bool:
+        """Whether an upload's last byte was sent and the server is at work on it, which takes as
+        long as it takes; the client knows how long it may."""
+        return any(sent == size and size for sent, size in self.uploading().values())
 
     async def push(self, ino: int) -> None:
         """Return when the server has the file. Raises EIO, with the reason, when an attempt fails."""
@@ -487,6 +494,8 @@ class Engine:
             self._schedule(item, 0.0)
 
     def _fail(self, op: Op, error: Exception) -> None:
+        if isinstance(op, Upload) and _surely_not_done(error):
+            op.not_done(self._store)
         if isinstance(error, ChangedDuringUpload):
             self._schedule(op.item, 0.0 if self._draining else self._delay_s)
             return
@@ -529,3 +538,12 @@ class Engine:
         if isinstance(error, NotFound | AlreadyExists | NotEmpty) and attempt == 1:
             return 0.0  # our picture of the server was wrong; it is looked at first
         return jitter * min(RETRY_FIRST_S * 2.0 ** (attempt - 1), RETRY_MAX_S)
+
+
+def _surely_not_done(error: Exception) -> bool:
+    """Whether an upload that ended so cannot have changed anything at the server."""
+    if isinstance(error, ChangedDuringUpload | Conflict | OSError):
+        return True
+    if isinstance(error, DfsError):
+        return not error.sent or isinstance(error, Refused | Denied | QuotaExceeded)
+    return False

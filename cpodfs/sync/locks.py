@@ -7,6 +7,7 @@ synchronous step on the event loop; ``wait_free`` is the only await.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 import trio
@@ -22,12 +23,18 @@ class DirLocks:
         self._busy: set[int] = set()
         self._moving: set[int] = set()
         self._freed = trio.Event()
+        self._claimed: Counter[int] = Counter()
         self.on_free: Callable[[int], None] = lambda rid: None
 
-    def blocker(self, dirs: Iterable[int], moving: int | None = None) -> int | None:
-        """A directory in use that keeps one from using ``dirs`` (and from moving ``moving``)."""
+    def blocker(
+        self, dirs: Iterable[int], moving: int | None = None, *, waited: bool = False
+    ) -> int | None:
+        """A directory in use that keeps one from using ``dirs`` (and from moving ``moving``).
+
+        Those who wait (and have ``waited``) go before those who can be called again.
+        """
         for rid in dirs:
-            if rid in self._busy:
+            if rid in self._busy or (not waited and rid in self._claimed):
                 return rid
             for above in self._above(rid):
                 if above in self._moving:
@@ -57,8 +64,12 @@ class DirLocks:
     async def wait_free(self, dirs: Iterable[int], moving: int | None = None) -> None:
         """Return when ``dirs`` could be taken; take them before the next await."""
         wanted = tuple(dirs)
-        while self.blocker(wanted, moving) is not None:
-            await self._freed.wait()
+        self._claimed.update(wanted)
+        try:
+            while self.blocker(wanted, moving, waited=True) is not None:
+                await self._freed.wait()
+        finally:
+            self._claimed -= Counter(wanted)
 
     def _above(self, rid: int) -> list[int]:
         found: list[int] = []

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
+from cpodfs.cache.schema import ROOT
 from cpodfs.cache.store import Inode, Store
 
 AHEAD = 32
@@ -36,7 +37,7 @@ class Lookahead:
         """A directory is about to be read."""
         now = time.monotonic()
         walking = now - self._walker_s < WALKING_S
-        if not directory.listed_s and directory.parent is not None:
+        if not directory.listed_s and directory.parent not in (None, ROOT):
             quick = now - self._listed.get(directory.parent, -STEP_S) < STEP_S
             self._steps = self._steps + 1 if quick else 0
             if self._steps >= 2 or (walking and quick):

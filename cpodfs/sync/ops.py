@@ -179,6 +179,7 @@ class Move(Op):
 
     def before(self, store: Store) -> None:
         store.set_remote(self.rid, to_parent=self.to_parent, to_name=self.to_name)
+        _mtimes_move(store, self.rid)
 
     async def call(self, store: Store, dfs: Client) -> None:
         pod, old = pod_and_path(store, self.rid)
@@ -205,6 +206,13 @@ def moved(store: Store, rid: int, to_parent: int, to_name: str) -> list[Item]:
             return [("rid", rid)]
         store.replace(remote.ino)
     return []
+
+
+def _mtimes_move(store: Store, rid: int) -> None:
+    """The server gives what is renamed, and all below it, the present as modification time."""
+    store.set_remote(rid, mtime_s=None)
+    for child in store.remote_children(rid):
+        _mtimes_move(store, child.rid)
 
 
 @dataclass(slots=True)
@@ -306,6 +314,7 @@ class Upload(Op):
     changed: bool = field(default=False, init=False)
     stored_s: int | None = field(default=None, init=False)
     slack_s: int = field(default=0, init=False)
+    sent_before: bool = field(default=True, init=False)
     size: int = field(default=0, init=False)
     sent: int = field(default=0, init=False)
 
@@ -321,19 +330,34 @@ class Upload(Op):
         inode = store.get(self.ino)
         if inode is None or inode.parent is None:
             raise ChangedDuringUpload(f"{self.name}: deleted before it was uploaded")
+        self.sent_before = bool(inode.dirty & SENT)
         with store.transaction():
             store.set(self.ino, dirty=inode.dirty | SENT)
             there = store.remote_at(self.rparent, self.name)
             if there is not None:
                 store.set_remote(there.rid, size=UNKNOWN, mtime_s=None)
 
+    def not_done(self, store: Store) -> None:
+        """The server surely did nothing: what we knew of it still holds."""
+        if self.sent_before:
+            return
+        with store.transaction():
+            store.unmark(self.ino, SENT)
+            if self.known is not None and (there := store.remote(self.known.rid)) is not None:
+                store.set_remote(
+                    there.rid,
+                    size=self.known.size,
+                    mtime_s=self.known.mtime_s,
+                    slack_s=self.known.slack_s,
+                )
+
     async def call(self, store: Store, dfs: Client) -> None:
         pod, directory = pod_and_path(store, self.rparent)
         await self._check_version(dfs, *child_path(store, self.rparent, self.name))
-        self._about_to_send(store)
-        started = time.time()
         fd = self.content.open(self.ino)
+        started = time.time()
         try:
+            self._about_to_send(store)
             self.size = os.fstat(fd).st_size
             await dfs.upload(
                 *(pod, directory, self.name),
