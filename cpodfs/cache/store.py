@@ -378,6 +378,11 @@ class Store:
         )
         return [Remote(*row) for row in rows]
 
+    def moving(self) -> list[Remote]:
+        """All objects of which it is not known whether the server has renamed them."""
+        rows = self._db.execute(f"SELECT {REMOTE_COLUMNS} FROM remote WHERE to_parent IS NOT NULL")
+        return [Remote(*row) for row in rows]
+
     def remote_moving_to(self, rparent: int, name: str) -> Remote | None:
         """The object that a rename with an unknown outcome may have put at this place."""
         return self._remote("to_parent = ? AND to_name = ?", (rparent, name))

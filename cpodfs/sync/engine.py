@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 RETRY_FIRST_S = 1.0
 RETRY_MAX_S = 300.0
 OFFLINE_MAX_S = 30.0
+MOVE_REFUSED = (NotFound, AlreadyExists, Refused, Denied)
+"""Clear answers: the object has not moved."""
 STARTS_AT_ONCE = 8
 IN_USE_S = 0.5
 FOR_GOOD = (Refused, Denied, QuotaExceeded, FileNotFoundError)
@@ -248,6 +250,11 @@ class Engine:
             self._schedule(("ino", inode.ino), 0.0)
         for rid in self._store.orphans():
             self._schedule(("rid", rid), 0.0)
+        for moving in self._store.moving():  # the last driver died before it heard
+            item: Item = ("rid", moving.rid) if moving.ino is None else ("ino", moving.ino)
+            known = (rid for rid in (moving.rparent, moving.to_parent) if rid is not None)
+            self._unsure[item] = tuple(set(known))
+            self._schedule(item, 0.0)
         async with trio.open_nursery() as self._nursery:
             task_status.started()
             while True:
@@ -450,7 +457,8 @@ class Engine:
 
     async def _verify(self, item: Item, dirs: tuple[int, ...]) -> None:
         """What an earlier attempt did is not known: look before doing anything."""
-        moving = self._store.remote_of(item[1]) if item[0] == "ino" else None
+        kind, number = item
+        moving = self._store.remote_of(number) if kind == "ino" else self._store.remote(number)
         target = moving.to_parent if moving is not None else None
         # The target first: the object found there is then not missed where it came from.
         for rid in sorted(dirs, key=lambda rid: rid != target):
@@ -510,8 +518,7 @@ class Engine:
         attempt = self._attempts[op.item] = self._attempts.get(op.item, 0) + 1
         if isinstance(error, DfsError) and error.sent and not isinstance(op, Upload):
             self._unsure[op.item] = op.dirs
-        if isinstance(op, Move) and isinstance(error, NotFound | AlreadyExists | Refused | Denied):
-            # A clear answer: it has not moved.
+        if isinstance(op, Move) and op.first and isinstance(error, MOVE_REFUSED):
             self._store.set_remote(op.rid, to_parent=None, to_name=None)
         if isinstance(op, RemoveDir) and isinstance(error, NotEmpty):
             outcome = Outcome()

@@ -16,7 +16,7 @@ import trio
 from cpodfs.cache.schema import ROOT
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import Client, Entry
-from cpodfs.errors import CpodfsError, NotFound
+from cpodfs.errors import BadReply, CpodfsError, NotFound
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.lookahead import Lookahead
 from cpodfs.sync.merge import Merger, Outcome
@@ -25,6 +25,7 @@ from cpodfs.sync.ops import pod_of
 log = logging.getLogger(__name__)
 
 READ_ONLY_DIR_MODE = 0o500
+ATTEMPTS = 3
 
 
 class Lister:
@@ -72,7 +73,12 @@ class Lister:
             if not 0 <= age < self._ttl_s:
                 self._refresh_later(directory.ino)
             return
-        await self.refresh(directory.ino)
+        for _ in range(ATTEMPTS):
+            await self.refresh(directory.ino)
+            now = self._store.get(directory.ino)
+            if now is None or now.listed_s or self._store.remote_of(now.ino) is None:
+                return
+        raise BadReply(f"{self._store.path(directory.ino)}: kept moving while it was listed")
 
     async def refresh(self, ino: int) -> None:
         """List now, or join whoever does. Raises a DfsError."""

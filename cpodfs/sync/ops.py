@@ -170,14 +170,20 @@ class RemoveFile(Op):
 
 @dataclass(slots=True)
 class Move(Op):
-    """Rename one object at the server. ``to_name`` must be free there."""
+    """Rename one object at the server. ``to_name`` must be free there.
+
+    ``first``: no earlier attempt, whose outcome was never heard, can have moved it already.
+    """
 
     rid: int
     is_dir: bool
     to_parent: int
     to_name: str
+    first: bool = field(default=True, init=False)
 
     def before(self, store: Store) -> None:
+        remote = store.remote(self.rid)
+        self.first = remote is not None and remote.to_parent is None
         store.set_remote(self.rid, to_parent=self.to_parent, to_name=self.to_name)
         _mtimes_move(store, self.rid)
 

@@ -32,27 +32,37 @@ NAMES = "abcde"
 SIZES = (0, 10, 1000, 4096, 5000, 40_000)
 OPS_MAX = 150
 """A round ends at the latest in the middle of so many calls."""
+LOG_TAIL = 20_000
 FAULTS = {"drop_rate": 0.15, "error_rate": 0.15, "expire_every": 11}
 
 
 @dataclass(slots=True)
 class File:
-    """``safe``: what was acknowledged; ``now``: what was written, of which any part may be there."""
+    """``safe``: what was acknowledged; ``drafts``: what was written since, of which any part may be
+    there, as the kernel hands pages over when it likes."""
 
     mode: int
     safe: bytes = b""
-    now: bytes = b""
+    drafts: list[bytes] = field(default_factory=list)
+
+    @property
+    def now(self) -> bytes:
+        return self.drafts[-1] if self.drafts else self.safe
 
     def admits(self, found: bytes) -> bool:
-        if self.safe == self.now:
-            return found == self.now
-        low, high = sorted((len(self.safe), len(self.now)))
-        if not low <= len(found) <= high:
-            return False
-        return all(
-            byte in {at(self.safe, i), at(self.now, i), 0 if i >= len(self.safe) else None}
+        if not self.drafts:
+            return found == self.safe
+        versions = [self.safe, *self.drafts]
+        low, high = min(map(len, versions)), max(map(len, versions))
+        return low <= len(found) <= high and all(
+            any(byte == at(version, i) for version in versions)
+            or (byte == 0 and any(i >= len(version) for version in versions))
             for i, byte in enumerate(found)
         )
+
+
+def _resized(data: bytes, size: int) -> bytes:
+    return data[:size].ljust(size, b"\0")
 
 
 def at(data: bytes, index: int) -> int | None:
@@ -107,7 +117,7 @@ class Tree:
         if entry is None:
             entry = self.entries[path] = File(0o644)
         assert isinstance(entry, File)
-        entry.safe = entry.now = b""
+        entry.safe, entry.drafts = b"", []
         self.open = entry
 
     def _open(self, path: str) -> None:
@@ -120,16 +130,17 @@ class Tree:
         if not size:
             return
         old = self.open.now.ljust(offset, b"\0")
-        self.open.now = old[:offset] + bytes_of(seed, size) + old[offset + size :]
+        self.open.drafts.append(old[:offset] + bytes_of(seed, size) + old[offset + size :])
 
     def _ftruncate(self, size: int) -> None:
         assert self.open is not None
-        for side in ("safe", "now"):
-            setattr(self.open, side, getattr(self.open, side)[:size].ljust(size, b"\0"))
+        file = self.open
+        file.safe = _resized(file.safe, size)
+        file.drafts = [_resized(draft, size) for draft in file.drafts]
 
     def _fsync(self) -> None:
         assert self.open is not None
-        self.open.safe = self.open.now
+        self.open.safe, self.open.drafts = self.open.now, []
 
     def _close(self) -> None:
         self._fsync()
@@ -301,8 +312,7 @@ def look(root: Path) -> dict[str, File | Dir | Link]:
         elif path.is_dir():
             found[name] = Dir(mode)
         else:
-            data = path.read_bytes()
-            found[name] = File(mode, data, data)
+            found[name] = File(mode, path.read_bytes())
     return found
 
 
@@ -370,14 +380,7 @@ class Crash:
         if problems and after.problems(found):
             raise AssertionError(
                 f"seed {self.seed}, round {number}, during {in_flight}:\n  "
-                + "\n  ".join(
-                    [
-                        *problems,
-                        "calls before, oldest first:",
-                        *map(str, self._recent),
-                        self.mount.logged()[-30000:],
-                    ]
-                )
+                + "\n  ".join([*problems, "calls before, oldest first:", *map(str, self._recent)])
             )
         self.tree = Tree(found)
 
@@ -398,9 +401,13 @@ def crash(folder: Path, rounds: int, seed: int) -> int:
     try:
         with mounted(folder, server, None, "--writeback-delay", "0.02") as mount:
             test = Crash(mount, server, seed)
-            for number in range(rounds):
-                test.round(number)
-            test.finish()
+            try:
+                for number in range(rounds):
+                    test.round(number)
+                test.finish()
+            except (AssertionError, OSError) as error:
+                error.add_note(f"seed {seed}; the driver's log:\n{mount.logged()[-LOG_TAIL:]}")
+                raise
             return test.calls
     finally:
         server.stop()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.harness import Mount, Server, mounted
+from tests.mount.harness import Mount, RealServer, Server, mounted
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,7 +17,13 @@ def _fuse() -> None:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One development server for all tests that do not break it; each mount has its own account."""
+    """One server for all tests that do not break it; each mount has its own account.
+
+    The development server or, when CPODFS_TEST_DFS_URL is set, a real FairOS-DFS.
+    """
+    if url := os.environ.get("CPODFS_TEST_DFS_URL"):
+        yield RealServer(url)
+        return
     server = Server(tmp_path_factory.mktemp("devnet"), "--no-market")
     yield server
     server.stop()

@@ -263,15 +263,24 @@ def _tree(root: Path, attempts: int = 1) -> dict[str, str]:
     """Every path below ``root`` with its content's hash. A read that fails is repeated as a user
     would."""
     found = {}
-    for path in sorted(root.rglob("*")):
-        found[str(path.relative_to(root))] = "dir" if path.is_dir() else _hash(path, attempts)
+    pending = [root]
+    while pending:
+        folder = pending.pop()
+        for name in sorted(_patiently(lambda folder=folder: os.listdir(folder), attempts)):
+            path = folder / name
+            if path.is_dir():
+                pending.append(path)
+                found[str(path.relative_to(root))] = "dir"
+            else:
+                data = _patiently(path.read_bytes, attempts)
+                found[str(path.relative_to(root))] = hashlib.sha256(data).hexdigest()
     return found
 
 
-def _hash(path: Path, attempts: int) -> str:
+def _patiently(read, attempts: int):
     for attempt in range(attempts):
         try:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
+            return read()
         except OSError:
             if attempt == attempts - 1:
                 raise
