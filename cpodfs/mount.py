@@ -24,7 +24,7 @@ from cpodfs.cache.folder import Cache, opened
 from cpodfs.cache.schema import ROOT
 from cpodfs.config import Settings
 from cpodfs.dfs import Client, Session, Timeouts
-from cpodfs.errors import CpodfsError, LoginRefused, MountError, Unreachable
+from cpodfs.errors import LoginRefused, MountError, Unreachable
 from cpodfs.fs.control import RUN_INO_BIT, Attributes, RunFiles
 from cpodfs.fs.handles import Handles
 from cpodfs.fs.operations import Operations
@@ -151,6 +151,7 @@ class Driver:
             if root is None or not root.listed_s:
                 raise
             log.warning("the server does not answer; serving from the cache: %s", error)
+            self.engine.went_offline()
 
     def _mount(self) -> None:
         options = set(pyfuse3.default_options) | {
@@ -324,21 +325,13 @@ async def run(
     ready: Callable[[], None] = lambda: None,
     progress: Progress = lambda status: None,
 ) -> list[str]:
-    """Mount an account and serve it to the end; see ``Driver.serve``."""
+    """Mount an account and serve it to the end; see ``Driver.serve``.
+
+    What it raises may come in an ExceptionGroup, as all that passes through a nursery.
+    """
     timeouts = Timeouts(metadata_s=settings.timeout_s)
     with opened(settings.cache_dir) as cache:
         session = Session(settings.server, settings.user, password, timeouts=timeouts)
         async with session:
             driver = Driver(settings, cache, Client(session), environment)
-            try:
-                return await driver.serve(ready, progress)
-            except* CpodfsError as group:
-                raise _first(group) from None
-
-
-def _first(group: BaseExceptionGroup[CpodfsError]) -> CpodfsError:
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    assert isinstance(error, CpodfsError)
-    return error
+            return await driver.serve(ready, progress)

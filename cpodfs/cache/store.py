@@ -212,7 +212,7 @@ class Store:
     def detach(self, ino: int) -> Remote | None:
         """Take the inode's name away. Its remote object becomes an orphan, which is returned."""
         with self.transaction():
-            self._assume_sent(ino)
+            self.assume_sent(ino)
             remote = self.remote_of(ino)
             self._db.execute(
                 "UPDATE inode SET parent = NULL, name = NULL, dirty = 0, ctime_ns = ? WHERE ino = ?",
@@ -230,14 +230,14 @@ class Store:
     def place(self, ino: int, parent: int, name: str) -> None:
         """Move an inode to a free name; PLACE is set or cleared to match the remote tree."""
         with self.transaction():
-            self._assume_sent(ino)
+            self.assume_sent(ino)
             self.set(ino, parent=parent, name=name, ctime_ns=time.time_ns())
             self.replace(ino)
 
-    def _assume_sent(self, ino: int) -> None:
-        """Before a file leaves a name under which an upload may have arrived: suppose it did.
+    def assume_sent(self, ino: int) -> None:
+        """Before an object leaves a name under which it may have arrived: suppose it did.
 
-        Else the server could keep a file that nobody here knows to delete.
+        Else the server could keep what nobody here knows to delete.
         """
         inode = self.get(ino)
         if inode is None or not inode.dirty & SENT:
@@ -246,10 +246,15 @@ class Store:
         if home is None or inode.name is None:
             return
         there = self.remote_at(home.rid, inode.name)
+        mode = 0o700 if inode.is_dir else 0o600
         owner = ino if self.remote_of(ino) is None else None
         if there is None:
             self.add_remote(
-                *(home.rid, inode.name, FILE), size=UNKNOWN, mtime_s=None, mode=0o600, ino=owner
+                *(home.rid, inode.name, inode.kind),
+                size=UNKNOWN,
+                mtime_s=None,
+                mode=mode,
+                ino=owner,
             )
         elif there.ino is None and owner is not None:
             self.set_remote(there.rid, ino=owner)
@@ -378,14 +383,14 @@ class Store:
         )
         return [Remote(*row) for row in rows]
 
-    def moving(self) -> list[Remote]:
-        """All objects of which it is not known whether the server has renamed them."""
-        rows = self._db.execute(f"SELECT {REMOTE_COLUMNS} FROM remote WHERE to_parent IS NOT NULL")
-        return [Remote(*row) for row in rows]
-
     def remote_moving_to(self, rparent: int, name: str) -> Remote | None:
         """The object that a rename with an unknown outcome may have put at this place."""
         return self._remote("to_parent = ? AND to_name = ?", (rparent, name))
+
+    def moving(self) -> list[Remote]:
+        """Objects whose rename has been sent, with an outcome that is not known."""
+        query = f"SELECT {REMOTE_COLUMNS} FROM remote WHERE to_parent IS NOT NULL"
+        return [Remote(*row) for row in self._db.execute(query)]
 
     def orphans(self) -> list[int]:
         return [r for (r,) in self._db.execute("SELECT rid FROM remote WHERE ino IS NULL")]

@@ -48,8 +48,6 @@ log = logging.getLogger(__name__)
 RETRY_FIRST_S = 1.0
 RETRY_MAX_S = 300.0
 OFFLINE_MAX_S = 30.0
-MOVE_REFUSED = (NotFound, AlreadyExists, Refused, Denied)
-"""Clear answers: the object has not moved."""
 STARTS_AT_ONCE = 8
 IN_USE_S = 0.5
 FOR_GOOD = (Refused, Denied, QuotaExceeded, FileNotFoundError)
@@ -246,15 +244,13 @@ class Engine:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled. What an earlier driver left pending is due at once."""
+        for remote in self._store.moving():
+            item: Item = ("rid", remote.rid) if remote.ino is None else ("ino", remote.ino)
+            self._unsure[item] = tuple(r for r in (remote.rparent, remote.to_parent) if r)
         for inode in self._store.pending_inodes():
             self._schedule(("ino", inode.ino), 0.0)
         for rid in self._store.orphans():
             self._schedule(("rid", rid), 0.0)
-        for moving in self._store.moving():  # the last driver died before it heard
-            item: Item = ("rid", moving.rid) if moving.ino is None else ("ino", moving.ino)
-            known = (rid for rid in (moving.rparent, moving.to_parent) if rid is not None)
-            self._unsure[item] = tuple(set(known))
-            self._schedule(item, 0.0)
         async with trio.open_nursery() as self._nursery:
             task_status.started()
             while True:
@@ -457,15 +453,17 @@ class Engine:
 
     async def _verify(self, item: Item, dirs: tuple[int, ...]) -> None:
         """What an earlier attempt did is not known: look before doing anything."""
-        kind, number = item
-        moving = self._store.remote_of(number) if kind == "ino" else self._store.remote(number)
+        find = self._store.remote_of if item[0] == "ino" else self._store.remote
+        moving = find(item[1])
         target = moving.to_parent if moving is not None else None
         # The target first: the object found there is then not missed where it came from.
         for rid in sorted(dirs, key=lambda rid: rid != target):
             await self._lister.list_locked(rid)
         self._unsure.pop(item, None)
-        if moving is not None and self._store.remote(moving.rid) is not None:
-            self._store.set_remote(moving.rid, to_parent=None, to_name=None)
+        left = self._store.remote(moving.rid) if moving is not None else None
+        if left is not None and left.to_parent is not None:  # seen neither here nor there
+            self._store.set_remote(left.rid, to_parent=None, to_name=None)
+            await self._lister.confirm([left])
 
     def _succeeded(self, op: Op, work: Iterable[Item], *, again: bool) -> None:
         self._offline_s = 0.0
@@ -518,8 +516,6 @@ class Engine:
         attempt = self._attempts[op.item] = self._attempts.get(op.item, 0) + 1
         if isinstance(error, DfsError) and error.sent and not isinstance(op, Upload):
             self._unsure[op.item] = op.dirs
-        if isinstance(op, Move) and op.first and isinstance(error, MOVE_REFUSED):
-            self._store.set_remote(op.rid, to_parent=None, to_name=None)
         if isinstance(op, RemoveDir) and isinstance(error, NotEmpty):
             outcome = Outcome()
             self._merger.resurrect(op.rid, outcome)
@@ -532,13 +528,18 @@ class Engine:
         )
         self._schedule(op.item, delay)
 
+    def went_offline(self) -> None:
+        """The server does not answer: nothing is tried for a while."""
+        # Of several calls that were under way when the network went, one moves the gate.
+        if time.monotonic() >= self._offline_until:
+            self._offline_s = min(max(self._offline_s * 2, RETRY_FIRST_S), OFFLINE_MAX_S)
+            jitter = random.uniform(0.8, 1.2)  # noqa: S311
+            self._offline_until = time.monotonic() + self._offline_s * jitter
+
     def _backoff(self, attempt: int, error: Exception) -> float:
         jitter = random.uniform(0.8, 1.2)  # noqa: S311
         if isinstance(error, Unreachable | NotLoggedIn):
-            # Of several calls that were under way when the network went, one moves the gate.
-            if time.monotonic() >= self._offline_until:
-                self._offline_s = min(max(self._offline_s * 2, RETRY_FIRST_S), OFFLINE_MAX_S)
-                self._offline_until = time.monotonic() + self._offline_s * jitter
+            self.went_offline()
             return 0.0
         if isinstance(error, FOR_GOOD) and attempt > 1:
             return RETRY_MAX_S * jitter

@@ -124,7 +124,7 @@ class Lister:
             return
         outcome = self._merger.listing(current, rid, entries, readonly)
         self._on_outcome(outcome)
-        await self._confirm(outcome.missing)
+        await self.confirm(outcome.missing)
 
     # -- one listing at a time per directory ------------------------------------------------------
 
@@ -178,8 +178,9 @@ class Lister:
         listing = await self._dfs.list_dir(parts[0], "/" + "/".join(parts[1:]))
         return listing.entries, set()
 
-    async def _confirm(self, missing: list[Remote]) -> None:
-        """Ask by name for what a listing did not show, before taking it as deleted."""
+    async def confirm(self, missing: list[Remote]) -> None:
+        """Ask by name for what a listing did not show, before taking it as deleted. The caller
+        holds the lock of the directory."""
         for remote in missing:
             if await self._is_gone(remote):
                 outcome = Outcome()

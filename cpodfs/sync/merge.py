@@ -165,9 +165,12 @@ class Merger:
             elsewhere = self._store.remote_of(local.ino)
             if ours and (elsewhere is None or local.is_dir):
                 ino = local.ino
-                if (
-                    elsewhere is not None
-                ):  # its new home, made by us or not: the children will follow
+                if local.is_dir:
+                    self._store.unmark(ino, SENT)
+                    if (local.mode ^ entry.mode) & 0o700:
+                        self._store.mark(ino, MODE)
+                if elsewhere is not None:
+                    # Its new home, made by us or not: the children will follow.
                     outcome.work += left_behind(self._store, elsewhere)
             else:
                 self._set_aside(local, outcome)

@@ -91,6 +91,10 @@ class Mkdir(Op):
     rparent: int
     name: str
 
+    def before(self, store: Store) -> None:
+        if (inode := store.get(self.ino)) is not None:
+            store.set(self.ino, dirty=inode.dirty | SENT)
+
     async def call(self, store: Store, dfs: Client) -> None:
         await dfs.mkdir(*child_path(store, self.rparent, self.name))
 
@@ -111,6 +115,7 @@ def _made_dir(store: Store, ino: int, rparent: int, name: str) -> list[Item]:
         )
         if inode is None or not alive:
             return [("rid", rid)]
+        store.unmark(ino, SENT)
         store.replace(ino)
         if rparent != ROOT and (inode.mode ^ SERVER_DIR_MODE) & 0o700:
             store.mark(ino, MODE)
@@ -170,20 +175,14 @@ class RemoveFile(Op):
 
 @dataclass(slots=True)
 class Move(Op):
-    """Rename one object at the server. ``to_name`` must be free there.
-
-    ``first``: no earlier attempt, whose outcome was never heard, can have moved it already.
-    """
+    """Rename one object at the server. ``to_name`` must be free there."""
 
     rid: int
     is_dir: bool
     to_parent: int
     to_name: str
-    first: bool = field(default=True, init=False)
 
     def before(self, store: Store) -> None:
-        remote = store.remote(self.rid)
-        self.first = remote is not None and remote.to_parent is None
         store.set_remote(self.rid, to_parent=self.to_parent, to_name=self.to_name)
         _mtimes_move(store, self.rid)
 
@@ -235,24 +234,29 @@ class Rehome(Op):
     to_parent: int
     to_name: str
 
+    def before(self, store: Store) -> None:
+        if (inode := store.get(self.ino)) is not None:
+            store.set(self.ino, dirty=inode.dirty | SENT)
+
     async def call(self, store: Store, dfs: Client) -> None:
         await dfs.mkdir(*child_path(store, self.to_parent, self.to_name))
 
     def done(self, store: Store) -> list[Item]:
         with store.transaction():
             old = store.remote(self.rid)
-            store.set_remote(self.rid, ino=None)
-            work = _made_dir(store, self.ino, self.to_parent, self.to_name)
-            if old is None:
-                return work
-            if old.mode != SERVER_DIR_MODE:
+            work = left_behind(store, old) if old is not None else []
+            work += _made_dir(store, self.ino, self.to_parent, self.to_name)
+            if old is not None and old.mode != SERVER_DIR_MODE:
                 store.mark(self.ino, MODE)
-            return [*work, *left_behind(store, old)]
+        return work
 
 
 def left_behind(store: Store, old: Remote) -> list[Item]:
     """A directory has a new object at the server: what is in ``old`` must follow, then it can go."""
     with store.transaction():
+        if old.ino is not None:
+            for child in store.children(old.ino):
+                store.assume_sent(child.ino)
         store.set_remote(old.rid, ino=None)
         children = [c.ino for c in store.remote_children(old.rid) if c.ino is not None]
         for ino in children:

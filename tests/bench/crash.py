@@ -356,7 +356,10 @@ class Crash:
             for line in worker.stdout:
                 if line == "done\n":
                     assert under_way is not None
-                    self.tree.apply(*under_way)
+                    try:
+                        self.tree.apply(*under_way)
+                    except KeyError as error:
+                        raise AssertionError(f"{error} came into being by itself") from error
                     self._recent.append(under_way)
                     self.calls += 1
                     under_way, last = None, last - 1

@@ -63,10 +63,14 @@ class Server:
     def faults(self, **faults: Any) -> None:
         self.post("/devnet/faults", faults)
 
+    def stats(self) -> Any:
+        """The server's own counters since the last reset."""
+        with urllib.request.urlopen(self.url + "/devnet/stats", timeout=10) as answer:
+            return json.loads(answer.read())
+
     def calls(self) -> dict[str, int]:
         """Requests since the last reset, by "METHOD /path"."""
-        with urllib.request.urlopen(self.url + "/devnet/stats", timeout=10) as answer:
-            endpoints = json.loads(answer.read())["endpoints"]
+        endpoints = self.stats()["endpoints"]
         return {name: e["count"] for name, e in endpoints.items() if "/devnet/" not in name}
 
     def reset_calls(self) -> None:

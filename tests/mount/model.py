@@ -1,7 +1,6 @@
 """A pod in a real mount and a plain folder on the local disk, driven side by side and compared.
 
-Imports the harness. ``World`` is the surroundings (server, mount, what goes wrong), ``Twin`` one pod
-with its plain copy. Each operation is carried out on the mount first. Only where the network is being
+Imports the world (server, mount, what goes wrong); ``Twin`` is one pod with its plain copy. Each operation is carried out on the mount first. Only where the network is being
 disturbed may it fail with an errno of the network, and then it must not have happened. Every step
 is recorded; ``python -m tests.mount.model TRACE`` runs a recorded list of steps again, ``--shrink``
 looks for the shortest part of it that still fails.
@@ -18,171 +17,20 @@ import os
 import shutil
 import stat
 import sys
-import tempfile
-import threading
 import time
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpodfs import mountpoint
-from tests.mount.harness import Mount, Server
+from tests.mount.world import Mismatch, World, watchdog
 
 NETWORK = {errno.EIO, errno.ETIMEDOUT, errno.EHOSTUNREACH}
-SYNC_S = 60.0
-HANG_S = 120.0
 LONG_AGO_NS = 1_500_000_000 * 10**9
 """Times that were chosen are before this, those that come from a clock are after it."""
 NOREPLACE, EXCHANGE = 1, 2
-ALARMS = ("Traceback", "wait for each other", "conflict:", "hidden:")
-"""What the driver's log must not say: nobody else changes these pods."""
 Step = tuple[Any, ...]
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-class Mismatch(AssertionError):
-    """The mount and the plain folder disagree."""
-
-
-class World:
-    """A server and a mount that last for many examples, each of which has a pod of its own."""
-
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="model-"))
-        self.server = Server(self.folder / "devnet", "--no-market")
-        self.up = True
-        self.faulty = False
-        self._options = (3600.0, 60.0)
-        self.mount = Mount(self.folder, self.server, None, *self._flags())
-        self.mount.start()
-        self._pods = 0
-        self._log_read = 0
-
-    def _flags(self) -> tuple[str, ...]:
-        delay, ttl = self._options
-        return (
-            *("--writeback-delay", str(delay), "--attr-ttl", str(ttl)),
-            *("--timeout", "2", "--stall", "60"),
-        )
-
-    @property
-    def shaky(self) -> bool:
-        return self.faulty or not self.up
-
-    def close(self) -> None:
-        if self.mount.process is not None:
-            self.mount.kill()
-        if mountpoint.find(self.mount.point) is not None:
-            mountpoint.unmount(self.mount.point, lazy=True)
-        if self.up:
-            self.server.stop()
-        shutil.rmtree(self.folder)
-
-    def configure(self, delay: float, ttl: float) -> None:
-        if (delay, ttl) != self._options:
-            self._options = (delay, ttl)
-            self.mount.options = self._flags()
-            self.mount.remount()
-
-    def new_pod(self) -> str:
-        self._pods += 1
-        name = f"pod{self._pods}"
-        (self.mount.point / name).mkdir()
-        return name
-
-    def faults(self, **faults: Any) -> None:
-        if self.up:
-            self.server.faults(match="/v1/(file|dir|pod)", **faults)
-            self.faulty = True
-
-    def server_down(self, *, kill: bool) -> None:
-        if self.up:
-            (self.server.kill if kill else self.server.stop)()
-            self.up = False
-
-    def calm(self) -> None:
-        """The network is as it should be."""
-        if not self.up:
-            self.server.start_again()
-            self.up = True
-        if self.faulty:
-            self.server.faults()
-            self.faulty = False
-
-    def sync(self) -> None:
-        """Wait until the server has heard of everything."""
-        self.calm()
-        point = self.mount.point
-        os.setxattr(point, b"user.cpodfs.drain", b"1")
-        deadline = time.monotonic() + SYNC_S
-        while (status := self.mount.status())["pending"] or status["deletions"]:
-            if time.monotonic() > deadline:
-                raise Mismatch(f"not synced in {SYNC_S} s: {status}")
-            time.sleep(0.01)
-        os.setxattr(point, b"user.cpodfs.drain", b"0")
-
-    def check_log(self) -> None:
-        said = self.mount.logged()
-        news, self._log_read = said[self._log_read :], len(said)
-        if any(alarm in news for alarm in ALARMS):
-            raise Mismatch(f"the driver's log says:\n{news[-6000:]}")
-
-    def server_tree(self, pod: str) -> dict[str, int | None]:
-        """What the server itself lists: sizes of files, None for directories, by path in the pod."""
-        api = _Api(self.server, self.mount.user, self.mount.password_file.read_text())
-        api.call("POST", "/v1/pod/open", podName=pod)
-        found: dict[str, int | None] = {}
-        pending = ["/"]
-        while pending:
-            folder = pending.pop()
-            query = urllib.parse.urlencode({"podName": pod, "dirPath": folder})
-            listing = api.call("GET", f"/v1/dir/ls?{query}")
-            for entry in listing.get("dirs") or ():
-                path = os.path.join(folder, entry["name"])
-                found[path[1:]] = None
-                pending.append(path)
-            for entry in listing.get("files") or ():
-                found[os.path.join(folder, entry["name"])[1:]] = int(entry["size"])
-        return found
-
-
-class _Api:
-    """The server, spoken to by somebody who is not the driver."""
-
-    def __init__(self, server: Server, user: str, password: str) -> None:
-        self._url = server.url
-        self._token = ""
-        login = {"userName": user, "password": password}
-        self._token = self.call("POST", "/v2/user/login", **login)["accessToken"]
-
-    def call(self, method: str, path: str, **body: str) -> Any:
-        request = urllib.request.Request(
-            self._url + path,
-            json.dumps(body).encode() if body else None,
-            {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"},
-            method=method,
-        )
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            return json.loads(answer.read() or b"{}")
-
-
-@contextlib.contextmanager
-def watchdog(world: World) -> Iterator[None]:
-    """A call into the mount that hangs would hang the test: the driver's death ends both."""
-
-    def bite() -> None:
-        print(f"watchdog: no answer for {HANG_S} s", file=sys.stderr)
-        world.mount.process and world.mount.process.kill()
-
-    timer = threading.Timer(HANG_S, bite)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 Outcome = tuple[str, Any]
@@ -321,7 +169,9 @@ class Twin:
             self._on_path(lambda p: _write(p, os.O_WRONLY, data, offset), path)
 
     def truncate(self, path: str, size: int) -> None:
-        self._on_path(lambda p: os.truncate(p, size), path)
+        """To another size: whether truncating to the same one touches the time is up to a system."""
+        if (self.plain / path).is_file() and (self.plain / path).stat().st_size != size:
+            self._on_path(lambda p: os.truncate(p, size), path)
 
     def read(self, path: str) -> None:
         self._on_path(lambda p: Path(p).read_bytes(), path)
