@@ -214,6 +214,8 @@ class Driver:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._give_up_on_signal, nursery.cancel_scope)
             nursery.start_soon(self._report, progress)
+            with trio.move_on_after(self._settings.timeout_s):
+                await self.lister.stop()
             await self.engine.drain(self._settings.stall_s)
             nursery.cancel_scope.cancel()
         progress(self.status())

@@ -193,6 +193,7 @@ class Activity:
 
     async def begin(self) -> None:
         await asyncio.to_thread(self._container.create)
+        self._container.start()
         self._runner = asyncio.create_task(self._work(), name=f"activity {self.id}")
 
     @property

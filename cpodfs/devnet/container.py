@@ -1,17 +1,20 @@
 """What a task sees as its container: a folder at ``/golem``, another at ``/tmp``, and programs.
 
 Imports `rest` for the log. With bubblewrap: no network, no capabilities, a system to read and
-two folders to write. Without: plain processes, where ``/golem`` and ``/tmp`` in a command's
-words are replaced by the folders' real paths (a program that builds such a path itself does not
-find it). A task's folder is hostile ground: files in it are opened without following links.
+two folders to write; all commands of an activity share one set of processes, so that what one
+leaves in the background goes on, as in a real VM. Without: plain processes, where ``/golem`` and
+``/tmp`` in a command's words are replaced by the folders' real paths (a program that builds such a
+path itself does not find it). A task's folder is hostile ground: no link in it is followed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import re
+import select
 import shutil
 import signal
 import stat
@@ -34,8 +37,9 @@ _ETC = (
     *("alternatives", "group", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime"),
     *("mime.types", "nsswitch.conf", "passwd", "ssl/certs"),
 )
-# bwrap's own init does not wait for what it runs, which would hide the processor time used.
-_INIT = '"$@"; exit $?'
+_MARK = "CPODFS_ACTIVITY"
+_IDLE = ("/bin/sleep", "infinity")
+_START_S = 10.0
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CHUNK = 8192
 """Of output: small enough that its JSON fits one line of an event stream in aiohttp's client."""
@@ -62,16 +66,18 @@ class Isolation:
         container = Container(scratch, cls(bwrap), "probe")
         container.create()
         try:
+            container.start()
             done = subprocess.run(
                 container.command(["/bin/sh", "-c", "echo > /golem/work/probe"]),
                 capture_output=True,
                 timeout=10,
                 check=False,
                 env={},
+                pass_fds=container.handles,
             )
             works = done.returncode == 0 and container.path("/golem/work/probe").exists()
             reason = done.stderr.decode(errors="replace").strip()
-        except (OSError, subprocess.TimeoutExpired) as error:
+        except (OSError, ContainerError, subprocess.TimeoutExpired) as error:
             works, reason = False, str(error)
         finally:
             container.remove()
@@ -83,9 +89,10 @@ class Isolation:
 class Container:
     """The folder of one activity and the processes in it.
 
-    ``on_process`` is told the process group that runs (pid, start time in clock ticks), and
-    (None, None) when it has ended, so that somebody can end it when this process cannot.
-    ``cpu_s`` is the processor time of everything that ran here, and only grows.
+    ``create``, ``start``, any number of ``run``, ``remove``. ``on_process`` is told the process
+    group that runs (pid, start time in clock ticks), and (None, None) when it has ended, so that
+    somebody can end it when this process cannot. The folder's name marks its processes
+    (`kill_marked`). ``handles``: descriptors that processes of `command` must inherit.
     """
 
     def __init__(
@@ -99,7 +106,10 @@ class Container:
         self._isolation = isolation
         self._hostname = re.sub(r"[^A-Za-z0-9-]", "-", hostname)[:63] or "provider"
         self._on_process = on_process
-        self.cpu_s = 0.0
+        self._anchor: subprocess.Popen[bytes] | None = None
+        self.handles: tuple[int, ...] = ()
+        self._used_s = 0.0
+        self._seen_s = 0.0
 
     def create(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -107,7 +117,59 @@ class Container:
         for name in _GOLEM_DIRS:
             (self.folder / "golem" / name).mkdir(parents=True, exist_ok=True)
 
+    def start(self) -> None:
+        """Begin the processes' common world, if they are confined. Blocks for some milliseconds.
+
+        Raises ContainerError. bwrap dies with the thread that starts it: not for a passing one.
+        """
+        if self._isolation.bwrap is None:
+            return
+        reader, writer = os.pipe()
+        try:
+            self._anchor = subprocess.Popen(
+                [*self._confined("--unshare-all", "--info-fd", str(writer)), *_IDLE],
+                pass_fds=[writer],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=self._environment(),
+                start_new_session=True,
+            )
+            os.close(writer)
+            writer = -1
+            ready = select.select([reader], [], [], _START_S)[0]
+            first = json.loads(os.read(reader, 65536)) if ready else {}
+            proc = f"/proc/{first['child-pid']}/ns"
+            self.handles = tuple(os.open(f"{proc}/{kind}", os.O_RDONLY) for kind in ("user", "pid"))
+        except (OSError, ValueError, KeyError) as error:
+            raise ContainerError(f"the container cannot be started: {error!r}") from None
+        finally:
+            for handle in (reader, writer):
+                if handle >= 0:
+                    os.close(handle)
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor seconds of everything that ran here; only grows.
+
+        Unconfined, what goes on in the background is not counted.
+        """
+        background_s = 0.0 if self._anchor is None else _processor_time_s(self._anchor.pid)
+        self._seen_s = max(self._seen_s, self._used_s + background_s)
+        return self._seen_s
+
     def remove(self) -> None:
+        """End every process, forget the folder."""
+        used_s = self.cpu_s
+        if self._anchor is not None:
+            kill_group(self._anchor.pid)
+            self._anchor.wait()
+            self._anchor = None
+        for handle in self.handles:
+            os.close(handle)
+        self.handles = ()
+        self._used_s = used_s
+        kill_marked(self.folder.name)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def path(self, container_path: str) -> Path:
@@ -159,13 +221,18 @@ class Container:
         """The words to start ``argv`` with, confined if that is possible."""
         if self._isolation.bwrap is None:
             return [self._here(word) for word in argv]
+        user, pid = map(str, self.handles)
+        apart = (f"--unshare-{what}" for what in ("net", "ipc", "uts", "cgroup-try"))
+        return [*self._confined("--userns", user, "--pidns", pid, *apart), *argv]
+
+    def _confined(self, *namespaces: str) -> list[str]:
+        assert self._isolation.bwrap is not None
         return [
-            *(self._isolation.bwrap, "--unshare-all", "--die-with-parent", "--new-session"),
+            *(self._isolation.bwrap, *namespaces, "--die-with-parent", "--new-session"),
             *("--cap-drop", "ALL", "--hostname", self._hostname, *_system_mounts()),
             *("--proc", "/proc", "--dev", "/dev"),
             *(word for name in VOLUMES for word in ("--bind", str(self.folder / name), f"/{name}")),
-            *("--remount-ro", "/", "--chdir", WORK_DIR, "--as-pid-1", "--"),
-            *("/bin/sh", "-c", _INIT, "sh", *argv),
+            *("--remount-ro", "/", "--chdir", WORK_DIR, "--"),
         ]
 
     def _here(self, word: str) -> str:
@@ -180,13 +247,15 @@ class Container:
         confined = self._isolation.bwrap is not None
         home = WORK_DIR if confined else str(self.path(WORK_DIR))
         temp = "/tmp" if confined else str(self.path("/tmp"))  # noqa: S108 - the container's
-        return {"PATH": _PATH, "HOME": home, "TMPDIR": temp, "LANG": "C.UTF-8"}
+        mark = {_MARK: self.folder.name}
+        return {"PATH": _PATH, "HOME": home, "TMPDIR": temp, "LANG": "C.UTF-8"} | mark
 
     async def run(self, argv: Sequence[str], on_output: Output) -> int:
         """Run a program to its end, passing on its output as it comes.
 
-        Returns the exit code, as a shell gives it (128 + number for a signal). Its whole process group is killed when this is cancelled, and what it leaves behind when
-        it ends. Raises ContainerError when it cannot be started.
+        Returns the exit code, as a shell gives it (128 + number for a signal). Its process group is
+        killed when this is cancelled; what it leaves in the background goes on until `remove`.
+        Raises ContainerError when it cannot be started.
         """
         try:
             process = subprocess.Popen(  # noqa: ASYNC220 - returns at once, waits by pidfd
@@ -196,6 +265,7 @@ class Container:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                pass_fds=self.handles,
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
@@ -209,15 +279,14 @@ class Container:
         ]
         try:
             await _exited(process.pid)
-        finally:
-            # The leader is still there, if only as a zombie: its group's number cannot be reused.
-            # What is killed now is never waited for: its time is only to be had before.
-            used_s = _processor_time_s(process.pid)
+        except BaseException:
             kill_group(process.pid)
+            raise
+        finally:
             _pid, status, usage = os.wait4(process.pid, 0)  # noqa: ASYNC222 - it is dead
             code = os.waitstatus_to_exitcode(status)
             process.returncode = code
-            self.cpu_s += max(used_s, usage.ru_utime + usage.ru_stime)
+            self._used_s += usage.ru_utime + usage.ru_stime
             self._on_process(None, None)
             try:
                 await asyncio.wait(readers, timeout=_PIPES_GRACE_S)
@@ -307,6 +376,17 @@ def started_at(pid: int) -> int | None:
     except OSError:
         return None
     return int(text.rpartition(")")[2].split()[19])
+
+
+def kill_marked(activity: str) -> None:
+    """Kill what an activity's commands left behind, known by the mark in its environment."""
+    mark = f"{_MARK}={activity}".encode()
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            if mark in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                os.kill(int(name), signal.SIGKILL)
 
 
 def kill_leftover(pid: int, started: int | None) -> bool:

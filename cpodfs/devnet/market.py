@@ -20,7 +20,7 @@ from aiohttp.typedefs import Handler, Middleware
 from cpodfs.devnet.activity import TERMINATED, Activity
 from cpodfs.devnet.activity_api import ActivityApi
 from cpodfs.devnet.agreements import Agreement, new_id
-from cpodfs.devnet.container import Container, Isolation, kill_leftover
+from cpodfs.devnet.container import Container, Isolation, kill_leftover, kill_marked
 from cpodfs.devnet.gftp import Registry
 from cpodfs.devnet.ledger import Ledger
 from cpodfs.devnet.market_api import MarketApi
@@ -118,6 +118,7 @@ class Market:
         for row in self._ledger.activities_left_open():
             if row["pid"] is not None and kill_leftover(row["pid"], row["pid_started"]):
                 log.warning("leftover_killed activity=%s pid=%s", row["id"], row["pid"])
+            kill_marked(row["id"])
             self._ledger.activity_abandoned(row["id"])
         for key in self._ledger.open_agreements():
             log.warning("agreement_closed agreement=%s reason='market restarted'", key)

@@ -247,6 +247,7 @@ class Tree:
         """chmod, truncate and utimens, whichever are asked for."""
         inode = self.inode(ino)
         self.check_writable(ino)
+        before = self.size(inode)
         if change.size is not None:
             await self._truncate(inode, change.size, handle)
         with self.store.transaction():
@@ -256,7 +257,7 @@ class Tree:
                 columns["atime_ns"] = change.atime_ns
             if change.mtime_ns is not None:
                 columns["mtime_ns"] = change.mtime_ns
-            elif change.size is not None:
+            elif change.size is not None and change.size != before:
                 columns["mtime_ns"] = time.time_ns()
             if change.mode is not None and change.mode != inode.mode:
                 columns["mode"] = change.mode

@@ -53,6 +53,7 @@ class Lister:
         self._failed: dict[int, CpodfsError] = {}
         self._retry_at: dict[int, float] = {}
         self._lookahead = Lookahead(store, self._begin)
+        self._stopping = False
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -65,6 +66,12 @@ class Lister:
         """As ``ensure``, for somebody who reads the directory and may be walking the tree."""
         self._lookahead.opened(directory)
         await self.ensure(directory)
+
+    async def stop(self) -> None:
+        """Begin no more listings, and wait for those that run: they can find new work."""
+        self._stopping = True
+        for running in list(self._running.values()):
+            await running.wait()
 
     async def ensure(self, directory: Inode) -> None:
         """Return when the children of ``directory`` are known. Raises a DfsError if they can't be."""
@@ -83,7 +90,8 @@ class Lister:
     async def refresh(self, ino: int) -> None:
         """List now, or join whoever does. Raises a DfsError."""
         self._begin(ino)
-        await self._running[ino].wait()
+        if ino in self._running:
+            await self._running[ino].wait()
         error = self._failed.get(ino)
         if error is not None:
             raise error
@@ -129,11 +137,11 @@ class Lister:
     # -- one listing at a time per directory ------------------------------------------------------
 
     def _refresh_later(self, ino: int) -> None:
-        if ino not in self._running and time.monotonic() >= self._retry_at.get(ino, 0.0):
-            self._start(ino)
+        if time.monotonic() >= self._retry_at.get(ino, 0.0):
+            self._begin(ino)
 
     def _begin(self, ino: int) -> None:
-        if ino not in self._running:
+        if ino not in self._running and not self._stopping:
             self._start(ino)
 
     def _start(self, ino: int) -> None:
