@@ -9,7 +9,8 @@ CpodfsError                     EIO
 ├── RecipeError                 ENOEXEC     the pod's recipe is broken; names file and field
 │   └── RecipeMissing           EOPNOTSUPP  the pod has no recipe, so it cannot be run
 ├── RunError                    EIO
-│   └── RunInProgress           EBUSY       one run per pod
+│   ├── RunInProgress           EBUSY       one run per pod
+│   └── NotTrusted              EACCES      the code of somebody else, which nobody has vouched for
 ├── CacheError                  EIO
 │   ├── CacheLocked             EBUSY       another driver owns this cache
 │   └── CacheVersion            EINVAL      written by a version of cpodfs that we do not know
@@ -72,6 +73,10 @@ class RunError(CpodfsError):
 
 class RunInProgress(RunError):
     errno = _errno.EBUSY
+
+
+class NotTrusted(RunError):
+    errno = _errno.EACCES
 
 
 class CacheError(CpodfsError):

@@ -19,7 +19,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from cpodfs import __version__, mountpoint
+from cpodfs import mountpoint
 from cpodfs.cache.folder import Cache, opened
 from cpodfs.cache.schema import ROOT
 from cpodfs.config import Settings
@@ -32,6 +32,7 @@ from cpodfs.fs.tree import Tree
 from cpodfs.notify import sd_notify
 from cpodfs.paths import RUN_NAME
 from cpodfs.runs.manager import RunManager
+from cpodfs.status import Status
 from cpodfs.sync.downloads import Downloads
 from cpodfs.sync.engine import Engine, Limits
 from cpodfs.sync.eviction import Evictor
@@ -95,6 +96,9 @@ class Driver:
             *(merger, self._on_outcome),
         )
         self.engine.is_read = self.downloads.is_read
+        self._status = Status(
+            *(settings, cache, dfs.session, self.engine, self.downloads, self.runs)
+        )
         run_files = RunFiles(tree, self.runs)
         attributes = Attributes(tree, run_files)
         attributes.reports = {b"status": self.status}
@@ -274,30 +278,8 @@ class Driver:
     # -- what users ask through attributes of the root --------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """What ``cpodfs status`` shows; sizes in bytes. Small enough for one attribute."""
-        store, session = self._cache.store, self._dfs.session
-        uploads = [
-            {"path": store.path(ino), "sent": sent, "size": size}
-            for ino, (sent, size) in list(self.engine.uploading().items())[:50]
-        ]
-        failed = store.failed(limit=50)
-        return {
-            "version": __version__,
-            "pid": os.getpid(),
-            "mountpoint": str(self._settings.mountpoint),
-            "server": self._settings.server,
-            "user": self._settings.user,
-            "cache": str(self._cache.folder),
-            "offline": self.engine.offline,
-            "runs": self.runs.pods(),
-            **store.totals(),
-            "uploads": uploads,
-            "storing": self.engine.is_being_stored(),
-            "failed": [{"path": store.path(i.ino), "error": i.error} for i in failed],
-            "done": self.engine.counters.done,
-            "bytes_sent": self.engine.counters.bytes_sent,
-            "calls": sum(session.stats.calls.values()),
-        }
+        """What ``cpodfs status`` shows."""
+        return self._status.report()
 
     async def _command_drain(self, _ino: int, value: bytes) -> None:
         if value == b"0":

@@ -2,13 +2,14 @@
 
 A leaf: imports errors and pydantic only, touches no file. What it reads was written by strangers:
 whatever the bytes, the answer is a `Recipe` or a one-line `RecipeError` naming file and field.
-Issue 4 reads `Recipe.runtime` as it stands; keep it raw here.
+A `Runtime` is handed to the provider run as plain JSON: keep its fields JSON values.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictBool,
+    StrictFloat,
+    StrictInt,
     StrictStr,
     ValidationError,
     model_validator,
@@ -39,12 +42,45 @@ _WARNINGS_LIMIT = 10
 
 
 @dataclass(frozen=True)
+class Runtime:
+    """``golem.runtime``: rent the machine, and for how much. Prices and budget are in GLM.
+
+    ``image`` is a hash (``image_is_hash``) or a tag. ``timeout_s`` covers the whole run,
+    ``offer_timeout_s`` the wait for the first agreement. ``max_*`` None: no limit but the budget.
+    ``foreach``: a glob relative to the pod, one task per file; None: one program on one provider.
+    """
+
+    image: str
+    budget: float
+    min_mem_gib: float
+    min_cpu_threads: int
+    min_storage_gib: float
+    capabilities: tuple[str, ...]
+    timeout_s: float
+    offer_timeout_s: float
+    subnet: str | None
+    network: str | None
+    driver: str | None
+    max_start: float | None
+    max_cpu_hour: float | None
+    max_env_hour: float | None
+    retries: int
+    foreach: str | None
+    workers: int
+    poll_s: float
+
+    @property
+    def image_is_hash(self) -> bool:
+        return re.fullmatch("[0-9a-f]{56}", self.image) is not None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe that has been checked.
 
     The folder names are relative to the pod's root, normalised (no ``.``, ``..``, doubled or outer
-    slashes). ``runtime`` is the raw ``golem.runtime`` object, or None for a requestor session.
-    ``extra`` holds the keys that we do not know, those inside ``golem`` as ``golem.<key>``.
+    slashes). ``runtime`` is None for a requestor session. ``extra`` holds the keys that we do not
+    know, those inside ``golem`` as ``golem.<key>``, inside that as ``golem.runtime.<key>``.
     ``raw`` is the document as it was written; treat it as read-only.
     """
 
@@ -59,7 +95,7 @@ class Recipe:
     payload: str
     output: str
     log: str
-    runtime: dict[str, Any] | None
+    runtime: Runtime | None
     extra: dict[str, Any]
     warnings: tuple[str, ...]
     raw: dict[str, Any]
@@ -101,6 +137,9 @@ def parse_recipe(data: bytes, *, file: str, others: Sequence[str] = ()) -> Recip
     golem = document.golem
     extra = dict(document.model_extra or {})
     extra |= {f"golem.{key}": value for key, value in (golem.model_extra or {}).items()}
+    if golem.runtime is not None:
+        unknown = golem.runtime.model_extra or {}
+        extra |= {f"golem.runtime.{key}": value for key, value in unknown.items()}
     return Recipe(
         file=file,
         name=document.name or file.removesuffix(".json").removesuffix(".recipe") or "recipe",
@@ -113,7 +152,7 @@ def parse_recipe(data: bytes, *, file: str, others: Sequence[str] = ()) -> Recip
         payload=golem.payload,
         output=golem.output,
         log=golem.log,
-        runtime=golem.runtime,
+        runtime=None if golem.runtime is None else golem.runtime.result(),
         extra=extra,
         warnings=_warnings(file, extra, others),
         raw=raw,
@@ -238,6 +277,80 @@ _Folder = Annotated[StrictStr, AfterValidator(_folder)]
 _Command = Annotated[StrictStr, AfterValidator(_command)]
 
 
+_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _duration_s(value: Any) -> Any:
+    """``"90"``, ``"30m"``, ``"1h30m"`` or a number of seconds."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"must be a duration like '30m', not {_kind(value)}")  # noqa: TRY004
+    text = value.replace(" ", "")
+    if not re.fullmatch(r"(\d{1,9}(\.\d{1,9})?[smhd])+|\d{1,9}(\.\d{1,9})?", text, re.ASCII):
+        raise ValueError("must be a duration like '45s', '30m' or '1h30m'")
+    parts = re.findall(r"([\d.]+)([smhd]?)", text, re.ASCII)
+    return sum(float(number) * _UNITS_S[unit] for number, unit in parts)
+
+
+def _glob(value: str) -> str:
+    value = _folder(value)
+    if not any(c in value for c in "*?["):
+        raise ValueError("must be a pattern with *, ? or [")
+    if "**" in value.split("/")[:1] or value.startswith("*"):
+        raise ValueError("must begin with a folder of the pod, as in 'payload/*.txt'")
+    return value
+
+
+_Price = Annotated[StrictFloat, Field(ge=0, le=1e9)]
+_Seconds = Annotated[float, BeforeValidator(_duration_s)]
+_Word = Annotated[StrictStr, AfterValidator(_text), Field(pattern=r"^[A-Za-z0-9_.:/@+-]{1,200}$")]
+
+
+class _MaxPrice(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    start: _Price | None = None
+    cpu_hour: _Price | None = None
+    env_hour: _Price | None = None
+
+
+class _Runtime(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    image: _Word
+    budget: Annotated[StrictFloat, Field(gt=0, le=1e9)]
+    min_mem_gib: Annotated[StrictFloat, Field(gt=0, le=1e5)] = 0.5
+    min_cpu_threads: Annotated[StrictInt, Field(ge=1, le=10_000)] = 1
+    min_storage_gib: Annotated[StrictFloat, Field(ge=0, le=1e6)] = 2.0
+    capabilities: Annotated[list[_Word], Field(max_length=20)] = []
+    timeout: Annotated[_Seconds, Field(ge=1, le=30 * 86400)] = 1800.0
+    offer_timeout: Annotated[_Seconds, Field(ge=1, le=86400)] = 60.0
+    subnet: _Word | None = None
+    network: _Word | None = None
+    driver: _Word | None = None
+    max_price: _MaxPrice = _MaxPrice()
+    retries: Annotated[StrictInt, Field(ge=0, le=100)] = 2
+    foreach: Annotated[StrictStr, AfterValidator(_glob)] | None = None
+    workers: Annotated[StrictInt, Field(ge=1, le=1000)] = 1
+    poll: Annotated[_Seconds, Field(ge=0.1, le=3600)] = 2.0
+
+    def result(self) -> Runtime:
+        return Runtime(
+            **self.model_dump(
+                exclude={"capabilities", "timeout", "offer_timeout", "max_price", "poll"},
+                include=set(_Runtime.model_fields),
+            ),
+            capabilities=tuple(self.capabilities),
+            timeout_s=self.timeout,
+            offer_timeout_s=self.offer_timeout,
+            max_start=self.max_price.start,
+            max_cpu_hour=self.max_price.cpu_hour,
+            max_env_hour=self.max_price.env_hour,
+            poll_s=self.poll,
+        )
+
+
 class _Golem(BaseModel):
     model_config = ConfigDict(extra="allow")
 
@@ -246,7 +359,7 @@ class _Golem(BaseModel):
     payload: _Folder = "payload"
     output: _Folder = "output"
     log: _Folder = "logs"
-    runtime: dict[str, Any] | None = None
+    runtime: _Runtime | None = None
 
     @property
     def argv(self) -> tuple[str, ...]:
@@ -297,12 +410,17 @@ def _reason(problem: Any) -> str:
         "bool_type": "true or false",
         "dict_type": "an object",
         "model_type": "an object",
+        "int_type": "a whole number",
+        "float_type": "a number",
+        "list_type": "a list",
     }
     kind = problem["type"]
     if kind == "missing":
         return "is missing"
     if kind == "value_error":
         return str(problem["ctx"]["error"])
+    if kind == "extra_forbidden":
+        return "is not known"
     if kind in wanted:
         return f"must be {wanted[kind]}, not {_kind(problem['input'])}"
     return _shown(str(problem["msg"]), 200)

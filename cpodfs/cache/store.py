@@ -13,11 +13,10 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from cpodfs.cache.schema import DIR, FILE, PLACE, ROOT, SCHEMA, SENT, UNKNOWN, VERSION
+from cpodfs.cache.schema import CONTENT, DIR, FILE, PLACE, ROOT, SCHEMA, SENT, UNKNOWN, VERSION
 from cpodfs.errors import CacheError, CacheVersion
 
 INODE_COLUMNS = (
@@ -29,8 +28,7 @@ REMOTE_COLUMNS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Inode:
+class Inode(NamedTuple):
     """A row of the local tree; the columns are explained in ``schema.py``."""
 
     ino: int
@@ -59,8 +57,7 @@ class Inode:
         return self.kind == FILE
 
 
-@dataclass(frozen=True, slots=True)
-class Remote:
+class Remote(NamedTuple):
     """A row of the remote tree; the columns are explained in ``schema.py``."""
 
     rid: int
@@ -159,7 +156,7 @@ class Store:
             f"SELECT {INODE_COLUMNS} FROM inode WHERE parent = ? AND ino > ? ORDER BY ino LIMIT ?",
             (parent, after, limit),
         )
-        return [Inode(*row) for row in rows]
+        return [Inode._make(row) for row in rows]
 
     def has_children(self, parent: int) -> bool:
         query = "SELECT 1 FROM inode WHERE parent = ? LIMIT 1"
@@ -189,7 +186,7 @@ class Store:
                 *(target, cached, dirty, now / 1e9, now / 1e9),
             ),
         ).fetchone()
-        return Inode(*row)
+        return Inode._make(row)
 
     def set(self, ino: int, **columns: Any) -> None:
         """Change columns (trusted names) of one inode."""
@@ -277,7 +274,7 @@ class Store:
             "ORDER BY ino LIMIT ?",
             (after, limit),
         )
-        return [Inode(*row) for row in rows]
+        return [Inode._make(row) for row in rows]
 
     def is_settled(self) -> bool:
         """Whether the server knows all."""
@@ -292,7 +289,7 @@ class Store:
             "AND error IS NOT NULL LIMIT ?",
             (limit,),
         )
-        return [Inode(*row) for row in rows]
+        return [Inode._make(row) for row in rows]
 
     def unlinked(self) -> list[int]:
         """Inodes without a name: left over when the driver died while they were open."""
@@ -316,17 +313,22 @@ class Store:
         return "/".join(i.name or "(deleted)" for i in reversed(self.ancestors(ino)))
 
     def totals(self) -> dict[str, int]:
-        """Counts for ``status``: objects, bytes, errors, deletions. Uses the partial indexes."""
-        one, pending = self._db.execute, "dirty != 0 AND parent IS NOT NULL"
+        """Counts for ``status``: objects, files and their bytes, errors, deletions.
+
+        Uses the partial indexes.
+        """
+        pending, files, size, errors = self._db.execute(
+            f"SELECT count(*), coalesce(sum(dirty & {CONTENT}), 0), "
+            f"coalesce(sum(size) FILTER (WHERE dirty & {CONTENT}), 0), count(error) "
+            "FROM inode WHERE dirty != 0 AND parent IS NOT NULL"
+        ).fetchone()
+        deletions = self._db.execute("SELECT count(*) FROM remote WHERE ino IS NULL").fetchone()[0]
         return {
-            "pending": one(f"SELECT count(*) FROM inode WHERE {pending}").fetchone()[0],
-            "bytes": one(
-                f"SELECT coalesce(sum(size), 0) FROM inode WHERE dirty & 1 AND {pending}"
-            ).fetchone()[0],
-            "errors": one(
-                f"SELECT count(*) FROM inode WHERE error IS NOT NULL AND {pending}"
-            ).fetchone()[0],
-            "deletions": one("SELECT count(*) FROM remote WHERE ino IS NULL").fetchone()[0],
+            "pending": pending,
+            "files": files,
+            "bytes": size,
+            "errors": errors,
+            "deletions": deletions,
         }
 
     def cached_bytes(self) -> int:
@@ -381,7 +383,7 @@ class Store:
         rows = self._db.execute(
             f"SELECT {REMOTE_COLUMNS} FROM remote WHERE rparent = ? LIMIT ?", (rid, limit)
         )
-        return [Remote(*row) for row in rows]
+        return [Remote._make(row) for row in rows]
 
     def remote_moving_to(self, rparent: int, name: str) -> Remote | None:
         """The object that a rename with an unknown outcome may have put at this place."""
@@ -390,7 +392,7 @@ class Store:
     def moving(self) -> list[Remote]:
         """Objects whose rename has been sent, with an outcome that is not known."""
         query = f"SELECT {REMOTE_COLUMNS} FROM remote WHERE to_parent IS NOT NULL"
-        return [Remote(*row) for row in self._db.execute(query)]
+        return [Remote._make(row) for row in self._db.execute(query)]
 
     def orphans(self) -> list[int]:
         return [r for (r,) in self._db.execute("SELECT rid FROM remote WHERE ino IS NULL")]
@@ -448,11 +450,11 @@ class Store:
             f"SELECT {INODE_COLUMNS} FROM inode WHERE {where}",
             arguments,
         ).fetchone()
-        return None if row is None else Inode(*row)
+        return None if row is None else Inode._make(row)
 
     def _remote(self, where: str, arguments: tuple[Any, ...]) -> Remote | None:
         row = self._db.execute(
             f"SELECT {REMOTE_COLUMNS} FROM remote WHERE {where}",
             arguments,
         ).fetchone()
-        return None if row is None else Remote(*row)
+        return None if row is None else Remote._make(row)

@@ -9,8 +9,9 @@ import click
 
 from cpodfs import __version__
 from cpodfs.cli.demo import demo
-from cpodfs.cli.inspect import refresh, status, sync
+from cpodfs.cli.inspect import refresh, sync
 from cpodfs.cli.mount import mount
+from cpodfs.cli.status import status
 from cpodfs.cli.umount import umount
 from cpodfs.devnet.cli import devnet
 from cpodfs.errors import CpodfsError

@@ -81,7 +81,7 @@ def wait_until_idle(
         if now != last or status["storing"]:
             moved, last = time.monotonic(), now
         changes = status["pending"] + status["deletions"]
-        stuck = changes <= len(status["failed"]) and not status["uploads"] and not status["offline"]
+        stuck = changes <= status["errors"] and not status["uploads"] and not status["offline"]
         waited = time.monotonic() - moved
         if not changes or waited > stall_s or (stuck and waited > min(stall_s, 3.0)):
             return status

@@ -22,6 +22,7 @@ import subprocess
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from cpodfs.devnet.rest import log
 
@@ -137,9 +138,7 @@ class Container:
             )
             os.close(writer)
             writer = -1
-            ready = select.select([reader], [], [], _START_S)[0]
-            first = json.loads(os.read(reader, 65536)) if ready else {}
-            proc = f"/proc/{first['child-pid']}/ns"
+            proc = f"/proc/{_read_json(reader)['child-pid']}/ns"
             self.handles = tuple(os.open(f"{proc}/{kind}", os.O_RDONLY) for kind in ("user", "pid"))
         except (OSError, ValueError, KeyError) as error:
             raise ContainerError(f"the container cannot be started: {error!r}") from None
@@ -296,6 +295,14 @@ class Container:
                 process.stdout.close()
                 process.stderr.close()
         return code if code >= 0 else 128 - code
+
+
+def _read_json(handle: int) -> Any:
+    """All that is written to a pipe, in time. Raises ValueError for anything but JSON."""
+    said = b""
+    while select.select([handle], [], [], _START_S)[0] and (chunk := os.read(handle, 65536)):
+        said += chunk
+    return json.loads(said)
 
 
 def _system_mounts() -> list[str]:

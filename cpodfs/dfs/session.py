@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -67,7 +67,8 @@ class Timeouts:
 class Stats:
     """Since the session was made. Calls and errors count single HTTP exchanges, repeats too.
 
-    ``calls`` by path, ``errors`` by class name; bytes are those of file contents only.
+    ``calls`` by path, ``errors`` by class name; bytes are those of file contents only. ``recent``:
+    when the latest calls began, in trio's time.
     """
 
     calls: Counter[str] = field(default_factory=Counter)
@@ -76,6 +77,15 @@ class Stats:
     repeats: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=1000))
+
+    def calls_per_s(self, window_s: float = 10.0) -> float:
+        """The rate over the last seconds; over as many as are remembered, when calls come fast."""
+        now = trio.current_time()
+        begun = sum(now - at <= window_s for at in self.recent)
+        if begun == self.recent.maxlen:
+            window_s = max(now - self.recent[0], 0.001)
+        return begun / window_s
 
 
 class Session:
@@ -316,6 +326,7 @@ class Session:
     ) -> httpx.Response:
         bearer = {} if token is None else {"Authorization": f"Bearer {token}"}
         self.stats.calls[endpoint] += 1
+        self.stats.recent.append(trio.current_time())
         started = time.time()
         try:
             request = self._http.build_request(

@@ -9,22 +9,29 @@ from __future__ import annotations
 import errno
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cpodfs.cache.schema import ROOT
 from cpodfs.cache.store import Inode
 from cpodfs.errors import CpodfsError, RecipeMissing
+from cpodfs.fs.guard import Guard, PodRecipe
 from cpodfs.fs.tree import Tree, oserror
 from cpodfs.paths import RUN_NAME
-from cpodfs.recipe import RECIPE_LIMIT_BYTES, Recipe, parse_recipe, recipes_in_order
+from cpodfs.recipe import RECIPE_LIMIT_BYTES, parse_recipe, recipes_in_order
+from cpodfs.runs import changes
 from cpodfs.runs.manager import RunManager
+from cpodfs.runs.spawn import How
 
 log = logging.getLogger(__name__)
 
 RUN_INO_BIT = 1 << 62
 CONTROL_HANDLE_BIT = 1 << 62
 XATTR_PREFIX = b"user.cpodfs."
+REQUEST = b"request."
+PATH_COMMANDS = frozenset({b"refresh"})
+"""The commands about a path, which may be given to that; all others are the root's."""
 
 
 @dataclass(slots=True)
@@ -36,11 +43,12 @@ class _Starter:
 
 
 class RunFiles:
-    """The ``.run`` of every pod. ``on_change(pod)``: the kernel may remember what is no longer so."""
+    """The ``.run`` of every pod, and what is known of whose they are."""
 
-    def __init__(self, tree: Tree, runs: RunManager) -> None:
+    def __init__(self, tree: Tree, runs: RunManager, guard: Guard) -> None:
         self._tree = tree
         self._runs = runs
+        self._guard = guard
         self._starting: set[int] = set()
         self._starters: dict[int, _Starter] = {}
         self._snapshots: dict[int, bytes] = {}
@@ -71,26 +79,37 @@ class RunFiles:
 
     async def create(self, pod: int, pid: int) -> int:
         """Start a run: what ``touch .run`` means. Returns a handle; raises why it cannot run."""
+        await self.start(pod, {})
+        return self._handle(_Starter(pod, pid))
+
+    async def start(self, pod: int, changed: Mapping[str, str]) -> tuple[str, str]:
+        """Start a run with these settings changed; its id, and its log folder in the pod."""
         if self.exists(pod) or pod in self._starting:
             raise oserror(errno.EBUSY, RUN_NAME)
         self._starting.add(pod)
         try:
-            recipe = await self._recipe(pod)
+            what = await self.recipe(pod)
+            sandbox = await self._guard.admit(what)
+            recipe, env = changes.apply(what.recipe, changed)
             name = self._pod_name(pod)
             for warning in recipe.warnings:
                 log.warning("recipe pod=%r: %s", name, warning)
-            run_id = self._runs.begin(name, recipe)
+            run_id = self._runs.begin(name, recipe, How(env, changed, sandbox))
         except CpodfsError as error:
             self._refused(pod, str(error))
             raise
         except OSError as error:
-            self._refused(pod, f"{self._pod_name(pod)}: {error.strerror}")
+            self._refused(pod, f"{self._pod_name(pod)}: {error.strerror}{_advice(error)}")
             raise
         finally:
             self._starting.discard(pod)
         self.errors.pop(pod, None)
         log.info("run started pod=%r run=%s", name, run_id)
-        return self._handle(_Starter(pod, pid))
+        return run_id, f"{recipe.log}/{run_id}"
+
+    def record(self, pod: str, run_id: str) -> dict[str, Any] | None:
+        """The driver's own record of a run."""
+        return self._runs.record(pod, run_id)
 
     def _refused(self, pod: int, reason: str) -> None:
         store = self._tree.store
@@ -98,7 +117,31 @@ class RunFiles:
         self.errors[pod] = reason
         log.warning("run refused pod=%r: %s", self._pod_name(pod), reason)
 
-    async def _recipe(self, pod: int) -> Recipe:
+    # -- whose pods they are ----------------------------------------------------------------------
+
+    def made(self, pod: str) -> None:
+        """A pod was made through this mount: it is the user's own."""
+        self._note(lambda: self._guard.book.own(pod))
+
+    def moved(self, old: str, new: str) -> None:
+        """A pod that the server has not heard of got another name."""
+        self._note(lambda: self._guard.book.rename(old, new))
+
+    def not_ours(self, pods: Iterable[str]) -> None:
+        """Under these names pods were deleted, or have come and gone elsewhere."""
+        for pod in pods:
+            self._note(lambda name=pod: self._guard.book.forget(name))
+
+    def _note(self, change: Callable[[], object]) -> None:
+        try:
+            change()
+        except OSError as error:
+            log.warning("whose pod it is was not noted: %s", error)
+
+    # -- the recipe -------------------------------------------------------------------------------
+
+    async def recipe(self, pod: int) -> PodRecipe:
+        """The pod's recipe. Raises EROFS in a received pod, RecipeError or a DfsError."""
         self._tree.check_writable(pod)
         await self._tree.directory(pod)
         files = {c.name: c for c in self._tree.store.children(pod) if c.is_file and c.name}
@@ -109,7 +152,8 @@ class RunFiles:
                 "there is no recipe.json, .recipe or *.recipe at its root"
             )
         raw = await self._tree.read_whole(files[chosen[0]].ino, RECIPE_LIMIT_BYTES + 1)
-        return parse_recipe(raw, file=chosen[0], others=chosen[1:])
+        recipe = parse_recipe(raw, file=chosen[0], others=chosen[1:])
+        return PodRecipe(self._tree.inode(pod), recipe, raw)
 
     def cancel(self, pod: int) -> None:
         """``rm .run``: the file goes when the run has ended."""
@@ -150,6 +194,12 @@ class RunFiles:
         return self._tree.inode(pod).name or ""
 
 
+def _advice(error: OSError) -> str:
+    if error.errno == errno.EROFS:
+        return "; it was received: make a pod of your own of it with cpodfs fork"
+    return ""
+
+
 class Attributes:
     """The computed extended attributes; read-only but for commands given to the mount."""
 
@@ -158,6 +208,8 @@ class Attributes:
         self._runs = runs
         self.commands: dict[bytes, Callable[[int, bytes], Awaitable[None]]] = {}
         self.reports: dict[bytes, Callable[[], object]] = {}
+        self.ask: Callable[[bytes, bytes], Awaitable[None]] | None = None
+        self.answer: Callable[[bytes], bytes | None] = lambda _key: None
 
     def get(self, inode: Inode, name: bytes) -> bytes | None:
         key = name.removeprefix(XATTR_PREFIX)
@@ -166,14 +218,22 @@ class Attributes:
         if key == b"error":
             error = self._error(inode)
             return None if error is None else error.encode(errors="backslashreplace")
-        if inode.ino == ROOT and key in self.reports:
-            return json.dumps(self.reports[key]()).encode()
-        return None
+        if inode.ino != ROOT:
+            return None
+        if key.startswith(REQUEST):
+            return self.answer(key)
+        return json.dumps(self.reports[key]()).encode() if key in self.reports else None
 
     async def set(self, inode: Inode, name: bytes, value: bytes) -> None:
         """A command, given as an attribute. Raises EPERM for what is only to be read."""
-        command = self.commands.get(name.removeprefix(XATTR_PREFIX))
-        if command is None:
+        key = name.removeprefix(XATTR_PREFIX)
+        # In a sandbox the root is out of reach: its program has no say in what concerns us all.
+        root = inode.ino == ROOT
+        if key.startswith(REQUEST) and root and self.ask is not None:
+            await self.ask(key, value)
+            return
+        command = self.commands.get(key)
+        if command is None or not (root or key in PATH_COMMANDS):
             raise oserror(errno.EPERM)
         await command(inode.ino, value)
 

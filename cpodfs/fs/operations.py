@@ -210,7 +210,10 @@ class Operations(pyfuse3.Operations):
         text = decode_name(name)
         if self._runs.is_run_name(parent_inode, text):
             raise oserror(errno.EPERM, RUN_NAME)
-        return self._given(await self._tree.mkdir(parent_inode, text, mode & ~ctx.umask))
+        made = await self._tree.mkdir(parent_inode, text, mode & ~ctx.umask)
+        if parent_inode == ROOT:
+            self._runs.made(text)
+        return self._given(made)
 
     @_answer
     async def mknod(
@@ -250,6 +253,8 @@ class Operations(pyfuse3.Operations):
         text = decode_name(name)
         self._runs.check_idle(parent_inode, text)
         await self._tree.rmdir(parent_inode, text)
+        if parent_inode == ROOT:
+            self._runs.not_ours([text])
 
     @_answer
     async def rename(
@@ -268,6 +273,8 @@ class Operations(pyfuse3.Operations):
             raise oserror(errno.EPERM, RUN_NAME)
         self._runs.check_idle(parent_inode_old, old)
         await self._tree.rename(parent_inode_old, old, parent_inode_new, new, flags)
+        if parent_inode_old == ROOT and old != new:
+            self._runs.moved(old, new)
 
     # -- files ------------------------------------------------------------------------------------
 

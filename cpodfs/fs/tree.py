@@ -308,7 +308,9 @@ class Tree:
         handle = self.open(ino)
         inode = self.inode(ino)
         if inode.cached or not inode.size:
+            self._downloads.hits += 1
             return handle
+        self._downloads.misses += 1
         try:
             await self._downloads.get(ino, inode.size).wait_begun()
         except (Conflict, NotFound) as error:

@@ -25,7 +25,13 @@ import trio
 from cpodfs.errors import CpodfsError, RunError, RunInProgress
 from cpodfs.recipe import Recipe
 from cpodfs.runs import state
-from cpodfs.runs.spawn import run_environment, supervisor_command, supervisor_environment
+from cpodfs.runs.spawn import (
+    AS_EVER,
+    How,
+    program_start,
+    supervisor_command,
+    supervisor_environment,
+)
 
 if TYPE_CHECKING:
     from cpodfs.runs.state import Record
@@ -114,7 +120,7 @@ class RunManager:
             nursery.start_soon(self._adopt, run)
         nursery.start_soon(self._publish_all, unpublished)
 
-    def begin(self, pod: str, recipe: Recipe) -> str:
+    def begin(self, pod: str, recipe: Recipe, how: How = AS_EVER) -> str:
         """Start a run; returns its id once it is on disk (some fsyncs, some ms), not once it runs.
 
         What goes wrong from then on is a failed run. Raises RunInProgress, or RunError if the run
@@ -126,14 +132,14 @@ class RunManager:
         if pod in self._active:
             raise RunInProgress(f"{pod}: run {self._active[pod].id} is in progress")
         try:
-            run = self._journal(pod, recipe)
+            run = self._journal(pod, recipe, how)
         except OSError as exc:
             error = RunError(f"{pod}: the run cannot be recorded: {exc}")
             error.errno = exc.errno or error.errno
             raise error from exc
         self._active[pod] = run
         log.info("run begins pod=%r run=%s", pod, run.id)
-        nursery.start_soon(self._drive, run, recipe)
+        nursery.start_soon(self._drive, run, recipe, how)
         return run.id
 
     def in_progress(self, pod: str) -> bool:
@@ -189,6 +195,13 @@ class RunManager:
         """The mount stays after all: runs may begin again."""
         self._closing = False
 
+    def record(self, pod: str, run_id: str) -> dict[str, Any] | None:
+        """The record of one of the pod's runs, in progress or over, if it is remembered."""
+        if "/" in run_id or run_id.startswith("."):
+            return None
+        record = state.read_record(self._runs_dir / state.pod_key(pod) / run_id)
+        return None if record is None else state.public(record)
+
     def history(self, pod: str) -> list[dict[str, Any]]:
         """The records of the pod's runs that are remembered, the newest first."""
         folders = _run_folders(self._runs_dir / state.pod_key(pod))
@@ -200,7 +213,7 @@ class RunManager:
             raise RunError("runs are not being served (yet, or any more)")
         return self._nursery
 
-    def _journal(self, pod: str, recipe: Recipe) -> _Run:
+    def _journal(self, pod: str, recipe: Recipe, how: How) -> _Run:
         """Put a new run on disk, locked. Under another name until it is complete."""
         parent = self._runs_dir / state.pod_key(pod)
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -209,6 +222,7 @@ class RunManager:
             run_id = state.new_run_id()
         record = state.new_record(run_id, pod, recipe.exec_argv, f"{recipe.log}/{run_id}")
         record.update(recipe_file=recipe.file, recipe=recipe.raw, warnings=list(recipe.warnings))
+        record.update(set=dict(how.changes), sandbox=how.sandbox is not None)
         draft = parent / f"{_NEW}{run_id}"
         draft.mkdir(mode=0o700)
         lock = state.take_lock(draft)
@@ -223,10 +237,10 @@ class RunManager:
             raise
         return _Run(pod, run_id, parent / run_id, record, lock)
 
-    async def _drive(self, run: _Run, recipe: Recipe) -> None:
+    async def _drive(self, run: _Run, recipe: Recipe, how: How) -> None:
         """A run of our own, from its journal entry to its end."""
         try:
-            await self._supervise(run, recipe)
+            await self._supervise(run, recipe, how)
         except (OSError, CpodfsError, trio.BrokenResourceError) as exc:
             self._fail(run, f"cannot start the supervisor: {exc}")
         except Exception as exc:
@@ -239,13 +253,14 @@ class RunManager:
             raise
         await self._settle(run)
 
-    async def _supervise(self, run: _Run, recipe: Recipe) -> None:
+    async def _supervise(self, run: _Run, recipe: Recipe, how: How) -> None:
         if run.cancelled:
             self._write_end(run, state.CANCELLED, "cancelled before the program was started")
             return
         folders = {name: getattr(recipe, name) for name in ("script", "payload", "output", "log")}
         job = {
-            "env": run_environment(self._environment(), os.environ),
+            **program_start(how, self._mountpoint / run.pod, self._environment(), os.environ),
+            "keep": self._keep,
             "mountpoint": str(self._mountpoint),
             "folders": folders,
             "grace_s": self._grace_s,

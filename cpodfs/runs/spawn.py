@@ -1,6 +1,6 @@
 """How supervisors are started, and which environment they and the programs get.
 
-Imports nothing of ours but the package's place. What is not named here does not reach a program:
+Imports `sandbox` and the package's place. What is not named here does not reach a program:
 the driver's own environment may hold passwords.
 """
 
@@ -9,11 +9,40 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cpodfs
+from cpodfs.runs import sandbox
 
 _PASSED = ("HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR")
+
+
+@dataclass(frozen=True)
+class How:
+    """What is special about one run. ``env``: more variables for the program. ``changes``: the
+    settings that the user changed for it, for the record. ``sandbox``: bwrap's path, or None."""
+
+    env: Mapping[str, str] = field(default_factory=dict)
+    changes: Mapping[str, str] = field(default_factory=dict)
+    sandbox: str | None = None
+
+
+AS_EVER = How()
+
+
+def program_start(
+    how: How, pod: Path, extra: Mapping[str, str], ours: Mapping[str, str]
+) -> dict[str, Any]:
+    """The part of a supervisor's job that says how the program is started: env and wrap."""
+    env = run_environment({**extra, **how.env}, ours)
+    if how.sandbox is None:
+        return {"env": env, "wrap": []}
+    return {
+        "env": sandbox.environment(env),
+        "wrap": sandbox.wrapper(how.sandbox, pod, env),
+    }
 
 
 def run_environment(extra: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:

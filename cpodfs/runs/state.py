@@ -14,7 +14,8 @@ at which a run that can still start looks dead; a lock that is free means that n
 
 Record: version, id, pod, state, host, created, started, ended (UTC, ISO 8601, or null), exit_code
 (int or null), signal (name or null), error (one line or null), exec (list), log (folder of this
-run in the pod), recipe_file, recipe (as written), warnings, pid (the program's, or null), and
+run in the pod), recipe_file, recipe (as run), warnings, set (what was changed for this run, by
+key), sandbox (whether it runs in one), pid (the program's, or null), and
 ``private``, never shown: supervisor {pid, start_ticks} or null, and published (is the
 copy in the pod complete? null: nobody has tried since the end).
 """
@@ -92,6 +93,8 @@ def new_record(run_id: str, pod: str, argv: Sequence[str], log: str) -> Record:
         "recipe_file": None,
         "recipe": None,
         "warnings": [],
+        "set": {},
+        "sandbox": False,
         "pid": None,
         "private": {"supervisor": None, "published": None},
     }
@@ -237,6 +240,16 @@ def children(parent: int) -> list[int]:
                     found.append(pid)
         except (OSError, IndexError):
             continue
+    return found
+
+
+def descendants(ancestor: int) -> list[int]:
+    """The pids of a process's children, their children, and so on."""
+    found: list[int] = []
+    level = [ancestor]
+    while level:
+        level = [pid for parent in level for pid in children(parent)]
+        found += level
     return found
 
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from cpodfs.runs import mirror, state
+from cpodfs.runs import keep, mirror, state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 64 * 1024
 _KILL_LIMIT_S = 5.0
+_PRUNE_LIMIT_S = 10.0
+_SANDBOX_PROCESSES = 2
+"""What a sandbox has inside at least: its own init and the program."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -37,7 +40,8 @@ def read_job(data: bytes) -> dict[str, Any] | None:
     env: the program's whole environment but for CPODFS_*; the app-key is in it, so it is never
     written anywhere. mountpoint: path. folders: script, payload, output, log, relative to the pod.
     grace_s: from SIGTERM to SIGKILL. publish_s: how long to go on trying to complete the copy in
-    the pod after the end.
+    the pod after the end. keep: run folders that stay in the pod. wrap: what goes before the
+    program's argv, if it runs in a sandbox.
     """
     try:
         job = json.loads(data)
@@ -110,6 +114,8 @@ class Supervisor:
         self._save(durable=True)
         self._record["private"]["published"] = self._follower.finish(self._job["publish_s"])
         self._save(durable=False)
+        logs = os.path.dirname(self._record["log"])
+        keep.prune(self._pod, logs, self._job["keep"], _PRUNE_LIMIT_S)
 
     @property
     def _pid(self) -> int:
@@ -139,7 +145,7 @@ class Supervisor:
         env["CPODFS_RUN_LOG"] = os.path.join(self._pod, self._record["log"])
         self._record["started"] = state.utc_now()
         self._program = subprocess.Popen(
-            self._record["exec"],
+            [*self._job["wrap"], *self._record["exec"]],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -207,8 +213,20 @@ class Supervisor:
         if signal.SIGTERM in os.read(self._wake, 4096) and self._grace_ends is None:
             self._grace_ends = time.monotonic() + self._job["grace_s"]
             if self._status is None:
-                self._signal_group(signal.SIGTERM)
+                self._terminate()
         self._reap()
+
+    def _terminate(self) -> None:
+        if not self._job["wrap"]:
+            self._signal_group(signal.SIGTERM)
+            return
+        inside = state.descendants(self._pid)
+        if len(inside) < _SANDBOX_PROCESSES:
+            # The sandbox is still being made, and would swallow it.
+            self._kill()
+        # Not to the sandbox's own process: it would die of it, and the exit code would be lost.
+        for pid in inside:
+            _kill_quietly(pid, signal.SIGTERM)
 
     def _signal_group(self, number: int) -> None:
         try:
@@ -295,6 +313,13 @@ class Supervisor:
                 time.sleep(mirror.RETRY_S)
             else:
                 return
+
+
+def _kill_quietly(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
 
 
 def _signal_name(number: int) -> str:

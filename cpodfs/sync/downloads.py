@@ -72,6 +72,9 @@ class Downloads:
         self._limit = trio.CapacityLimiter(parallel)
         self._attempts = attempts
         self._running: dict[int, Download] = {}
+        self.hits = 0
+        """Opens for reading that found the content here, or nothing to fetch."""
+        self.misses = 0
         self.on_complete: Callable[[], None] = lambda: None
         self._nursery: trio.Nursery | None = None
 

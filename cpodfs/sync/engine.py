@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import heapq
 import logging
-import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -24,34 +23,29 @@ from cpodfs.cache.schema import CONTENT, PLACE
 from cpodfs.cache.store import Store
 from cpodfs.dfs import Client
 from cpodfs.errors import (
-    AlreadyExists,
     ChangedDuringUpload,
     Conflict,
     CpodfsError,
     Denied,
     DfsError,
     NotEmpty,
-    NotFound,
-    NotLoggedIn,
     QuotaExceeded,
     Refused,
-    Unreachable,
 )
+from cpodfs.paths import TEMP_PREFIX
+from cpodfs.sync import retry
 from cpodfs.sync.lister import Lister
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
 from cpodfs.sync.ops import Item, Look, Move, Op, RemoveDir, Upload, move_aside
 from cpodfs.sync.planner import Blocked, Planner
+from cpodfs.sync.retry import Retry
+from cpodfs.sync.waits import Waits
 
 log = logging.getLogger(__name__)
 
-RETRY_FIRST_S = 1.0
-RETRY_MAX_S = 300.0
-OFFLINE_MAX_S = 30.0
 STARTS_AT_ONCE = 8
 IN_USE_S = 0.5
-FOR_GOOD = (Refused, Denied, QuotaExceeded, FileNotFoundError)
-"""Failures that repeating will not mend; tried again at the longest distance, in case it was."""
 
 
 @dataclass(slots=True)
@@ -110,17 +104,14 @@ class Engine:
         self._due: dict[Item, float] = {}
         self._heap: list[tuple[float, Item]] = []
         self._flights: dict[Item, _Flight] = {}
-        self._blocked: dict[Item, Item] = {}
-        self._waiting_for: dict[Item, set[Item]] = {}
+        self._waits = Waits()
         self._parked: dict[int | str, deque[Item]] = {}
-        self._attempts: dict[Item, int] = {}
+        self._retry = Retry()
         self._unsure: dict[Item, tuple[int, ...]] = {}
         self._marked: set[int] = set()
         self.on_clean: Callable[[], None] = lambda: None
         self.is_read: Callable[[int | None], bool] = lambda rid: False
         self._draining = False
-        self._offline_until = 0.0
-        self._offline_s = 0.0
         self._wake = trio.Event()
         self._progress = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -130,7 +121,7 @@ class Engine:
 
     def touch(self, item: Item) -> None:
         """An object changed: it is due after the delay of quiet."""
-        self._attempts.pop(item, None)
+        self._retry.attempts.pop(item, None)
         flight = self._flights.get(item)
         if flight is not None:
             flight.again = True
@@ -161,7 +152,7 @@ class Engine:
         flight = self._flights.get(item)
         if flight is not None and isinstance(flight.op, Upload):
             flight.op.changed = True
-            if flight.op.sent < flight.op.size:  # else the server has it all: hear it out
+            if not flight.op.all_sent:  # else: hear it out
                 flight.scope.cancel()
 
     # -- what the user asks -----------------------------------------------------------------------
@@ -179,12 +170,16 @@ class Engine:
 
     @property
     def offline(self) -> bool:
-        return self._offline_s > 0
+        return self._retry.offline
+
+    def went_offline(self) -> None:
+        """Somebody else found that the server does not answer."""
+        self._retry.went_offline()
 
     def hurry(self) -> None:
         """From now on nothing waits for its delay, and what has failed is tried at once."""
         self._draining = True
-        self._offline_until = 0.0
+        self._retry.open_gate()
         for item in list(self._due):
             self._schedule(item, 0.0)
         self._wake.set()
@@ -213,25 +208,22 @@ class Engine:
     def is_being_stored(self) -> bool:
         """Whether an upload's last byte was sent and the server is at work on it, which takes as
         long as it takes; the client knows how long it may."""
-        return any(sent == size and size for sent, size in self.uploading().values())
+        return any(isinstance(f.op, Upload) and f.op.all_sent for f in self._flights.values())
 
     async def push(self, ino: int) -> None:
         """Return when the server has the file. Raises EIO, with the reason, when an attempt fails."""
         item: Item = ("ino", ino)
         if (inode := self._store.get(ino)) is None or not inode.dirty:
             return
-        self._attempts.pop(item, None)
+        self._retry.attempts.pop(item, None)
         self._schedule(item, 0.0)
         while True:
             await self._progress.wait()
             inode = self._store.get(ino)
             if inode is None or inode.parent is None or not inode.dirty & (CONTENT | PLACE):
                 return
-            waits_for: Item | None = item
-            while waits_for is not None:
-                if waits_for in self._attempts:
-                    raise OSError(errno.EIO, inode.error or "the server did not take it")
-                waits_for = self._blocked.get(waits_for)
+            if any(waiting in self._retry.attempts for waiting in self._waits.chain(item)):
+                raise OSError(errno.EIO, inode.error or "the server did not take it")
 
     def _next_due_s(self) -> float:
         now = time.monotonic()
@@ -276,9 +268,9 @@ class Engine:
         for _ in range(STARTS_AT_ONCE):
             if not self._heap:
                 return float("inf")
+            if gate_s := self._retry.gate_s():
+                return gate_s
             now = time.monotonic()
-            if now < self._offline_until:
-                return self._offline_until - now
             due, item = self._heap[0]
             if due > now:
                 return due - now
@@ -300,13 +292,13 @@ class Engine:
         except Exception:
             # Our own mistake, or a full disk: one object must not end the mount.
             log.exception("cannot plan item=%s", item)
-            self._schedule(item, RETRY_MAX_S)
+            self._schedule(item, retry.MAX_S)
 
     def _try_once(self, item: Item) -> None:
         if item in self._flights:
             self._flights[item].again = True
             return
-        self._unblock(item)
+        self._waits.remove(item)
         plan = self._planner.plan(item)
         if plan is None:
             self._settled(item)
@@ -316,9 +308,8 @@ class Engine:
             self._start(plan)
 
     def _start(self, op: Op) -> None:
-        wait_s = self._offline_until - time.monotonic()
-        if wait_s > 0:
-            self._schedule(op.item, wait_s)
+        if gate_s := self._retry.gate_s():
+            self._schedule(op.item, gate_s)
             return
         moving = op.rid if isinstance(op, Move) and op.is_dir else None
         verify = self._unsure.get(op.item)
@@ -337,6 +328,7 @@ class Engine:
             return
         assert self._nursery is not None
         op.dirs = dirs
+        op.attempt = self._retry.attempts.get(op.item, 0)
         self._locks.take(dirs, moving)
         flight = self._flights[op.item] = _Flight(op, moving, trio.CancelScope())
         self._nursery.start_soon(self._fly, flight, verify)
@@ -363,43 +355,28 @@ class Engine:
     # -- who waits for whom -----------------------------------------------------------------------
 
     def _block(self, item: Item, on: Item) -> None:
-        self._blocked[item] = on
-        self._waiting_for.setdefault(on, set()).add(item)
-        ring = self._ring(item)
+        ring = self._waits.add(item, on)
         if ring:
             self._break(ring)
-        elif on not in self._flights and on not in self._blocked:
+        elif on not in self._flights and on not in self._waits:
             self._schedule(on, self._patience(on))
 
     def _patience(self, item: Item) -> float:
         """Whoever stands in somebody's way is due at once, unless it has just failed."""
-        failed = item in self._attempts and item in self._due
+        failed = item in self._retry.attempts and item in self._due
         return max(self._due[item] - time.monotonic(), 0.0) if failed else 0.0
-
-    def _unblock(self, item: Item) -> None:
-        on = self._blocked.pop(item, None)
-        if on is not None:
-            self._waiting_for[on].discard(item)
-
-    def _ring(self, item: Item) -> list[Item]:
-        ring, at = [item], self._blocked.get(item)
-        while at is not None and at != item and at not in ring:
-            ring.append(at)
-            at = self._blocked.get(at)
-        return ring if at == item else []
 
     def _break(self, ring: list[Item]) -> None:
         for item in ring:
             remote = self._store.remote_of(item[1]) if item[0] == "ino" else None
-            if remote is not None and not remote.name.startswith(".cpodfs-moving-"):
-                self._unblock(item)
+            if remote is not None and not remote.name.startswith(TEMP_PREFIX):
+                self._waits.remove(item)
                 self._start(move_aside(self._store, remote))
                 return
         log.error("objects wait for each other: %r", ring)
 
     def _wake_waiting(self, item: Item, delay_s: float = 0.0) -> None:
-        for waiting in self._waiting_for.pop(item, set()):
-            self._blocked.pop(waiting, None)
+        for waiting in self._waits.pop(item):
             self._schedule(waiting, delay_s)
 
     # -- one operation ----------------------------------------------------------------------------
@@ -431,7 +408,7 @@ class Engine:
                     self._looked(op)
             except Exception:
                 log.exception("writeback broke item=%s", op.item)
-                self._schedule(op.item, RETRY_MAX_S)
+                self._schedule(op.item, retry.MAX_S)
             self._locks.free(op.dirs, flight.moving)
             kind = "uploads" if isinstance(op, Upload) else "changes"
             self._unpark(kind, lambda: self._count(kind) < getattr(self._limits, kind))
@@ -466,14 +443,14 @@ class Engine:
             await self._lister.confirm([left])
 
     def _succeeded(self, op: Op, work: Iterable[Item], *, again: bool) -> None:
-        self._offline_s = 0.0
+        self._retry.answered()
         self.counters.done += 1
         if isinstance(op, Upload):
             self.counters.bytes_sent += op.size
             if not op.changed:
                 self._marked.discard(op.ino)
                 self.on_clean()
-        if self._attempts.pop(op.item, None) is not None:
+        if self._retry.attempts.pop(op.item, None) is not None:
             self._retry_others()
         for item in work:
             self._schedule(item, 0.0)
@@ -482,12 +459,12 @@ class Engine:
 
     def _looked(self, op: Op) -> None:
         """The server answers, but nothing is done yet: attempts go on counting."""
-        self._offline_s = 0.0
+        self._retry.answered()
         self._schedule(op.item, 0.0)
         self._wake_waiting(op.item)
 
     def _settled(self, item: Item) -> None:
-        self._attempts.pop(item, None)
+        self._retry.attempts.pop(item, None)
         self._unsure.pop(item, None)
         # Not at once: should it be in the way though nothing needs doing, this must not spin.
         self._wake_waiting(item, 0.02)
@@ -496,7 +473,7 @@ class Engine:
 
     def _retry_others(self) -> None:
         """The server is well again: whatever waits for its next attempt need not."""
-        for item in [i for i in self._attempts if i in self._due]:
+        for item in [i for i in self._retry.attempts if i in self._due]:
             self._schedule(item, 0.0)
 
     def _fail(self, op: Op, error: Exception) -> None:
@@ -505,47 +482,24 @@ class Engine:
         if isinstance(error, ChangedDuringUpload):
             self._schedule(op.item, 0.0 if self._draining else self._delay_s)
             return
+        delay_s = self._retry.failed(op.item, error)
+        if isinstance(error, DfsError) and error.sent and not isinstance(op, Upload):
+            self._unsure[op.item] = op.dirs
         if isinstance(error, Conflict):
             log.info("conflict item=%s: %s", op.item, error)
             self._unsure[op.item] = op.dirs
-            attempt = self._attempts[op.item] = self._attempts.get(op.item, 0) + 1
-            self._schedule(op.item, 0.0 if attempt == 1 else self._backoff(attempt, error))
+            self._schedule(op.item, delay_s)
             return
         self.counters.failed += 1
         self.counters.recent.append(f"{time.strftime('%H:%M:%S')} {error}")
-        attempt = self._attempts[op.item] = self._attempts.get(op.item, 0) + 1
-        if isinstance(error, DfsError) and error.sent and not isinstance(op, Upload):
-            self._unsure[op.item] = op.dirs
         if isinstance(op, RemoveDir) and isinstance(error, NotEmpty):
             outcome = Outcome()
             self._merger.resurrect(op.rid, outcome)
             self._on_outcome(outcome)
         if op.item[0] == "ino":
             self._store.set(op.item[1], error=str(error))
-        delay = self._backoff(attempt, error)
-        log.warning(
-            "writeback failed item=%s attempt=%d retry_s=%.1f: %s", op.item, attempt, delay, error
-        )
-        self._schedule(op.item, delay)
-
-    def went_offline(self) -> None:
-        """The server does not answer: nothing is tried for a while."""
-        # Of several calls that were under way when the network went, one moves the gate.
-        if time.monotonic() >= self._offline_until:
-            self._offline_s = min(max(self._offline_s * 2, RETRY_FIRST_S), OFFLINE_MAX_S)
-            jitter = random.uniform(0.8, 1.2)  # noqa: S311
-            self._offline_until = time.monotonic() + self._offline_s * jitter
-
-    def _backoff(self, attempt: int, error: Exception) -> float:
-        jitter = random.uniform(0.8, 1.2)  # noqa: S311
-        if isinstance(error, Unreachable | NotLoggedIn):
-            self.went_offline()
-            return 0.0
-        if isinstance(error, FOR_GOOD) and attempt > 1:
-            return RETRY_MAX_S * jitter
-        if isinstance(error, NotFound | AlreadyExists | NotEmpty) and attempt == 1:
-            return 0.0  # our picture of the server was wrong; it is looked at first
-        return jitter * min(RETRY_FIRST_S * 2.0 ** (attempt - 1), RETRY_MAX_S)
+        log.warning("writeback failed item=%s retry_s=%.1f: %s", op.item, delay_s, error)
+        self._schedule(op.item, delay_s)
 
 
 def _surely_not_done(error: Exception) -> bool:

@@ -68,8 +68,12 @@ class DirLocks:
         try:
             while self.blocker(wanted, moving, waited=True) is not None:
                 await self._freed.wait()
-        finally:
+        except BaseException:
             self._claimed -= Counter(wanted)
+            for rid in wanted:  # whoever stood back for us need not
+                self.on_free(rid)
+            raise
+        self._claimed -= Counter(wanted)
 
     def _above(self, rid: int) -> list[int]:
         found: list[int] = []

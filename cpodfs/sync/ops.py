@@ -27,6 +27,7 @@ Item = tuple[str, int]
 SERVER_FILE_MODE = 0o600
 SERVER_DIR_MODE = 0o700
 UPLOAD_CHUNK = 256 * 1024
+UNKNOWN_ATTEMPTS = 3
 
 
 def pod_and_path(store: Store, rid: int) -> tuple[str, str]:
@@ -52,10 +53,11 @@ def child_path(store: Store, rparent: int, name: str) -> tuple[str, str]:
 
 @dataclass(slots=True)
 class Op:
-    """One call."""
+    """One call. ``attempt``: how often it has failed before."""
 
     item: Item
     dirs: tuple[int, ...]
+    attempt: int = field(default=0, init=False)
 
     @property
     def replaces(self) -> int | None:
@@ -106,13 +108,18 @@ def _made_dir(store: Store, ino: int, rparent: int, name: str) -> list[Item]:
     with store.transaction():
         inode = store.get(ino)
         alive = inode is not None and inode.parent is not None
-        rid = store.add_remote(
-            *(rparent, name, DIR),
-            size=0,
-            mtime_s=None,
-            mode=SERVER_DIR_MODE,
-            ino=ino if alive else None,
-        )
+        there = store.remote_at(rparent, name)
+        if there is not None:  # it left this name meanwhile, and was supposed to have arrived
+            rid = there.rid
+            store.set_remote(rid, size=0, mode=SERVER_DIR_MODE, ino=ino if alive else None)
+        else:
+            rid = store.add_remote(
+                *(rparent, name, DIR),
+                size=0,
+                mtime_s=None,
+                mode=SERVER_DIR_MODE,
+                ino=ino if alive else None,
+            )
         if inode is None or not alive:
             return [("rid", rid)]
         store.unmark(ino, SENT)
@@ -141,7 +148,7 @@ class RemoveDir(Op):
             else:
                 await dfs.rmdir(pod, path)
         except NotFound:
-            return
+            _believe_gone(store, self.rid, self.attempt)
 
     async def _delete_pod(self, dfs: Client, pod: str) -> None:
         entries = (await dfs.list_dir(pod, "/")).entries
@@ -166,11 +173,22 @@ class RemoveFile(Op):
         try:
             await dfs.delete_file(*pod_and_path(store, self.rid))
         except NotFound:
-            return
+            _believe_gone(store, self.rid, self.attempt)
 
     def done(self, store: Store) -> list[Item]:
         store.drop_remote(self.rid)
         return []
+
+
+def _believe_gone(store: Store, rid: int, attempt: int) -> None:
+    """Within an ``except NotFound``: raise it again while the object may yet appear.
+
+    A server goes on with a request whose client has died: what was sent with an unknown outcome can
+    arrive seconds later.
+    """
+    remote = store.remote(rid)
+    if remote is not None and remote.size == UNKNOWN and attempt < UNKNOWN_ATTEMPTS:
+        raise  # noqa: PLE0704
 
 
 @dataclass(slots=True)
@@ -325,6 +343,7 @@ class Upload(Op):
     stored_s: int | None = field(default=None, init=False)
     slack_s: int = field(default=0, init=False)
     sent_before: bool = field(default=True, init=False)
+    begun: bool = field(default=False, init=False)
     size: int = field(default=0, init=False)
     sent: int = field(default=0, init=False)
 
@@ -340,12 +359,18 @@ class Upload(Op):
         inode = store.get(self.ino)
         if inode is None or inode.parent is None:
             raise ChangedDuringUpload(f"{self.name}: deleted before it was uploaded")
+        self.begun = True
         self.sent_before = bool(inode.dirty & SENT)
         with store.transaction():
             store.set(self.ino, dirty=inode.dirty | SENT)
             there = store.remote_at(self.rparent, self.name)
             if there is not None:
                 store.set_remote(there.rid, size=UNKNOWN, mtime_s=None)
+
+    @property
+    def all_sent(self) -> bool:
+        """Whether the server has every byte, and will act on them whatever becomes of us."""
+        return self.begun and self.sent == self.size
 
     def not_done(self, store: Store) -> None:
         """The server surely did nothing: what we knew of it still holds."""

@@ -186,7 +186,10 @@ def _rows(medians: dict[tuple[str, str], float], labels: list[str]) -> list[tupl
 def main(rounds: int = ROUNDS) -> None:
     """Print the table."""
     print(f"{machine()}; medians of {rounds}\n")
-    with tempfile.TemporaryDirectory(prefix="cpodfs-speed-") as name, contextlib.ExitStack() as all_:
+    with (
+        tempfile.TemporaryDirectory(prefix="cpodfs-speed-") as name,
+        contextlib.ExitStack() as all_,
+    ):
         scratch = Path(name)
         disk = scratch / "disk"
         disk.mkdir()

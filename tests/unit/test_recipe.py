@@ -150,10 +150,67 @@ def test_results_stay_out_of_the_script_folder(field, folder):
     assert f"golem: {field} must not be the script folder" in golem_refusal(**{field: folder})
 
 
-def test_runtime_stays_raw():
-    block = {"image": "abc", "foreach": "payload/*.txt", "max_price": {"start": 0}}
-    assert parse({"runtime": block}).runtime == block
+def runtime(**block):
+    return parse({"runtime": {"image": "golem/x:latest", "budget": 1} | block}).runtime
+
+
+def runtime_refusal(**block):
+    with pytest.raises(RecipeError) as caught:
+        runtime(**block)
+    return str(caught.value).removeprefix("a.recipe: golem.runtime.")
+
+
+def test_runtime_is_parsed():
+    assert parse().runtime is None
+    least = runtime()
+    assert (least.image_is_hash, least.budget, least.foreach) == (False, 1.0, None)
+    assert (least.timeout_s, least.poll_s, least.retries, least.workers) == (1800, 2, 2, 1)
+    full = runtime(
+        image="d646d7b93083d817846c2ae5c62c72ca0507782385a2e29291a3d376",
+        timeout="1h30m",
+        poll=0.5,
+        offer_timeout="45s",
+        capabilities=["vpn"],
+        max_price={"start": 0, "cpu_hour": 0.1, "env_hour": 0.02},
+        foreach="payload/./*.txt",
+        workers=4,
+    )
+    assert full.image_is_hash
+    assert (full.timeout_s, full.poll_s, full.offer_timeout_s) == (5400, 0.5, 45)
+    assert (full.max_start, full.max_cpu_hour, full.max_env_hour) == (0, 0.1, 0.02)
+    assert (full.capabilities, full.foreach, full.workers) == (("vpn",), "payload/*.txt", 4)
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        ({"image": 3}, "image: must be text, not a number"),
+        ({"image": "a b"}, "image: String should match pattern"),
+        ({"budget": True}, "budget: must be a number, not true or false"),
+        ({"budget": 0}, "budget: Input should be greater than 0"),
+        ({"timeout": "soon"}, "timeout: must be a duration like '45s', '30m' or '1h30m'"),
+        ({"poll": 0}, "poll: Input should be greater than or equal to 0.1"),
+        ({"foreach": "../*"}, "foreach: must not contain '..'"),
+        ({"foreach": "/etc/*"}, "foreach: must be relative to the pod, not absolute"),
+        ({"foreach": "*.txt"}, "foreach: must begin with a folder of the pod"),
+        ({"foreach": "payload/a"}, "foreach: must be a pattern with *, ? or ["),
+        ({"max_price": {"cpu": 1}}, "max_price.cpu: is not known"),
+        ({"max_price": {"start": -1}}, "max_price.start: Input should be greater than or equal"),
+        ({"capabilities": "vpn"}, "capabilities: must be a list, not text"),
+        ({"workers": 0}, "workers: Input should be greater than or equal to 1"),
+        ({"retries": "2"}, "retries: must be a whole number, not text"),
+    ],
+)
+def test_runtime_errors_name_the_field(block, reason):
+    assert runtime_refusal(**block).startswith(reason)
     assert golem_refusal(runtime=[1]) == "a.recipe: golem.runtime: must be an object, not a list"
+    assert golem_refusal(runtime={"image": "x"}) == "a.recipe: golem.runtime.budget: is missing"
+
+
+def test_unknown_keys_of_the_runtime_are_warned_about():
+    recipe = parse({"runtime": {"image": "x", "budget": 1, "gpu": True}})
+    assert recipe.extra == {"golem.runtime.gpu": True}
+    assert recipe.warnings == ("a.recipe: golem.runtime.gpu: unknown key, kept",)
 
 
 def test_unknown_keys_are_kept_and_warned_about():

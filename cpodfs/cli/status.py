@@ -1,0 +1,125 @@
+"""``cpodfs status``: what a mount is doing, once or again and again, for people or for programs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.filesize import decimal
+from rich.live import Live
+from rich.table import Table
+
+from cpodfs.cli.control import ask, mount_of
+
+WATCH_S = 1.0
+PODS_SHOWN = 10
+
+
+@click.command()
+@click.argument("mountpoint", type=Path, required=False)
+@click.option(
+    "--json", "as_json", is_flag=True, help="For programs; with --watch a line each time."
+)
+@click.option("--watch", is_flag=True, help="Show it every second, until Ctrl-C.")
+def status(mountpoint: Path | None, as_json: bool, watch: bool) -> None:
+    """Show what is cached, pending, being uploaded or running, and what failed."""
+    point = mount_of(mountpoint)
+    if not watch:
+        report = ask(point, "status")
+        if as_json:
+            click.echo(json.dumps(report, indent=2))
+        else:
+            Console().print(_table(report))
+        return
+    try:
+        _watch(point, as_json=as_json)
+    except KeyboardInterrupt:
+        return
+
+
+def _watch(point: Path, *, as_json: bool) -> None:
+    console = Console()
+    if not console.is_terminal or as_json:
+        for report in _reports(point):
+            click.echo(json.dumps(report) if as_json else _line(report))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        for report in _reports(point):
+            live.update(_table(report), refresh=True)
+
+
+def _reports(point: Path) -> Iterator[dict[str, Any]]:
+    while True:
+        yield ask(point, "status")
+        time.sleep(WATCH_S)
+
+
+def _line(report: dict[str, Any]) -> str:
+    """One line, for a log."""
+    parts = [
+        time.strftime("%H:%M:%S"),
+        f"pending={report['pending']}",
+        f"files={report['files']}",
+        f"bytes={report['bytes']}",
+        f"deletions={report['deletions']}",
+        f"uploads={len(report['uploads'])}",
+        f"errors={report['errors']}",
+        f"calls_per_s={report['calls_per_s']}",
+        f"runs={len(report['runs'])}",
+    ]
+    if report["offline"]:
+        parts.append("offline")
+    return " ".join(parts)
+
+
+def _table(report: dict[str, Any]) -> Table:
+    table = Table(show_header=False, box=None)
+    table.add_row("mount", report["mountpoint"])
+    table.add_row("account", f"{report['user']} at {report['server']}")
+    answers = "does not answer" if report["offline"] else "answers"
+    calls = f"{report['calls']} calls, {report['calls_per_s']} per second"
+    table.add_row("server", f"{answers}; {calls}")
+    table.add_row("pods", _pods(report))
+    table.add_row("runs", ", ".join(report["runs"]) or "none")
+    use = report["cache_use"]
+    table.add_row("cache", report["cache"])
+    table.add_row("", f"{decimal(use['clean'])} clean of at most {decimal(use['limit'])}")
+    table.add_row("", f"{decimal(use['dirty'])} dirty, in {report['files']} files")
+    table.add_row("reads", _reads(report["reads"]))
+    table.add_row("pending", f"{report['pending']} changes, {report['deletions']} deletions")
+    _add_transfers(table, report)
+    return table
+
+
+def _pods(report: dict[str, Any]) -> str:
+    shown = [
+        f"{pod['name']} (received)" if pod["received"] else pod["name"]
+        for pod in report["pods"][:PODS_SHOWN]
+    ]
+    more = report["pod_count"] - len(shown)
+    return ", ".join([*shown, *([f"{more} more"] if more else [])]) or "none"
+
+
+def _reads(reads: dict[str, Any]) -> str:
+    if reads["hit_rate"] is None:
+        return "none yet"
+    return f"{reads['hit_rate']:.0%} of {reads['hits'] + reads['misses']} opens were cached"
+
+
+def _add_transfers(table: Table, report: dict[str, Any]) -> None:
+    for upload in report["uploads"]:
+        progress = f"{decimal(upload['sent'])} of {decimal(upload['size'])}"
+        again = f"; before: {upload['error']}" if upload["error"] else ""
+        table.add_row("uploading", f"{upload['path']}  {progress}{again}")
+    for download in report["downloads"]:
+        progress = f"{decimal(download['received'])} of {decimal(download['size'])}"
+        table.add_row("fetching", f"{download['path']}  {progress}")
+    for failure in report["failed"]:
+        table.add_row("failed", f"{failure['path']}: {failure['error']}")
+    if report["recent_errors"]:
+        table.add_row("last error", report["recent_errors"][-1])

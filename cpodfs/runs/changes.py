@@ -1,0 +1,63 @@
+"""What the user changes for one run of a pod: ``cpodfs run --set key=value``.
+
+Imports recipe and errors. Three kinds of keys: ``golem.exec``, the command; ``golem.runtime.…``, what
+is asked of providers (the value is JSON where it can be read as such, else text); and any plain
+name, which the program finds in its environment as ``CPODFS_SET_<NAME>``.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from cpodfs.errors import ConfigError
+from cpodfs.recipe import Recipe, parse_recipe
+
+EXEC, RUNTIME = "golem.exec", "golem.runtime."
+_PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_LIMIT_BYTES = 32 * 1024
+
+
+def apply(recipe: Recipe, changes: Mapping[str, str]) -> tuple[Recipe, dict[str, str]]:
+    """The recipe as changed, and the variables to add. Raises ConfigError or RecipeError."""
+    raw = copy.deepcopy(recipe.raw)
+    env: dict[str, str] = {}
+    for key, value in changes.items():
+        if "\0" in value or len(value.encode(errors="replace")) > _LIMIT_BYTES:
+            raise ConfigError(f"--set {key}: the value is too long, or has a NUL character in it")
+        if key == EXEC:
+            raw["golem"]["exec"] = value
+        elif key.startswith(RUNTIME):
+            _set(raw, recipe, key, value)
+        elif _PLAIN.fullmatch(key):
+            env[f"CPODFS_SET_{key.upper()}"] = value
+        else:
+            raise ConfigError(
+                f"--set {key}: not a plain name, {EXEC} or something in {RUNTIME.rstrip('.')}"
+            )
+    if raw == recipe.raw:
+        return recipe, env
+    changed = parse_recipe(json.dumps(raw).encode(), file=recipe.file)
+    return dataclasses.replace(changed, warnings=recipe.warnings), env
+
+
+def _set(raw: dict[str, Any], recipe: Recipe, key: str, text: str) -> None:
+    if not isinstance(raw["golem"].get("runtime"), dict):
+        raise ConfigError(f"--set {key}: {recipe.file} has no golem.runtime")
+    where: dict[str, Any] = raw["golem"]["runtime"]
+    *folders, name = key.removeprefix(RUNTIME).split(".")
+    for folder in folders:
+        inner = where.setdefault(folder, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {key}: {folder} is no object in {recipe.file}")
+        where = inner
+    if not name:
+        raise ConfigError(f"--set {key}: no name")
+    try:
+        where[name] = json.loads(text)
+    except ValueError:
+        where[name] = text

@@ -1,0 +1,197 @@
+"""Files of a provider run: the archive that goes out, and the archives that come back.
+
+Imports `mirror` for folders without links. What comes back was written by a stranger's machine: an
+archive is read member by member, and only regular files and directories below the output folder,
+within limits, reach the pod. The mount may go and come back: every call starts from the pod's path,
+and blocks, so call it from a thread.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tarfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from cpodfs.runs.mirror import make_folder
+
+MAX_BYTES = 64 << 30
+"""Of all results of a run together; more is refused."""
+MAX_FILES = 100_000
+"""In one archive."""
+_CHUNK_BYTES = 1 << 20
+_NAME_LIMIT_BYTES = 255
+_DEPTH_LIMIT = 64
+
+
+class BadArchive(Exception):
+    """What came back is not what it should be; says which entry, in one line."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An archive on disk: its hash as hex digits, its size in bytes."""
+
+    path: Path
+    sha256: str
+    size: int
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pack(pod: Path, names: Iterable[str], target: Path, leave_out: frozenset[str]) -> Packed:
+    """One tar archive of the folders ``names`` of the pod, without the files in ``leave_out``.
+
+    Names are relative to the pod. Folders that are missing are left out, links are kept as links
+    (they lead nowhere but inside the machine that they are sent to), devices and sockets are not
+    sent. Raises OSError.
+    """
+
+    def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        if member.name in leave_out or not (member.isreg() or member.isdir() or member.issym()):
+            return None
+        member.uid = member.gid = 0
+        member.uname = member.gname = ""
+        return member
+
+    # Hard links are what tarfile makes of a file seen twice; a FUSE pod has none.
+    with tarfile.open(target, "w", format=tarfile.GNU_FORMAT) as archive:
+        for name in sorted(set(names)):
+            if (pod / name).is_dir():
+                archive.add(pod / name, arcname=name, filter=wanted)
+    return Packed(target, sha256_of(target), target.stat().st_size)
+
+
+def matching(pod: Path, pattern: str) -> list[str]:
+    """The regular files that a glob of the recipe matches, sorted, relative to the pod."""
+    found = []
+    for path in pod.glob(pattern):
+        if stat.S_ISREG(path.lstat().st_mode):
+            found.append(path.relative_to(pod).as_posix())
+    return sorted(found)
+
+
+class Unpacker:
+    """Brings archives of results into the pod's output folder. Not for two threads at once.
+
+    ``root``: the pod. ``output``: the folder that everything must lie in, relative to the pod.
+    """
+
+    def __init__(self, root: Path, output: str, max_bytes: int = MAX_BYTES) -> None:
+        self._root = root
+        self._output = output.split("/")
+        self._left = max_bytes
+
+    def unpack(self, archive: Path, on_file: Callable[[str], None] = lambda _name: None) -> int:
+        """Write what is new or changed; returns how many files the archive had.
+
+        ``on_file`` is told of each. A file that has only grown is only appended to, one that is
+        the same is not touched. Raises BadArchive, before which earlier entries were written, and
+        OSError from the mount.
+        """
+        count = 0
+        try:
+            with tarfile.open(archive, "r:") as members:
+                for member in members:
+                    count += 1
+                    if count > MAX_FILES:
+                        raise BadArchive(f"more than {MAX_FILES} files in one archive")
+                    self._take(members, member)
+                    if member.isreg():
+                        on_file(member.name)
+        except (tarfile.TarError, ValueError, EOFError) as error:
+            raise BadArchive(f"not a tar archive: {error}") from None
+        return count
+
+    def _take(self, members: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+        parts = self._parts(member)
+        if member.isdir():
+            os.close(make_folder(str(self._root), parts))
+            return
+        if len(parts) <= len(self._output):
+            raise BadArchive(f"{member.name!a}: a file in place of the output folder")
+        source = members.extractfile(member)
+        assert source is not None
+        folder = make_folder(str(self._root), parts[:-1])
+        try:
+            mode = 0o755 if member.mode & 0o100 else 0o644
+            _write_differences(source, folder, parts[-1], mode)
+        finally:
+            os.close(folder)
+
+    def _parts(self, member: tarfile.TarInfo) -> list[str]:
+        name = member.name
+        if not (member.isreg() or member.isdir()) or member.issparse():
+            raise BadArchive(f"{name!a}: not a regular file or a directory")
+        parts = list(PurePosixPath(name).parts)
+        if name.startswith("/") or ".." in parts or not parts:
+            raise BadArchive(f"{name!a}: an absolute name, or one with '..'")
+        if parts[: len(self._output)] != self._output or len(parts) > _DEPTH_LIMIT:
+            raise BadArchive(f"{name!a}: not in the output folder, or too deep in it")
+        if any(len(os.fsencode(p)) > _NAME_LIMIT_BYTES or not p.isprintable() for p in parts):
+            raise BadArchive(f"{name!a}: not a name for a file")
+        self._left -= member.size
+        if self._left < 0:
+            raise BadArchive("the results are larger than a run may return")
+        return parts
+
+
+def _write_differences(source: IO[bytes], folder: int, name: str, mode: int) -> None:
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    target = os.open(name, flags, mode, dir_fd=folder)
+    try:
+        status = os.fstat(target)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadArchive(f"{name!a}: there is something in its place that is no file")
+        offset, same = 0, True
+        while chunk := source.read(_CHUNK_BYTES):
+            same = same and _agrees(target, offset, chunk, status.st_size)
+            if not same:
+                _write_at(target, chunk, offset)
+            offset += len(chunk)
+        if status.st_size > offset:
+            os.ftruncate(target, offset)
+        if status.st_size == 0 and mode != stat.S_IMODE(status.st_mode) and mode == 0o755:
+            os.fchmod(target, mode)
+    finally:
+        os.close(target)
+
+
+def _agrees(target: int, offset: int, chunk: bytes, size: int) -> bool:
+    if offset + len(chunk) <= size:
+        return os.pread(target, len(chunk), offset) == chunk
+    return False
+
+
+def _write_at(target: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(target, view, offset)
+        view, offset = view[written:], offset + written
+
+
+class TaskLog:
+    """``tasks/<n>.log`` of one task, appended to as its output comes."""
+
+    def __init__(self, pod: Path, log: str, number: int) -> None:
+        self._root = str(pod)
+        self._parts = [*log.split("/"), "tasks"]
+        self._name = f"{number}.log"
+
+    def append(self, data: bytes) -> None:
+        """Raises OSError from the mount."""
+        folder = make_folder(self._root, self._parts)
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            handle = os.open(self._name, flags, 0o644, dir_fd=folder)
+        finally:
+            os.close(folder)
+        with open(handle, "ab") as file:
+            file.write(data)

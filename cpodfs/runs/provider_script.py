@@ -1,0 +1,167 @@
+"""The shell script that works for us inside the container, and what its lines mean.
+
+Imports nothing of ours. It needs ``sh``, ``tar``, ``find``, ``sha256sum``, ``head``, ``tail``, ``wc``
+(GNU or busybox). yagna runs the commands of an activity one after another, so a program that runs in
+the foreground would keep us from its files: ``start`` puts it in the background, ``watch`` streams
+what it has printed since the last time, ``pack`` archives what it has written since. The program's
+words are arguments here and never looked at by a shell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BASE = "/golem/work"
+"""Where everything is in the container: a volume of the image, as yagna can only transfer to those."""
+
+HELPER = f"{BASE}/cpodfs.sh"
+INCOMING = f"{BASE}/cpodfs.in"
+OUTGOING = f"{BASE}/cpodfs.out"
+
+SCRIPT = r"""#!/bin/sh
+# cpodfs.sh COMMAND ...: see cpodfs/runs/provider_script.py
+base=${0%/*}
+cd "$base" || exit 90
+base=$(pwd)
+state=$base/cpodfs.state
+nap() { sleep 0.1 2>/dev/null || sleep 1; }
+size() { [ -e "$1" ] && wc -c < "$1" | tr -d ' ' || echo 0; }
+hash() { set -- $(sha256sum < "$1"); echo "$1"; }
+
+check() {
+    [ "$(hash cpodfs.in)" = "$1" ] || { echo "what was sent did not arrive whole" >&2; exit 91; }
+}
+
+setup() {  # HASH OUTPUT: unpack what was sent, forget what was there before
+    check "$1"
+    rm -rf pod "$state"
+    mkdir -p "$state" "pod/$2" || exit 92
+    tar -xf cpodfs.in -C pod || exit 93
+    rm -f cpodfs.in
+    : > "$state/out"; : > "$state/err"; echo 0 > "$state/out.at"; echo 0 > "$state/err.at"
+    : > "$state/never"; touch -t 197001010000 "$state/never"
+    cp -p "$state/never" "$state/since"
+    echo ok
+}
+
+put() {  # HASH PATH: the file that was sent belongs there
+    check "$1"
+    case $2 in */*) mkdir -p "pod/${2%/*}" || exit 92;; esac
+    mv -f cpodfs.in "pod/$2" || exit 93
+}
+
+start() {  # WORDS: run the program in the background
+    cd pod || exit 94
+    ( "$@" </dev/null >>"$state/out" 2>>"$state/err"
+      echo $? > "$state/exit.new"; mv "$state/exit.new" "$state/exit" ) </dev/null >/dev/null 2>&1 &
+    echo $! > "$state/pid"
+}
+
+emit() {  # NAME ALL: print what NAME has got since the last time, whole lines only unless ALL
+    at=$(cat "$state/$1.at")
+    new=$(( $(size "$state/$1") - at ))
+    [ "$new" -gt 0 ] || return 1
+    [ "$new" -le 262144 ] || new=262144
+    if [ -z "$2" ]; then
+        rest=$(tail -c "+$((at + 1))" "$state/$1" | head -c "$new" | tail -n 1 | wc -c)
+        last=$(tail -c "+$((at + new))" "$state/$1" | head -c 1 | wc -l)
+        [ "$last" -gt 0 ] || { [ "$rest" -eq "$new" ] && return 1; new=$((new - rest)); }
+    fi
+    tail -c "+$((at + 1))" "$state/$1" | head -c "$new"
+    echo $((at + new)) > "$state/$1.at"
+    return 0
+}
+
+watch() {  # TENTHS: stream what the program prints, for so long or until it has ended
+    left=$1
+    while :; do
+        all=; [ -e "$state/exit" ] && all=1
+        more=
+        emit out "$all" && more=1
+        emit err "$all" >&2 && more=1
+        [ -n "$all" ] && [ -z "$more" ] && return 0
+        [ -n "$more" ] && continue
+        [ "$left" -gt 0 ] || break
+        left=$((left - 1))
+        nap
+    done
+    # A line that has stood unfinished for all this time is shown as it is.
+    emit out 1; emit err 1 >&2
+    return 0
+}
+
+task() {  # OUTPUT WORDS: run the program here and now, with an empty output folder
+    rm -rf "pod/$1"; mkdir -p "pod/$1" "$state" || exit 92
+    cp -p "$state/never" "$state/since"
+    shift; cd pod || exit 94
+    "$@" </dev/null
+    echo $? > "$state/exit"
+}
+
+list() {  # OUTPUT: names of what has changed since the last time, for tar
+    cd pod || exit 94
+    by=-newer
+    find cpodfs.none "$state/since" -cnewer "$state/never" >/dev/null 2>&1
+    find "$state/since" -cnewer "$state/never" >/dev/null 2>&1 && by=-cnewer
+    [ "$by" = -newer ] && [ -e "$state/exit" ] && cp -p "$state/never" "$state/since"
+    if tar --version 2>/dev/null | grep -q GNU; then
+        find "$1" \( -type f $by "$state/since" -o -type d -empty \) -print0 > "$state/list"
+        tar --null --no-recursion -cf "$base/cpodfs.out" -T "$state/list" 2>"$state/tar"
+    else
+        find "$1" -type f $by "$state/since" > "$state/list"
+        tar -cf "$base/cpodfs.out" -T "$state/list" 2>"$state/tar"
+    fi
+    # What was changed or removed meanwhile comes the next time.
+    return 0
+}
+
+pack() {  # OUTPUT: archive what is new in it, say what is to be known
+    done=-
+    [ -e "$state/exit" ] && done=$(cat "$state/exit")
+    : > "$state/next"
+    # File times are coarse: only what is written from now on is surely newer than that.
+    nap
+    ( list "$1" )
+    mv "$state/next" "$state/since"
+    count=0; [ -s "$state/list" ] && count=1
+    echo "cpodfs $done $count $(size cpodfs.out) $(hash cpodfs.out)"
+}
+
+command=$1; shift
+case $command in
+    setup|put|start|watch|task|pack) "$command" "$@";;
+    *) exit 95;;
+esac
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The line that ``pack`` prints. ``exit_code`` None: the program still runs.
+
+    ``some``: the archive is not empty. ``size`` in bytes and ``sha256`` are the archive's.
+    """
+
+    exit_code: int | None
+    some: bool
+    size: int
+    sha256: str
+
+
+def parse_report(text: str) -> Report:
+    """Raises ValueError for what is not a report."""
+    words = text.split()
+    if len(words) != 5 or words[0] != "cpodfs" or len(words[4]) != 64:
+        raise ValueError(f"not a report: {text[:80]!a}")
+    code = None if words[1] == "-" else int(words[1])
+    return Report(code, words[2] != "0", int(words[3]), words[4])
+
+
+def words_for(argv: tuple[str, ...], path: str) -> list[str]:
+    """The program's words for one file: in place of ``{}``, else of the last argument, else added.
+
+    A program that is one word gets the file as its argument.
+    """
+    if any("{}" in word for word in argv):
+        return [word.replace("{}", path) for word in argv]
+    return [*argv[:-1], path] if len(argv) > 1 else [*argv, path]

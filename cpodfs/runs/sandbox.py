@@ -1,0 +1,120 @@
+"""Runs behind bubblewrap: only the pod can be written, only the system and Python can be read.
+
+Imports nothing of ours but the package's place. The network stays the machine's, for the program
+talks to yagna on localhost. Secrets reach the program by inheriting the environment: bwrap's
+arguments, which every user of the machine can read, name paths only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import cpodfs
+
+MODES = ("auto", "on", "off")
+PROBE_S = 10.0
+_TMP = "/tmp"  # noqa: S108 -- inside it is a private one
+_HOME = f"{_TMP}/home"
+
+_ISOLATION = (
+    *("--unshare-user-try", "--unshare-pid", "--unshare-ipc", "--unshare-uts"),
+    *("--unshare-cgroup-try", "--cap-drop", "ALL"),
+)
+_MERGED = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+_SYSTEM = ("/usr", "/opt", "/nix/store", "/run/systemd/resolve")
+_ETC = (
+    *("alternatives", "ca-certificates", "ca-certificates.conf", "crypto-policies", "fonts"),
+    *("group", "host.conf", "hosts", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime"),
+    *("mime.types", "nsswitch.conf", "os-release", "passwd", "pki", "protocols", "resolv.conf"),
+    *("services", "ssl", "timezone"),
+)
+_YAGNA_SOCKET = f"{_TMP}/yagna.sock"
+"""Through which the real gftp talks to yagna."""
+_REGISTRY_VARIABLE = "CPODFS_GFTP_DIR"
+"""The folder by which the local market's gftp and its providers find each other's files."""
+
+
+def broken(bwrap: str | None = None) -> str | None:
+    """Why no sandbox can be made here, in one line, or None. Starts a process; takes some ms."""
+    bwrap = bwrap or program()
+    if bwrap is None:
+        return "bwrap is missing; install it with: apt install bubblewrap"
+    command = [bwrap, *_ISOLATION, *_system(), "--", "/bin/sh", "-c", ":"]
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=PROBE_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"bwrap does not work here: {type(error).__name__}"
+    if done.returncode == 0:
+        return None
+    said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+    return f"bwrap does not work here: {said.removeprefix('bwrap: ')}"
+
+
+def program() -> str | None:
+    """Where bwrap is."""
+    return shutil.which("bwrap")
+
+
+def wrapper(bwrap: str, pod: Path, env: Mapping[str, str]) -> list[str]:
+    """What goes before a program's argv. ``env``: what it will inherit, from which the folders are
+    taken that it cannot do without. Touches no file below ``pod``, which is in the mount."""
+    arguments = [bwrap, *_ISOLATION, *_system()]
+    for path in _readable(env):
+        arguments += ["--ro-bind-try", path, path]
+    for path in (_YAGNA_SOCKET, env.get(_REGISTRY_VARIABLE, "")):
+        if path:
+            arguments += ["--bind-try", path, path]
+    # Over the mount point, in case it lies in one of those folders: nothing shows the other pods.
+    arguments += ["--tmpfs", str(pod.parent), "--bind", str(pod), str(pod)]
+    arguments += ["--remount-ro", str(pod.parent), "--remount-ro", "/"]
+    return [*arguments, "--chdir", str(pod), "--"]
+
+
+def environment(env: Mapping[str, str]) -> dict[str, str]:
+    """``env`` with the places that are other ones inside."""
+    return {**env, "HOME": _HOME, "TMPDIR": _TMP}
+
+
+def _system() -> list[str]:
+    """The operating system, read-only, and empty private places for what is nobody's business."""
+    arguments = ["--proc", "/proc", "--dev", "/dev"]
+    for path in (_TMP, f"/var{_TMP}", "/run"):
+        arguments += ["--tmpfs", path]
+    arguments += ["--dir", _HOME]
+    for path in _SYSTEM:
+        arguments += ["--ro-bind-try", path, path]
+    for path in _MERGED:
+        if os.path.islink(path):
+            arguments += ["--symlink", os.readlink(path), path]
+        else:
+            arguments += ["--ro-bind-try", path, path]
+    for name in _ETC:
+        arguments += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
+    return arguments
+
+
+def _readable(env: Mapping[str, str]) -> list[str]:
+    """This Python with its packages, cpodfs itself, what the driver put on PYTHONPATH, and gftp."""
+    package = os.path.dirname(os.path.abspath(cpodfs.__file__))
+    found = [sys.prefix, sys.base_prefix, package, *env.get("PYTHONPATH", "").split(os.pathsep)]
+    gftp = shutil.which("gftp", path=env.get("PATH", ""))
+    if gftp is not None:
+        found += [gftp, os.path.realpath(gftp)]
+    return list(dict.fromkeys(p for p in found if os.path.isabs(p) and not _is_inside(p, _SYSTEM)))
+
+
+def _is_inside(path: str, folders: Iterable[str]) -> bool:
+    return any(path == folder or path.startswith(f"{folder}/") for folder in folders)

@@ -1,0 +1,123 @@
+"""Whose code a pod's is: the record of the pods that may be run, and the hash that binds it.
+
+Imports nothing of ours. The record is a file of the account outside every pod and outside the cache,
+so that it survives an empty cache; only the driver, of which there is one per account, writes it.
+The server does not say which pods were forked. So a pod is the user's own only when it was made
+through a mount of this account on this machine, or when he says so; every other one is a stranger's
+until he trusts what is in it. A name that the server takes away or brings is never own any more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+def trust_file(cache_folder: Path) -> Path:
+    """Where the record of an account is, whose cache is ``cache_folder``."""
+    return platformdirs.user_state_path("cpodfs") / "trust" / f"{cache_folder.name}.json"
+
+
+class Fingerprint:
+    """A hash of named things, in which nothing can stand for something else.
+
+    ``files`` is what went in: path, size in bytes, whether it may be executed.
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256(b"cpodfs pod 1\0")
+        self.files: list[tuple[str, int, bool]] = []
+
+    def add(self, kind: str, path: str, content: bytes, *, executable: bool = False) -> None:
+        """``kind``: what it is, one word. Takes time in proportion to the content."""
+        name = path.encode("utf-8", "surrogatepass")
+        head = f"{kind} {int(executable)} {len(name)} {len(content)}\n".encode()
+        self._hash.update(head + name + hashlib.sha256(content).digest())
+        self.files.append((path, len(content), executable))
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+class TrustBook:
+    """The record. Every change is on the disk when the method returns; raises OSError if not."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._pods: dict[str, dict[str, Any]] = _load(path)
+
+    def is_own(self, pod: str) -> bool:
+        return self._pods.get(pod, {}).get("own") is True
+
+    def trusted(self, pod: str) -> str | None:
+        """The hash of what is trusted of a pod that is not the user's own."""
+        digest = self._pods.get(pod, {}).get("trusted")
+        return digest if isinstance(digest, str) else None
+
+    def own(self, pod: str) -> None:
+        """The pod is the user's own, whatever becomes of it."""
+        self._set(pod, {"own": True})
+
+    def trust(self, pod: str, digest: str) -> None:
+        """The pod may be run as long as its hash is this one."""
+        self._set(pod, {"trusted": digest})
+
+    def forget(self, pod: str) -> bool:
+        """Take back whatever was said of the pod; False when nothing was."""
+        if pod not in self._pods:
+            return False
+        self._save({name: entry for name, entry in self._pods.items() if name != pod})
+        return True
+
+    def rename(self, old: str, new: str) -> None:
+        """The pod has another name now."""
+        entry = self._pods.get(old)
+        if entry is None:
+            self.forget(new)
+            return
+        rest = {name: other for name, other in self._pods.items() if name != old}
+        self._save(rest | {new: entry})
+
+    def _set(self, pod: str, entry: dict[str, Any]) -> None:
+        if self._pods.get(pod) != entry:
+            self._save(self._pods | {pod: entry})
+
+    def _save(self, pods: dict[str, dict[str, Any]]) -> None:
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        draft = self._path.with_suffix(".new")
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "w") as file:
+            json.dump({"version": VERSION, "pods": pods}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self._path)
+        self._pods = pods
+
+
+def _load(path: Path) -> dict[str, dict[str, Any]]:
+    """What is on the disk. A record that cannot be read, or that others can write, trusts nobody."""
+    try:
+        with path.open() as file:
+            info = os.fstat(file.fileno())
+            if info.st_mode & 0o022 or info.st_uid != os.getuid():
+                raise ValueError("others can write it")
+            document = json.load(file)
+        if not isinstance(document, dict) or document.get("version") != VERSION:
+            raise ValueError("not of this version")
+        pods = document["pods"]
+        return {str(name): entry for name, entry in pods.items() if isinstance(entry, dict)}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        log.warning("no pod is trusted: %s: %s", path, error)
+        return {}
