@@ -44,6 +44,8 @@ class Settings:
     fsync_remote: bool = False
     allow_other: bool = False
     yagna_url: str = "http://127.0.0.1:7465"
+    sandbox: str = "auto"
+    keep_runs: int = 20
 
 
 def config_path() -> Path:

@@ -103,8 +103,11 @@ class DfsError(CpodfsError):
     """An answer of the server that is an error, or none at all.
 
     ``status`` is the HTTP status (``None`` when there was no answer), ``endpoint`` the path called.
-    ``sent`` is False only when the request surely never reached the server.
+    ``sent`` is False only when the request surely never reached the server. ``remedy``: what the
+    user can do about a refusal that repeating will not mend; ``{path}`` is where it happened.
     """
+
+    remedy: str = ""
 
     def __init__(
         self, message: str, *, endpoint: str = "", status: int | None = None, sent: bool = True
@@ -147,6 +150,7 @@ class PodNotOpen(DfsError):
 
 class Denied(DfsError):
     errno = _errno.EACCES
+    remedy = "move it to a pod that you may write to: mv {path} …"
 
 
 class ReadOnlyPod(Denied):
@@ -155,6 +159,7 @@ class ReadOnlyPod(Denied):
 
 class Refused(DfsError):
     errno = _errno.EINVAL
+    remedy = "give it another name: mv {path} …"
 
 
 class TooLong(Refused):
@@ -163,6 +168,7 @@ class TooLong(Refused):
 
 class QuotaExceeded(DfsError):
     errno = _errno.ENOSPC
+    remedy = "delete something or fund the account, then: cpodfs sync {path}"
 
 
 class ServerError(DfsError):

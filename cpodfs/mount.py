@@ -26,12 +26,15 @@ from cpodfs.config import Settings
 from cpodfs.dfs import Client, Session, Timeouts
 from cpodfs.errors import LoginRefused, MountError, Unreachable
 from cpodfs.fs.control import RUN_INO_BIT, Attributes, RunFiles
+from cpodfs.fs.guard import Guard
 from cpodfs.fs.handles import Handles
 from cpodfs.fs.operations import Operations
+from cpodfs.fs.requests import Requests
 from cpodfs.fs.tree import Tree
 from cpodfs.notify import sd_notify
 from cpodfs.paths import RUN_NAME
 from cpodfs.runs.manager import RunManager
+from cpodfs.runs.trust import TrustBook, trust_file
 from cpodfs.status import Status
 from cpodfs.sync.downloads import Downloads
 from cpodfs.sync.engine import Engine, Limits
@@ -90,6 +93,7 @@ class Driver:
             environment=environment,
             on_end=self._on_run_end,
             cancel_grace_s=RUN_GRACE_S,
+            keep=settings.keep_runs,
         )
         tree = Tree(
             *(store, cache.content, handles, self.engine, self.lister, self.downloads),
@@ -99,8 +103,11 @@ class Driver:
         self._status = Status(
             *(settings, cache, dfs.session, self.engine, self.downloads, self.runs)
         )
-        run_files = RunFiles(tree, self.runs)
+        guard = Guard(tree, TrustBook(trust_file(cache.folder)), settings.sandbox)
+        self._run_files = run_files = RunFiles(tree, self.runs, guard)
         attributes = Attributes(tree, run_files)
+        requests = Requests(tree, run_files, guard, dfs, self._refresh_pods)
+        attributes.ask, attributes.answer = requests.ask, requests.answer
         attributes.reports = {b"status": self.status}
         attributes.commands = {
             b"drain": self._command_drain,
@@ -257,6 +264,8 @@ class Driver:
     def _on_outcome(self, outcome: Outcome) -> None:
         for item in outcome.work:
             self.engine.touch(item)
+        # Deleted or made elsewhere, under a name that may have been our own.
+        self._run_files.not_ours(c.name for c in outcome.changes if c.parent == ROOT)
         if not self._mounted:
             return
         for change in outcome.changes:
@@ -293,6 +302,9 @@ class Driver:
             await self.runs.cancel_all(RUN_END_S)
         else:
             self.runs.reopen()
+
+    async def _refresh_pods(self) -> None:
+        await self.lister.refresh_from_others(ROOT)
 
     async def _command_refresh(self, ino: int, _value: bytes) -> None:
         inode = self._cache.store.get(ino)

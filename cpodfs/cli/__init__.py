@@ -11,7 +11,9 @@ from cpodfs import __version__
 from cpodfs.cli.demo import demo
 from cpodfs.cli.inspect import refresh, sync
 from cpodfs.cli.mount import mount
+from cpodfs.cli.run import cancel, logs, run, runs
 from cpodfs.cli.status import status
+from cpodfs.cli.trust import fork, receive, share, trust
 from cpodfs.cli.umount import umount
 from cpodfs.devnet.cli import devnet
 from cpodfs.errors import CpodfsError
@@ -43,5 +45,9 @@ def main() -> None:
     """
 
 
-for command in (mount, umount, status, sync, refresh, demo, devnet):
+for command in (
+    *(mount, umount, status, sync, refresh),
+    *(run, runs, logs, cancel, trust, fork, share, receive),
+    *(demo, devnet),
+):
     main.add_command(command)

@@ -28,6 +28,7 @@ from cpodfs.config import (
 from cpodfs.devnet import launch
 from cpodfs.devnet.run_env import run_environment
 from cpodfs.errors import ConfigError, CpodfsError, LoginRefused, Unreachable
+from cpodfs.runs.sandbox import MODES
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s %(message)s"
@@ -177,6 +178,22 @@ _PATH = click.Path(path_type=Path)
     default="http://127.0.0.1:7465",
     show_default=True,
     help="The yagna daemon that runs talk to (also YAGNA_API_URL); its key is YAGNA_APPKEY's.",
+)
+@_option(
+    "--sandbox",
+    type=click.Choice(MODES),
+    default="auto",
+    show_default=True,
+    help="Run programs in bwrap, where only their pod can be written and other pods and your home are "
+    "not to be seen. auto: those of pods that are not your own, where bwrap works.",
+)
+@_option(
+    "--keep-runs",
+    metavar="N",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    help="Runs whose logs stay in a pod; the oldest folders go first.",
 )
 @_option("--allow-other", is_flag=True, help="Let other users of this machine in.")
 @_option(
@@ -331,6 +348,8 @@ def _settings(
         downloads=options["downloads"],
         allow_other=options["allow_other"],
         yagna_url=options["yagna_url"],
+        sandbox=options["sandbox"],
+        keep_runs=options["keep_runs"],
     )
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from cpodfs.cache.schema import ROOT
@@ -130,7 +131,7 @@ class RunFiles:
     def not_ours(self, pods: Iterable[str]) -> None:
         """Under these names pods were deleted, or have come and gone elsewhere."""
         for pod in pods:
-            self._note(lambda name=pod: self._guard.book.forget(name))
+            self._note(partial(self._guard.book.forget, pod))
 
     def _note(self, change: Callable[[], object]) -> None:
         try:

@@ -25,9 +25,19 @@ from cpodfs.fs.tree import Tree
 log = logging.getLogger(__name__)
 
 ANSWERS_KEPT = 64
-FILES_SHOWN = 200
+ANSWER_LIMIT_BYTES = 60_000
+"""An attribute's value has 64 KiB at most."""
+FILES_SHOWN = 100
+RECORD_KEYS = ("state", "exit_code", "signal", "error", "started", "ended", "log")
 
 Answer = dict[str, Any]
+
+
+def _encoded(answer: Answer) -> bytes:
+    encoded = json.dumps(answer).encode()
+    if len(encoded) > ANSWER_LIMIT_BYTES:
+        return json.dumps({"error": "the answer is too long"}).encode()
+    return encoded
 
 
 class Requests:
@@ -60,7 +70,13 @@ class Requests:
         }
 
     async def ask(self, key: bytes, value: bytes) -> None:
-        """Carry out a request; what becomes of it is in the answer, never raised."""
+        """Carry out a request; what becomes of it is in the answer, never raised.
+
+        No request at all: the answer was read, and can be forgotten.
+        """
+        if not value:
+            self._answers.pop(key, None)
+            return
         try:
             fields = json.loads(value)
             handler = self._known[fields.pop("ask")]
@@ -72,13 +88,13 @@ class Requests:
         except (ValueError, KeyError, TypeError, AttributeError):
             log.info("request not understood", exc_info=True)
             answer = {"error": "not understood; is the mount's driver of another version?"}
-        self._answers[key] = json.dumps(answer).encode()
+        self._answers[key] = _encoded(answer)
         while len(self._answers) > ANSWERS_KEPT:
             self._answers.pop(next(iter(self._answers)))
 
-    def answer(self, key: bytes, *, keep: bool) -> bytes | None:
-        """What became of a request. ``keep``: it will be asked for again."""
-        return self._answers.get(key) if keep else self._answers.pop(key, None)
+    def answer(self, key: bytes) -> bytes | None:
+        """What became of a request; None when it was none, or was long ago."""
+        return self._answers.get(key)
 
     # -- runs and trust ---------------------------------------------------------------------------
 
@@ -88,8 +104,7 @@ class Requests:
 
     async def _record(self, pod: str, run: str) -> Answer:
         record = self._runs.record(pod, run) or {}
-        record.pop("recipe", None)
-        return {"record": record}
+        return {"record": {key: record.get(key) for key in RECORD_KEYS}}
 
     async def _trust(self, pod: str) -> Answer:
         what = await self._runs.recipe((await self._pod(pod)).ino)
@@ -100,9 +115,8 @@ class Requests:
             "hash": sheet.hexdigest(),
             "recipe": what.recipe.file,
             "recipe_sha256": hashlib.sha256(what.raw).hexdigest(),
-            "exec": what.recipe.exec_argv,
-            "files": sheet.files[1 : FILES_SHOWN + 1],
-            "more": max(0, len(sheet.files) - 1 - FILES_SHOWN),
+            "files": [(path[:500], size, x) for path, size, x in sheet.files[1:][:FILES_SHOWN]],
+            "count": len(sheet.files) - 1,
         }
 
     async def _confirm(self, pod: str, digest: str) -> Answer:

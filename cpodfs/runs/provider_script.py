@@ -25,7 +25,6 @@ cd "$base" || exit 90
 base=$(pwd)
 state=$base/cpodfs.state
 nap() { sleep 0.1 2>/dev/null || sleep 1; }
-size() { [ -e "$1" ] && wc -c < "$1" | tr -d ' ' || echo 0; }
 hash() { set -- $(sha256sum < "$1"); echo "$1"; }
 
 check() {
@@ -58,8 +57,8 @@ start() {  # WORDS: run the program in the background
 }
 
 emit() {  # NAME ALL: print what NAME has got since the last time, whole lines only unless ALL
-    at=$(cat "$state/$1.at")
-    new=$(( $(size "$state/$1") - at ))
+    read -r at < "$state/$1.at"
+    new=$(( $(wc -c < "$state/$1") - at ))
     [ "$new" -gt 0 ] || return 1
     [ "$new" -le 262144 ] || new=262144
     if [ -z "$2" ]; then
@@ -100,15 +99,16 @@ task() {  # OUTPUT WORDS: run the program here and now, with an empty output fol
 
 list() {  # OUTPUT: names of what has changed since the last time, for tar
     cd pod || exit 94
-    by=-newer
-    find cpodfs.none "$state/since" -cnewer "$state/never" >/dev/null 2>&1
-    find "$state/since" -cnewer "$state/never" >/dev/null 2>&1 && by=-cnewer
-    [ "$by" = -newer ] && [ -e "$state/exit" ] && cp -p "$state/never" "$state/since"
+    rm -f "$base/cpodfs.out"
+    # The time of change tells more: -newer does not see a file that came with an old date.
+    by=-cnewer
+    find "$state/never" -cnewer "$state/never" >/dev/null 2>&1 || by=-newer
+    [ "$by" = -newer ] && [ -n "$2" ] && cp -p "$state/never" "$state/since"
     if tar --version 2>/dev/null | grep -q GNU; then
-        find "$1" \( -type f $by "$state/since" -o -type d -empty \) -print0 > "$state/list"
+        find "./$1" \( -type f $by "$state/since" -o -type d -empty \) -print0 > "$state/list"
         tar --null --no-recursion -cf "$base/cpodfs.out" -T "$state/list" 2>"$state/tar"
     else
-        find "$1" -type f $by "$state/since" > "$state/list"
+        find "./$1" -type f $by "$state/since" > "$state/list"
         tar -cf "$base/cpodfs.out" -T "$state/list" 2>"$state/tar"
     fi
     # What was changed or removed meanwhile comes the next time.
@@ -120,11 +120,11 @@ pack() {  # OUTPUT: archive what is new in it, say what is to be known
     [ -e "$state/exit" ] && done=$(cat "$state/exit")
     : > "$state/next"
     # File times are coarse: only what is written from now on is surely newer than that.
-    nap
-    ( list "$1" )
+    [ "$done" = - ] && nap
+    ( list "$1" "${done#-}" )
     mv "$state/next" "$state/since"
     count=0; [ -s "$state/list" ] && count=1
-    echo "cpodfs $done $count $(size cpodfs.out) $(hash cpodfs.out)"
+    echo "cpodfs $done $count $(( $(wc -c < cpodfs.out) )) $(hash cpodfs.out)"
 }
 
 command=$1; shift

@@ -9,8 +9,8 @@ server) and in ``run`` (nothing to do). A failed call is retried for ever, at gr
 from __future__ import annotations
 
 import errno
-import heapq
 import logging
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -40,6 +40,7 @@ from cpodfs.sync.merge import Merger, Outcome
 from cpodfs.sync.ops import Item, Look, Move, Op, RemoveDir, Upload, move_aside
 from cpodfs.sync.planner import Blocked, Planner
 from cpodfs.sync.retry import Retry
+from cpodfs.sync.schedule import Schedule
 from cpodfs.sync.waits import Waits
 
 log = logging.getLogger(__name__)
@@ -101,8 +102,7 @@ class Engine:
         self._limits = limits
         self._on_outcome = on_outcome
         self.counters = Counters()
-        self._due: dict[Item, float] = {}
-        self._heap: list[tuple[float, Item]] = []
+        self._due = Schedule()
         self._flights: dict[Item, _Flight] = {}
         self._waits = Waits()
         self._parked: dict[int | str, deque[Item]] = {}
@@ -147,7 +147,7 @@ class Engine:
         """The file lost its name: an upload of it under way is for nothing."""
         self._marked.discard(ino)
         item: Item = ("ino", ino)
-        self._due.pop(item, None)
+        self._due.drop(item)
         self._wake_waiting(item)
         flight = self._flights.get(item)
         if flight is not None and isinstance(flight.op, Upload):
@@ -180,7 +180,7 @@ class Engine:
         """From now on nothing waits for its delay, and what has failed is tried at once."""
         self._draining = True
         self._retry.open_gate()
-        for item in list(self._due):
+        for item in self._due.items():
             self._schedule(item, 0.0)
         self._wake.set()
 
@@ -196,7 +196,7 @@ class Engine:
                 moved = self._moved()
                 if moved != last or self.is_being_stored():
                     last, since = moved, trio.current_time()
-                idle = not self._flights and self._next_due_s() > stalled_s
+                idle = not self._flights and self._due.next_s() > stalled_s
                 if idle or trio.current_time() - since > stalled_s:
                     return False
                 with trio.move_on_after(min(stalled_s, 1.0)):
@@ -225,10 +225,6 @@ class Engine:
             if any(waiting in self._retry.attempts for waiting in self._waits.chain(item)):
                 raise OSError(errno.EIO, inode.error or "the server did not take it")
 
-    def _next_due_s(self) -> float:
-        now = time.monotonic()
-        return min((due - now for due in self._due.values()), default=float("inf"))
-
     def _moved(self) -> tuple[int, int]:
         return self.counters.done, sum(sent for sent, _ in self.uploading().values())
 
@@ -255,33 +251,17 @@ class Engine:
                     await trio.lowlevel.checkpoint()  # let the file system in between
 
     def _schedule(self, item: Item, delay_s: float) -> None:
-        due = time.monotonic() + delay_s
-        earlier = self._due.get(item)
-        self._due[item] = due
-        # A later time for an item already in the heap is found out when its entry comes up.
-        if earlier is None or due < earlier:
-            heapq.heappush(self._heap, (due, item))
+        if self._due.put(item, delay_s):
             self._wake.set()
 
     def _start_due(self) -> float:
         """Start some of what is due; returns the seconds until the next will be (0: there is more)."""
         for _ in range(STARTS_AT_ONCE):
-            if not self._heap:
-                return float("inf")
             if gate_s := self._retry.gate_s():
                 return gate_s
-            now = time.monotonic()
-            due, item = self._heap[0]
-            if due > now:
-                return due - now
-            heapq.heappop(self._heap)
-            wanted = self._due.get(item)
-            if wanted is None:
-                continue
-            if wanted > due:
-                heapq.heappush(self._heap, (wanted, item))
-                continue
-            del self._due[item]
+            item = self._due.pop()
+            if item is None:
+                return self._due.next_s()
             self._try(item)
         return 0.0
 
@@ -364,7 +344,7 @@ class Engine:
     def _patience(self, item: Item) -> float:
         """Whoever stands in somebody's way is due at once, unless it has just failed."""
         failed = item in self._retry.attempts and item in self._due
-        return max(self._due[item] - time.monotonic(), 0.0) if failed else 0.0
+        return self._due.due_s(item) if failed else 0.0
 
     def _break(self, ring: list[Item]) -> None:
         for item in ring:
@@ -476,6 +456,12 @@ class Engine:
         for item in [i for i in self._retry.attempts if i in self._due]:
             self._schedule(item, 0.0)
 
+    def _explained(self, ino: int, error: Exception) -> str:
+        """What went wrong and, where there is something, what to do."""
+        remedy = error.remedy if isinstance(error, DfsError) else ""
+        path = shlex.quote(self._store.path(ino))
+        return f"{error}; {remedy.format(path=path)}" if remedy else str(error)
+
     def _fail(self, op: Op, error: Exception) -> None:
         if isinstance(op, Upload) and _surely_not_done(error):
             op.not_done(self._store)
@@ -497,7 +483,7 @@ class Engine:
             self._merger.resurrect(op.rid, outcome)
             self._on_outcome(outcome)
         if op.item[0] == "ino":
-            self._store.set(op.item[1], error=str(error))
+            self._store.set(op.item[1], error=self._explained(op.item[1], error))
         log.warning("writeback failed item=%s retry_s=%.1f: %s", op.item, delay_s, error)
         self._schedule(op.item, delay_s)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.harness import Mount, RealServer, Server, mounted
+from tests.mount.harness import Mount, RealServer, Server, mounted, run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +35,17 @@ def own_server(tmp_path: Path) -> Iterator[Server]:
     server = Server(tmp_path / "devnet", "--no-market")
     yield server
     server.stop()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 100 MiB where the test's mount has its cache."""
+    assert os.geteuid() == 0, "only root can mount a small disk"
+    disk = tmp_path / "cache"
+    disk.mkdir()
+    run("mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", disk)
+    yield disk
+    run("umount", "-l", disk)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import secrets
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,13 @@ class Server:
 
     def kill(self) -> None:
         self._running.kill()
+
+    def freeze(self) -> None:
+        """It takes connections, and answers nothing."""
+        os.kill(self.net.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        os.kill(self.net.pid, signal.SIGCONT)
 
     def start_again(self) -> None:
         self._running = launch.start(self.state, self._extra)
@@ -222,3 +231,31 @@ def run(*argv: str | Path, cwd: Path | None = None, check: bool = True) -> str:
 def sh(script: str, cwd: Path, check: bool = True) -> str:
     """What a shell user would type."""
     return run("sh", "-ec", script, cwd=cwd, check=check)
+
+
+def tree(root: Path, attempts: int = 1) -> dict[str, str]:
+    """Every path below ``root`` with its content's hash. A read that fails is repeated as a user
+    would."""
+    found = {}
+    pending = [root]
+    while pending:
+        folder = pending.pop()
+        for name in sorted(_patiently(functools.partial(os.listdir, folder), attempts)):
+            path = folder / name
+            if path.is_dir():
+                pending.append(path)
+                found[str(path.relative_to(root))] = "dir"
+            else:
+                data = _patiently(path.read_bytes, attempts)
+                found[str(path.relative_to(root))] = hashlib.sha256(data).hexdigest()
+    return found
+
+
+def _patiently(read: Callable[[], Any], attempts: int) -> Any:
+    for attempt in range(attempts):
+        try:
+            return read()
+        except OSError:
+            if attempt == attempts - 1:
+                raise
+    raise AssertionError

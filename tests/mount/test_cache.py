@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -52,18 +51,6 @@ def test_clean_files_are_evicted_least_recently_used_first(
             _until(lambda: _used(mount) <= 10 * MIB)
             file.seek(2 * MIB)
             assert file.read(1) == bytes([1])
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 100 MiB for the cache."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    disk = tmp_path / "cache"
-    disk.mkdir()
-    run("mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", disk)
-    yield disk
-    run("umount", "-l", disk)
 
 
 def test_a_full_disk_is_told_to_the_writer_and_loses_nothing(

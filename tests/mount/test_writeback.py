@@ -251,3 +251,24 @@ def _until(condition) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_what_the_server_refuses_for_good_is_kept_and_named(
+    tmp_path: Path, own_server: Server
+) -> None:
+    with mounted(tmp_path, own_server, None, "--writeback-delay", "0.1", "--stall", "2") as mount:
+        pod = mount.pod()
+        mount.sync()
+        own_server.faults(error_rate=1.0, status=402, match="upload")
+        (pod / "f").write_text("my only copy")
+        _until(lambda: os.getxattr(pod / "f", "user.cpodfs.state") == b"error")
+        assert b"cpodfs sync pod/f" in os.getxattr(pod / "f", "user.cpodfs.error")
+        assert "pod/f" in mount.cli("status", str(pod)).stdout
+        assert mount.stop() != 0
+        assert "pod/f" in mount.said
+        mount.start()
+        assert (pod / "f").read_text() == "my only copy"
+        own_server.faults(error_rate=0)
+        mount.sync()
+        mount.remount(wipe=True)
+        assert (pod / "f").read_text() == "my only copy"

@@ -1,0 +1,222 @@
+"""``cpodfs run``, ``runs``, ``logs`` and ``cancel``: what touching ``.run`` does, for scripts.
+
+Imports `follow` and `pods`. Everything goes through the mount, whose driver does the work.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cpodfs.cli.control import mount_of
+from cpodfs.cli.follow import POLL_S, Logs, follow, in_progress, log_folder, read_record, run_ids
+from cpodfs.cli.pods import Pod, find_pod, printable
+from cpodfs.errors import ConfigError, RunError
+
+CANCELLED_EXIT = 130
+
+
+@click.command()
+@click.argument("pod")
+@click.option("--wait", "-w", is_flag=True, help="Print its output, exit with its exit code.")
+@click.option(
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="For this run only: golem.exec, a key of golem.runtime, or any name, which the program "
+    "finds as CPODFS_SET_NAME. It is kept in run.json. Repeatable.",
+)
+def run(pod: str, wait: bool, settings: Sequence[str]) -> None:
+    """Run POD as touching its .run would, and print the run's id.
+
+    With --wait: Ctrl-C cancels the run, a second one leaves it alone. A run that could not be started
+    or was lost exits with 1, one ended by a signal with 128 and its number, a cancelled one with 130.
+    """
+    found = find_pod(pod)
+    changes: dict[str, str] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {setting}: must be KEY=VALUE")
+        changes[key] = value
+    answer = found.ask("run", changes=changes)
+    if not wait:
+        click.echo(answer["run"])
+        return
+    _cancel_on_interrupt(found, answer["run"])
+    follow(found, answer["run"], found.path / answer["log"])
+    record = found.ask("record", run=answer["run"])["record"]
+    if record["state"] != "finished":
+        reason = f": {record['error']}" if record["error"] else ""
+        click.echo(f"cpodfs: run {answer['run']}: {record['state']}{printable(reason)}", err=True)
+    sys.exit(exit_code(record))
+
+
+def exit_code(record: dict[str, Any]) -> int:
+    """What a shell would say of a run that ended like this."""
+    if record["state"] == "finished":
+        return 0
+    if record["state"] == "cancelled":
+        return CANCELLED_EXIT
+    if record["signal"]:
+        return 128 + getattr(signal, record["signal"], 0)
+    return record["exit_code"] or 1
+
+
+def _cancel_on_interrupt(pod: Pod, run_id: str) -> None:
+    asked = False
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            sys.exit(CANCELLED_EXIT)
+        asked = True
+        state = in_progress(pod)
+        if state is not None and state.get("id") == run_id:
+            with suppress(OSError):
+                pod.control.unlink()
+        click.echo("cpodfs: cancelling; Ctrl-C again to leave it to end by itself", err=True)
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
+@click.command()
+@click.argument("pod")
+def cancel(pod: str) -> None:
+    """End the run of POD, and wait until it has ended."""
+    found = find_pod(pod)
+    state = in_progress(found)
+    try:
+        found.control.unlink()
+    except FileNotFoundError:
+        raise RunError(f"{found.name}: no run is in progress") from None
+    except OSError as error:
+        raise RunError(f"{found.name}: cannot be cancelled: {error.strerror}") from None
+    while True:
+        now = in_progress(found)
+        if now is None or (state is not None and now.get("id") != state.get("id")):
+            return
+        time.sleep(POLL_S)
+
+
+@click.command()
+@click.argument("pod")
+@click.argument("run", required=False)
+@click.option("--follow", "-f", "following", is_flag=True, help="Go on until the run ends.")
+def logs(pod: str, run: str | None, following: bool) -> None:
+    """Print what RUN (the beginning of its id; default: the newest) of POD wrote.
+
+    Its standard output and its standard error go to ours.
+    """
+    found = find_pod(pod)
+    folder = log_folder(found)
+    current = in_progress(found) or {}
+    # Of a run just begun the folder may not be there yet.
+    known = sorted({*run_ids(folder), *filter(None, [current.get("id")])}, reverse=True)
+    chosen = next((name for name in known if name.startswith(run or "")), None)
+    if chosen is None:
+        raise RunError(f"{found.name}: no such run" if run else f"{found.name}: it never ran")
+    if chosen == current.get("id"):
+        folder = (found.path / current["log"]).parent
+    if following:
+        follow(found, chosen, folder / chosen)
+    else:
+        Logs(folder / chosen).step()
+
+
+@click.command()
+@click.argument("pod", required=False)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option(
+    "--last",
+    metavar="N",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="So many of each pod.",
+)
+def runs(pod: str | None, as_json: bool, last: int) -> None:
+    """List the runs of POD, or of all pods of the only mount, the newest first."""
+    found = [
+        record for each in _pods(pod) for record in _records(each, last) if record.get("created")
+    ]
+    found.sort(key=lambda record: str(record["created"]), reverse=True)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    else:
+        Console().print(_table(found))
+
+
+def _pods(pod: str | None) -> list[Pod]:
+    if pod is not None:
+        if Path(pod).absolute() != (mount := mount_of(Path(pod) if "/" in pod else None)):
+            return [find_pod(pod)]
+    else:
+        mount = mount_of(None)
+    return [Pod(mount, entry.name) for entry in mount.iterdir()]
+
+
+def _records(pod: Pod, last: int) -> list[dict[str, Any]]:
+    try:
+        folder = log_folder(pod)
+        found = [read_record(folder / name) for name in run_ids(folder)[:last]]
+    except OSError as error:
+        click.echo(f"cpodfs: {pod.name}: {error.strerror}", err=True)
+        return []
+    return [{k: v for k, v in record.items() if k != "recipe"} for record in found]
+
+
+def _table(records: list[dict[str, Any]]) -> Table:
+    table = Table(box=None)
+    for heading in ("pod", "run", "state", "start", "duration", "exit"):
+        table.add_column(heading)
+    for record in records:
+        ending = record.get("signal") or record.get("exit_code")
+        table.add_row(
+            *(_cell(record.get(key)) for key in ("pod", "id", "state")),
+            _local(record.get("started")),
+            _duration(record),
+            _cell(ending if ending is not None else record.get("error")),
+        )
+    return table
+
+
+def _cell(value: Any) -> Text:
+    return Text("" if value is None else printable(str(value)))
+
+
+def _moment(value: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _local(value: Any) -> Text:
+    moment = _moment(value)
+    return Text("" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S}")
+
+
+def _duration(record: dict[str, Any]) -> Text:
+    start = _moment(record.get("started"))
+    if start is None:
+        return Text()
+    end = _moment(record.get("ended")) or datetime.now(start.tzinfo)
+    seconds = (end - start).total_seconds()
+    if seconds < 60:
+        return Text(f"{seconds:.1f} s")
+    return Text(f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}")

@@ -1,0 +1,146 @@
+"""``cpodfs trust``, ``fork``, ``share`` and ``receive``: pods of others, and pods for others.
+
+Imports `pods`. What a stranger wrote is made harmless before it reaches the terminal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.filesize import decimal
+
+from cpodfs.cli.control import mount_of, tell
+from cpodfs.cli.pods import Pod, find_pod, printable, request
+from cpodfs.cli.progress import drain_progress
+from cpodfs.cli.umount import wait_until_idle
+from cpodfs.errors import CpodfsError, RecipeError
+from cpodfs.recipe import RECIPE_LIMIT_BYTES, parse_recipe
+
+_STALL_S = 30.0
+
+
+@click.command()
+@click.argument("pod")
+@click.option("--yes", "-y", is_flag=True, help="Do not ask.")
+@click.option("--own", is_flag=True, help="It is your own pod, made elsewhere: always trust it.")
+@click.option("--revoke", is_flag=True, help="Trust it no more, not even if you made it.")
+def trust(pod: str, yes: bool, own: bool, revoke: bool) -> None:
+    """Show what running POD would execute and, if you confirm it, allow that.
+
+    The permission ends when the recipe or the script folder changes. Pods that you make in the mount
+    need none; those that were forked, received or made elsewhere do.
+    """
+    if own and revoke:
+        raise click.UsageError("--own and --revoke contradict each other")
+    found = find_pod(pod)
+    if revoke:
+        known = found.ask("revoke")["known"]
+        click.echo(f"{found.name} {'is not trusted any more' if known else 'was not trusted'}")
+        return
+    report = found.ask("trust")
+    _show(found, report)
+    if report["own"]:
+        click.echo("It is your own: it runs without being asked for.")
+        return
+    if report["trusted"] == report["hash"] and not own:
+        click.echo("It is trusted already.")
+        return
+    if report["trusted"] not in (None, report["hash"]):
+        click.echo("It has CHANGED since it was trusted.")
+    question = "Is it your own, and all that it will become?" if own else "Let this be run as you?"
+    if not yes:
+        click.confirm(question, abort=True, err=True)
+    if own:
+        found.ask("own")
+    else:
+        found.ask("confirm", digest=report["hash"])
+    click.echo(f"{found.name} is trusted")
+
+
+def _show(pod: Pod, report: dict[str, Any]) -> None:
+    name = report["recipe"]
+    with (pod.path / name).open("rb") as file:
+        raw = file.read(RECIPE_LIMIT_BYTES + 1)
+    if hashlib.sha256(raw).hexdigest() != report["recipe_sha256"]:
+        raise RecipeError(f"{printable(name)}: changed just now; look again")
+    recipe = parse_recipe(raw, file=name)
+    click.echo(f"{printable(name)}:")
+    click.echo(printable(raw.decode("utf-8", "replace")).rstrip())
+    click.echo(f"\nIt runs: {printable(shlex.join(recipe.exec_argv))}")
+    click.echo("at providers, for money" if recipe.runtime is not None else "on this machine")
+    click.echo(f"\nIts code, {report['count']} files and folders:")
+    for path, size, executable in report["files"]:
+        click.echo(f"  {printable(path)}  {decimal(size)}{'  executable' if executable else ''}")
+    if report["count"] > len(report["files"]):
+        click.echo(f"  and {report['count'] - len(report['files'])} more")
+    click.echo(f"\nHash: {report['hash']}")
+
+
+@click.command()
+@click.argument("pod")
+@click.argument("new")
+def fork(pod: str, new: str) -> None:
+    """Make NEW, a pod of your own, a copy of POD at the server. May take minutes.
+
+    The copy of a pod that is not your own must be trusted before it can be run.
+    """
+    found = find_pod(pod)
+    _upload_first(found.mount)
+    answer = found.ask("fork", new=new)
+    _forked(found.mount / new, trusted=answer["own"])
+
+
+@click.command()
+@click.argument("pod")
+def share(pod: str) -> None:
+    """Print a reference with which anybody can receive or fork POD.
+
+    It is a secret, it works for ever, and it cannot be taken back.
+    """
+    found = find_pod(pod)
+    _upload_first(found.mount)
+    click.echo(found.ask("share")["reference"])
+
+
+@click.command()
+@click.argument("reference")
+@click.option(
+    "--fork", "new", metavar="NEW", help="Make a pod of your own of it, which can be run."
+)
+@click.option("--mount", type=Path, help="Into this mount; needed when there are several.")
+def receive(reference: str, new: str | None, mount: Path | None) -> None:
+    """Show the pod that REFERENCE leads to as a read-only folder.
+
+    REFERENCE may be -, to read it from standard input, as arguments can be seen by other users.
+    """
+    if reference == "-":
+        reference = sys.stdin.readline().strip()
+    point = mount_of(mount)
+    answer = request(point, "receive", reference=reference, new=new)
+    if new is not None:
+        _forked(point / new, trusted=False)
+    else:
+        click.echo(f"{printable(str(point / answer['pod']))}: received, read-only")
+
+
+def _forked(path: Path, *, trusted: bool) -> None:
+    click.echo(f"{path}: forked")
+    if not trusted:
+        click.echo(f"Before it can be run: cpodfs trust {shlex.quote(str(path))}", err=True)
+
+
+def _upload_first(mount: Path) -> None:
+    """The server can only copy or share what it has."""
+    tell(mount, "drain")
+    try:
+        with drain_progress() as progress:
+            report = wait_until_idle(mount, _STALL_S, progress)
+    finally:
+        tell(mount, "drain", "0")
+    if report["pending"] + report["deletions"]:
+        raise CpodfsError(f"{mount}: not all is uploaded yet; see: cpodfs status")

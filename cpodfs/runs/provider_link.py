@@ -1,0 +1,96 @@
+"""The supervisor's end of the line to a provider run's process: JSON lines to record and spools.
+
+Imports `state` and the standard library only, like all that the supervisor loads. The process is
+ours, but what it passes on is not: a line that is not understood is text for the log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+_CHUNK_BYTES = 64 * 1024
+_LINE_LIMIT_BYTES = 4 << 20
+
+GRACE_S = 30.0
+"""From SIGTERM to SIGKILL: time to end agreements and to pay."""
+
+
+def command() -> list[str]:
+    """argv of the process. -P: nothing of the pod stands in for a module of ours."""
+    return [sys.executable, "-P", "-m", "cpodfs.runs.provider"]
+
+
+class Link:
+    """The process's stdout. Like the supervisor's own streams: `pump` moves one chunk.
+
+    ``spools``: descriptors by stream name (``stdout``, ``stderr``). ``on_status`` gets each status.
+    ``end``: the last word, {error, exit_code}, or None when there was none (yet).
+    """
+
+    def __init__(
+        self, pipe: int, spools: dict[str, int], on_status: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self.pipe = pipe
+        self.pending = b""
+        self.end: dict[str, Any] | None = None
+        self._spools = spools
+        self._on_status = on_status
+        self._line = b""
+        self._waiting: list[tuple[int, bytes]] = []
+        os.set_blocking(pipe, False)
+
+    def pump(self) -> bool | None:
+        """Move one chunk. True: moved; False: nothing now, or a spool is full; None: closed."""
+        if not self._write():
+            return False
+        try:
+            chunk = os.read(self.pipe, _CHUNK_BYTES)
+        except BlockingIOError:
+            return False
+        if not chunk:
+            if self._line:
+                self._take(self._line)
+                self._line = b""
+                return self._write()
+            return None
+        *lines, self._line = (self._line + chunk).split(b"\n")
+        if len(self._line) > _LINE_LIMIT_BYTES:
+            lines, self._line = [*lines, self._line], b""
+        for line in lines:
+            self._take(line)
+        return self._write()
+
+    def _take(self, line: bytes) -> None:
+        try:
+            message = json.loads(line)
+            if "log" in message:
+                text = message["text"].encode(errors="backslashreplace")
+                self._waiting.append((self._spools[message["log"]], text))
+            elif "status" in message:
+                self._on_status(dict(message["status"]))
+            elif "end" in message:
+                self.end = dict(message["end"])
+            else:
+                raise KeyError
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            self._waiting.append((self._spools["stderr"], line + b"\n"))
+
+    def _write(self) -> bool:
+        """Write what waits for the spools; False when the disk is full."""
+        try:
+            while self._waiting:
+                spool, data = self._waiting[0]
+                written = os.write(spool, data)
+                self._waiting[:1] = [(spool, data[written:])] if data[written:] else []
+        except OSError:
+            self.pending = self._waiting[0][1]
+            return False
+        self.pending = b""
+        return True

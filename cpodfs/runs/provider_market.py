@@ -1,0 +1,428 @@
+"""Hiring for a provider run: offers, agreements, activities, what they cost, and their ends.
+
+asyncio, in the provider run's own process; imports yapapi, `recipe`, `provider_status`. It drives
+yapapi's engine as yapapi's own Executor and ServiceRunner do (`Job`, `start_worker`,
+`process_batches`), because the Executor starts one worker in two seconds, retries anywhere, and
+hears nothing of a provider that is gone. One lane is one agreement with one activity; it is never
+used again. Invariant: whatever ends a lane, its activity is destroyed and its agreement terminated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncGenerator, Callable
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any, Protocol
+
+import aiohttp
+from yapapi import Golem, events
+from yapapi.engine import Job
+from yapapi.payload import Payload
+from yapapi.props.com import ComLinear, Counter
+from yapapi.rest.activity import BatchError, CommandExecutionError
+from yapapi.strategy import SCORE_REJECTED, LeastExpensiveLinearPayuMS
+
+from cpodfs.recipe import Runtime
+from cpodfs.runs.provider_status import Hired, Reporter, Status
+
+STRIKES = 3
+"""A provider that has failed so often in this run is not hired again."""
+SILENCE_S = 15.0
+"""A provider that answers nothing for so long has vanished."""
+SETTLE_S = 30.0
+VANISHED_SETTLE_S = 3.0
+"""How long the invoice of a provider that has vanished is waited for."""
+FAILED = 125
+"""Exit code for a failure that is not the program's."""
+_EXPIRY_MARGIN = timedelta(minutes=5)
+_WATCH_S = 1.0
+_ANSWER_S = 5.0
+_LANES_END_S = 10.0
+_RETRY_S = 0.5
+
+
+class RunFailed(Exception):
+    """Why the run cannot go on, as its record will say."""
+
+
+class LaneFailed(Exception):
+    """What went wrong with one provider; others may do better."""
+
+
+class Vanished(LaneFailed):
+    """A provider that does not answer any more."""
+
+
+class Work(Protocol):
+    """What the lanes do. ``over`` is set when nothing is left to be done."""
+
+    over: asyncio.Event
+
+    def lanes_wanted(self) -> int:
+        """How many providers would have something to do now."""
+
+    def lane(self, context: Any, hired: Hired) -> AsyncGenerator[Any, Any]:
+        """The scripts for one provider. Raises LaneFailed; its end ends the lane."""
+
+    def lane_ended(self, hired: Hired, error: str | None) -> None:
+        """A lane is over; what it had begun must be begun again. Raises RunFailed to give up."""
+
+
+class Strategy(LeastExpensiveLinearPayuMS):  # type: ignore[misc]
+    """The cheapest within the recipe's limits, those that have failed us last."""
+
+    def __init__(self, runtime: Runtime, budget_left: Callable[[], Decimal]) -> None:
+        limits = {Counter.CPU: runtime.max_cpu_hour, Counter.TIME: runtime.max_env_hour}
+        super().__init__(
+            max_fixed_price=_decimal(runtime.max_start),
+            max_price_for={
+                counter: _decimal(limit) / 3600
+                for counter, limit in limits.items()
+                if limit is not None
+            },
+        )
+        self._budget_left = budget_left
+        self.strikes: dict[str, int] = {}
+        self.too_dear = 0
+
+    async def score_offer(self, offer: Any) -> float:
+        strikes = self.strikes.get(offer.issuer, 0)
+        if strikes >= STRIKES:
+            return float(SCORE_REJECTED)
+        fixed = Decimal(str(ComLinear.from_properties(offer.props).fixed_price))
+        score = float(await super().score_offer(offer))
+        if score < 0 or fixed > self._budget_left():
+            self.too_dear += 1
+            return float(SCORE_REJECTED)
+        return score / (1 + 10 * strikes)
+
+
+def _decimal(limit: float | None) -> Decimal:
+    # Text between: a float's own digits would make 0.1 a little more than it is.
+    return Decimal(math.inf) if limit is None else Decimal(str(limit))
+
+
+class Crew:
+    """The providers that work on one run. Use `run` once, inside a started ``golem``."""
+
+    def __init__(
+        self, golem: Golem, runtime: Runtime, reporter: Reporter, strategy: Strategy, work: Work
+    ) -> None:
+        self._engine = golem._engine
+        self._runtime = runtime
+        self._reporter = reporter
+        self._strategy = strategy
+        self._work = work
+        self._lanes: set[asyncio.Task[None]] = set()
+        self._workers: set[asyncio.Task[Any]] = set()
+        self._news = asyncio.Event()
+        self._failure: RunFailed | None = None
+        self._hired_any = False
+
+    @property
+    def _status(self) -> Status:
+        return self._reporter.status
+
+    async def run(self, payload: Payload) -> None:
+        """See the work through. Raises RunFailed; cancelled, it still ends everything it began."""
+        expires = datetime.now(UTC) + timedelta(seconds=self._runtime.timeout_s) + _EXPIRY_MARGIN
+        job = Job(self._engine, expires, payload)
+        self._engine.add_job(job)
+        offers = asyncio.create_task(job.find_offers())
+        self._reporter.phase("searching")
+        try:
+            async with asyncio.timeout(self._runtime.timeout_s):
+                await self._hire(job, offers)
+        except TimeoutError:
+            limit = f"{self._runtime.timeout_s:g} s"
+            raise RunFailed(f"timeout: not done after {limit}") from None
+        finally:
+            self._reporter.phase("ending")
+            offers.cancel()
+            await self._dismiss(job)
+            self._engine.finalize_job(job)
+
+    async def _hire(self, job: Any, offers: asyncio.Task[None]) -> None:
+        """Keep as many lanes as there is work for, until the work is over."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._runtime.offer_timeout_s
+        while not self._work.over.is_set():
+            if self._failure is not None:
+                raise self._failure
+            if offers.done():
+                raise RunFailed(f"the market does not answer: {offers.exception()!r}")
+            await job.agreements_pool.cycle()
+            wanted = min(self._runtime.workers, self._work.lanes_wanted())
+            if len(self._workers) < wanted and await self._start_lane(job):
+                deadline = loop.time() + self._runtime.offer_timeout_s
+                continue
+            if self._workers or not wanted:
+                deadline = loop.time() + self._runtime.offer_timeout_s
+            elif loop.time() >= deadline:
+                raise RunFailed(self._why_nobody(job))
+            await self._wait_for_news(_RETRY_S)
+
+    async def _start_lane(self, job: Any) -> bool:
+        starting = asyncio.create_task(self._engine.start_worker(job, self._lane_in(job)))
+        try:
+            worker = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            # An agreement may just have been signed: it must not be forgotten.
+            await asyncio.wait([starting], timeout=_ANSWER_S)
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next offer may do
+            self._reporter.note(f"no agreement: {describe(error)}")
+            return False
+        if worker is None:
+            return False
+        self._workers.add(worker)
+        worker.add_done_callback(self._worker_done)
+        return True
+
+    def _worker_done(self, worker: asyncio.Task[Any]) -> None:
+        self._workers.discard(worker)
+        if not worker.cancelled() and (error := worker.exception()) is not None:
+            self._reporter.note(f"no activity: {describe(error)}")
+        self._news.set()
+
+    async def _wait_for_news(self, timeout_s: float) -> None:
+        waits = [asyncio.create_task(e.wait()) for e in (self._news, self._work.over)]
+        try:
+            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        self._news.clear()
+
+    def _why_nobody(self, job: Any) -> str:
+        limit = f"{self._runtime.offer_timeout_s:g} s"
+        offers, dear = self._status.offers, self._strategy.too_dear
+        if not offers:
+            return f"no offers: no provider answered in {limit}"
+        if not job.proposals_confirmed and dear:
+            return f"no offers within max_price and budget in {limit} ({dear} were too dear)"
+        if not job.proposals_confirmed:
+            return f"proposals rejected: {offers} offers in {limit}, and no provider agreed"
+        if self._strategy.strikes:
+            return f"no other provider in {limit} ({self._last_error()})"
+        return f"no provider signed an agreement in {limit}"
+
+    def _last_error(self) -> str:
+        errors = [one.error for one in self._status.hired.values() if one.error]
+        return f"the last one: {errors[-1]}" if errors else "none has failed"
+
+    # -- one provider -----------------------------------------------------------------------------
+
+    def _lane_in(self, job: Any) -> Callable[[Any], Any]:
+        async def run_worker(context: Any) -> bool:
+            lane = asyncio.create_task(self._lane(job, context))
+            self._lanes.add(lane)
+            try:
+                # Waited for, not awaited: yapapi ends the activity only after an ordinary error.
+                await asyncio.wait([lane])
+            finally:
+                self._lanes.discard(lane)
+            raise LaneFailed("over")
+
+        return run_worker
+
+    async def _lane(self, job: Any, context: Any) -> None:
+        hired = self._status.hired[context._agreement.id]
+        hired.activity, hired.activity_state = context.id, "new"
+        self._reporter.phase("running")
+        work = asyncio.create_task(self._process(job, context, hired))
+        watch = asyncio.create_task(self._watch(context, hired))
+        error: str | None = None
+        try:
+            await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
+            error = await self._why_ended(work, watch, context)
+        finally:
+            for task in (work, watch):
+                task.cancel()
+            await asyncio.wait([work, watch])
+            with contextlib.suppress(Exception):
+                await self._take_cost(context, hired)
+            await self._close_lane(job, hired, error)
+
+    async def _close_lane(self, job: Any, hired: Hired, error: str | None) -> None:
+        hired.error, hired.activity_state = error, "ended"
+        if error is not None:
+            self._strategy.strikes[hired.id] = self._strategy.strikes.get(hired.id, 0) + 1
+            self._reporter.note(f"{hired.name}: {error}")
+        try:
+            self._work.lane_ended(hired, error)
+        except RunFailed as failure:
+            self._failure = self._failure or failure
+        self._news.set()
+        self._reporter.changed()
+        with contextlib.suppress(Exception):
+            await self._engine.accept_payments_for_agreement(job.id, hired.agreement)
+
+    async def _process(self, job: Any, context: Any, hired: Hired) -> None:
+        scripts = self._work.lane(context, hired)
+        try:
+            await self._engine.process_batches(job.id, hired.agreement, context._activity, scripts)
+        except StopAsyncIteration:
+            pass
+        finally:
+            await scripts.aclose()
+
+    async def _why_ended(
+        self, work: asyncio.Task[None], watch: asyncio.Task[None], context: Any
+    ) -> str | None:
+        if not work.done():
+            error = watch.exception()
+            if isinstance(error, RunFailed):
+                self._failure = self._failure or error
+                return None
+            return describe(error) if error else "the watch ended"
+        error = work.exception()
+        if error is None or isinstance(error, LaneFailed):
+            return None if error is None else str(error)
+        lost = await self._lost(context)
+        return lost or describe(error)
+
+    async def _lost(self, context: Any) -> str | None:
+        """Whether the activity is no more; asked when something failed for whatever reason."""
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                state = await context.get_raw_state()
+        except Exception:  # noqa: BLE001 - then we do not know
+            return None
+        if "Terminated" not in state.state:
+            return None
+        return f"activity lost: {state.error_message or state.reason or 'ended by the provider'}"
+
+    async def _watch(self, context: Any, hired: Hired) -> None:
+        """Follow what the lane costs. Ends by LaneFailed (lost, vanished) or RunFailed (budget)."""
+        loop = asyncio.get_running_loop()
+        heard = loop.time()
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            try:
+                async with asyncio.timeout(_ANSWER_S):
+                    await self._take_cost(context, hired)
+                    state = await context.get_raw_state()
+            except Exception as error:
+                if loop.time() - heard > SILENCE_S:
+                    hired.agreement_state = "vanished"
+                    raise Vanished(f"provider vanished: {describe(error)}") from None
+                continue
+            heard = loop.time()
+            hired.activity_state = str(state.state[0]).lower()
+            if "Terminated" in state.state:
+                raise LaneFailed(await self._lost(context) or "activity lost")
+            self._check_budget(context)
+
+    async def _take_cost(self, context: Any, hired: Hired) -> None:
+        cost = await context.get_cost()
+        if cost is not None and Decimal(str(cost)) > hired.spent:
+            hired.spent = Decimal(str(round(cost, 12)))
+            self._reporter.changed()
+
+    def _check_budget(self, context: Any) -> None:
+        """Stop while what is owed can still be paid: two looks ahead, at the highest rate."""
+        rates = ComLinear.from_properties(context._agreement.details.provider_view.properties)
+        threads = context._agreement.get_provider_property("golem.inf.cpu.threads") or 1
+        a_second = sum(
+            price * (threads if counter == Counter.CPU.value else 1)
+            for counter, price in rates.price_for.items()
+        )
+        ahead = Decimal(str(a_second)) * Decimal(str(2 * _WATCH_S)) * max(1, len(self._lanes))
+        spent, budget = self._status.spent(), self._status.budget
+        if spent + ahead > budget:
+            raise RunFailed(f"budget exhausted: {spent:f} of {budget:f} GLM are spent")
+
+    # -- the end ----------------------------------------------------------------------------------
+
+    async def _dismiss(self, job: Any) -> None:
+        for lane in self._lanes:
+            lane.cancel()
+        if self._workers:
+            _, late = await asyncio.wait(self._workers, timeout=_LANES_END_S)
+            for worker in late:
+                worker.cancel()
+        reason = {"message": "The run is over", "golem.requestor.code": "Success"}
+        with contextlib.suppress(Exception):
+            await job.agreements_pool.terminate_all(reason=reason)
+
+
+def describe(error: BaseException) -> str:
+    """One line for an error of yapapi or of the network, without secrets."""
+    if isinstance(error, CommandExecutionError):
+        return f"command failed: {error.message or error.stderr or 'no reason given'}"
+    if isinstance(error, BatchError):
+        return f"command failed: {' '.join(map(str, error.args)) or type(error).__name__}"
+    status = getattr(error, "status", None)
+    if status is not None and hasattr(error, "body"):
+        return f"yagna said {status}: {str(error.body)[:200]}"
+    if isinstance(error, aiohttp.ClientError | TimeoutError | OSError):
+        return f"no answer ({type(error).__name__})"
+    text = str(error).splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
+
+
+class Books:
+    """Turns yapapi's events into the status: who was hired, what was billed, what was paid."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self.changed = asyncio.Event()
+
+    def __call__(self, event: Any) -> None:
+        status = self._reporter.status
+        match event:
+            case events.ProposalReceived():
+                if event.proposal.is_draft is False:
+                    status.offers += 1
+            case events.AgreementTerminated() | events.InvoiceReceived() | events.InvoiceAccepted():
+                self._on_agreement(event, status.hired.get(event.agreement.id))
+            case events.PaymentFailed():
+                self._reporter.note(f"payment failed: {describe(event.exc_info[1])}")
+        self._reporter.changed()
+        self.changed.set()
+
+    def _on_agreement(self, event: Any, hired: Hired | None) -> None:
+        if hired is None:
+            return
+        if isinstance(event, events.AgreementTerminated):
+            if hired.agreement_state == "approved":
+                hired.agreement_state = "terminated"
+            return
+        billed = Decimal(str(event.invoice.amount))
+        hired.spent = billed
+        if isinstance(event, events.InvoiceAccepted):
+            hired.accepted = billed
+
+    async def settle(self, seconds: float) -> list[str]:
+        """Wait until all that worked for us are paid; the names of those who have sent no invoice.
+
+        Providers that have vanished are waited for `VANISHED_SETTLE_S` only, and not named.
+        """
+        self._reporter.phase("settling")
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        while owed := self._owed():
+            waited = loop.time() - begun
+            gone = all(one.agreement_state == "vanished" for one in owed)
+            left = (min(seconds, VANISHED_SETTLE_S) if gone else seconds) - waited
+            if left <= 0:
+                return [one.name for one in owed if one.agreement_state != "vanished"]
+            self.changed.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.changed.wait(), min(left, 1.0))
+        return []
+
+    def _owed(self) -> list[Hired]:
+        hired = self._reporter.status.hired.values()
+        return [one for one in hired if one.activity is not None and not self._paid(one)]
+
+    def _paid(self, one: Hired) -> bool:
+        return one.agreement in self._paid_agreements
+
+    @property
+    def _paid_agreements(self) -> set[str]:
+        return set()

@@ -1,0 +1,118 @@
+"""What a provider run has come to: the part of ``run.json`` that it fills, and the lines it speaks.
+
+Imports the standard library only. One JSON object a line on stdout, read by `provider_link` in the
+supervisor: ``{"log": "stdout"|"stderr", "text": …}``, ``{"status": {…}}`` (the whole of it, at most
+`STATUS_EVERY_S`), and at the end ``{"end": {"error": …, "exit_code": …}}``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict, dataclass, field
+from decimal import Decimal
+from typing import Any, BinaryIO
+
+STATUS_EVERY_S = 0.2
+FAILED_SHOWN = 100
+_TEXT_CHARS = 16384
+
+
+@dataclass
+class Hired:
+    """One agreement. ``spent``: what it has cost so far or was billed for; ``accepted``: paid."""
+
+    name: str
+    id: str
+    agreement: str
+    agreement_state: str = "approved"
+    activity: str | None = None
+    activity_state: str | None = None
+    done: int = 0
+    spent: Decimal = Decimal(0)
+    accepted: Decimal = Decimal(0)
+    error: str | None = None
+
+    def shown(self) -> dict[str, Any]:
+        return asdict(self) | {"spent": amount(self.spent), "accepted": amount(self.accepted)}
+
+
+@dataclass
+class Status:
+    """``phase``: starting, searching, running, settling, over. Amounts in GLM."""
+
+    budget: Decimal
+    phase: str = "starting"
+    offers: int = 0
+    hired: dict[str, Hired] = field(default_factory=dict)
+    tasks: dict[str, int] | None = None
+    failed: list[dict[str, Any]] = field(default_factory=list)
+
+    def spent(self) -> Decimal:
+        return sum((one.spent for one in self.hired.values()), Decimal(0))
+
+    def accepted(self) -> Decimal:
+        return sum((one.accepted for one in self.hired.values()), Decimal(0))
+
+    def shown(self) -> dict[str, Any]:
+        answer: dict[str, Any] = {
+            "phase": self.phase,
+            "budget": amount(self.budget),
+            "spent": amount(self.spent()),
+            "accepted": amount(self.accepted()),
+            "offers": self.offers,
+            "providers": [one.shown() for one in self.hired.values()],
+        }
+        if self.tasks is not None:
+            answer |= {"tasks": dict(self.tasks), "failed": self.failed[:FAILED_SHOWN]}
+        return answer
+
+
+def amount(value: Decimal) -> float:
+    """For JSON: GLM as a number, to twelve places."""
+    return round(float(value), 12)
+
+
+class Reporter:
+    """Speaks to the supervisor. One event loop; `changed` may be called as often as one likes."""
+
+    def __init__(self, status: Status, out: BinaryIO) -> None:
+        self.status = status
+        self._out = out
+        self._due: asyncio.TimerHandle | None = None
+
+    def log(self, stream: str, text: str) -> None:
+        """Text for ``stdout.log`` or ``stderr.log``."""
+        for at in range(0, len(text), _TEXT_CHARS):
+            self._say({"log": stream, "text": text[at : at + _TEXT_CHARS]})
+
+    def note(self, text: str) -> None:
+        """A line of our own, for ``stderr.log``."""
+        self.log("stderr", f"cpodfs: {text}\n")
+
+    def changed(self) -> None:
+        """The status is not what it was: tell, soon."""
+        if self._due is None:
+            loop = asyncio.get_running_loop()
+            self._due = loop.call_later(STATUS_EVERY_S, self.tell)
+
+    def phase(self, name: str) -> None:
+        self.status.phase = name
+        self.changed()
+
+    def tell(self) -> None:
+        """Tell the status now."""
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        self._say({"status": self.status.shown()})
+
+    def end(self, error: str | None, exit_code: int) -> None:
+        """The last word."""
+        self.status.phase = "over"
+        self.tell()
+        self._say({"end": {"error": error, "exit_code": exit_code}})
+
+    def _say(self, message: dict[str, Any]) -> None:
+        self._out.write(json.dumps(message).encode() + b"\n")
+        self._out.flush()

@@ -1,0 +1,85 @@
+"""A line to a server that breaks in the middle of a transfer, as networks do: with a reset.
+
+Threads, sockets and nothing of ours. ``cut(up, down)`` resets the connection that carries the n-th
+byte from now on in that direction, and every n-th after it; 0 never does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import struct
+import threading
+from urllib.parse import urlsplit
+
+from tests.mount.harness import Server
+
+CHUNK = 1 << 14
+RESET = struct.pack("ii", 1, 0)
+"""SO_LINGER with no time: close sends RST."""
+
+
+class Line(Server):
+    """Another server's, as seen through the line."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._lock = threading.Lock()
+        self._every = {"up": 0, "down": 0}
+        self._seen = {"up": 0, "down": 0}
+        self.resets = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def cut(self, *, up: int = 0, down: int = 0) -> None:
+        with self._lock:
+            self._every = {"up": up, "down": down}
+            self._seen = {"up": 0, "down": 0}
+
+    def stop(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        target = urlsplit(self._server.url)
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                try:
+                    server = socket.create_connection((target.hostname, target.port))
+                except OSError:
+                    client.close()
+                    continue
+                threading.Thread(target=self._pass_on, args=(client, server), daemon=True).start()
+
+    def _pass_on(self, client: socket.socket, server: socket.socket) -> None:
+        """One connection, in one thread: a socket that another thread reads from sends no reset."""
+        ways = {client: ("up", server), server: ("down", client)}
+        with contextlib.suppress(OSError), client, server:
+            while True:
+                for source in select.select([client, server], [], [])[0]:
+                    way, sink = ways[source]
+                    data = source.recv(CHUNK)
+                    if not data:
+                        return
+                    if self._is_cut(way, len(data)):
+                        for end in ways:
+                            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+                        return
+                    sink.sendall(data)
+
+    def _is_cut(self, way: str, size: int) -> bool:
+        with self._lock:
+            every = self._every[way]
+            if not every:
+                return False
+            self._seen[way] += size
+            if self._seen[way] < every:
+                return False
+            self._seen[way] = 0
+            self.resets += 1
+            return True

@@ -1,0 +1,207 @@
+"""The small parts of writeback by themselves: waits, retry, locks, durability, the store."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from sync_helpers import World
+
+from cpodfs.cache import content as content_module
+from cpodfs.cache.content import Content
+from cpodfs.cache.durability import Durability
+from cpodfs.cache.schema import DIR, ROOT, VERSION
+from cpodfs.cache.store import Store
+from cpodfs.errors import CacheVersion, NotFound, QuotaExceeded, Unreachable
+from cpodfs.sync import retry
+from cpodfs.sync.locks import DirLocks
+from cpodfs.sync.retry import Retry
+from cpodfs.sync.schedule import Schedule
+from cpodfs.sync.waits import Waits
+
+A, B, C = ("ino", 1), ("ino", 2), ("rid", 3)
+
+
+def test_a_ring_is_seen_when_it_closes() -> None:
+    waits = Waits()
+    assert waits.add(A, B) == []
+    assert waits.add(B, C) == []
+    assert waits.add(C, A) == [C, A, B]
+    waits.remove(C)
+    assert waits.chain(A) == [A, B, C]
+    assert waits.pop(B) == {A}
+    assert A not in waits
+    assert B in waits
+
+
+def test_failures_are_tried_again_at_growing_distances() -> None:
+    again = Retry()
+    delays = [again.failed(A, OSError()) for _ in range(12)]
+    assert delays[0] < delays[3] < delays[6]
+    assert delays[-1] <= retry.MAX_S * 1.2
+    assert again.failed(B, NotFound("x")) == 0
+    assert again.failed(B, NotFound("x")) > 0
+    again.failed(C, QuotaExceeded("x"))
+    assert again.failed(C, QuotaExceeded("x")) >= retry.MAX_S * 0.8
+
+
+def test_one_gate_for_all_while_the_server_is_away() -> None:
+    again = Retry()
+    assert not again.gate_s()
+    delays = {again.failed(("ino", n), Unreachable("x")) <= retry.FIRST_S * 1.2 for n in range(10)}
+    assert delays == {True}, "ten calls that failed together are one failure of the network"
+    assert again.offline
+    again.open_gate()
+    assert not again.gate_s()
+    again.answered()
+    assert not again.offline
+
+
+def test_directories_are_locked_with_all_below_them_while_they_move(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    pod = world.pod()
+    outer = world.make(pod, "outer", DIR)
+    inner = world.make(outer, "inner", DIR)
+    world.settle()
+    rid = {i: world.store.remote_of(i).rid for i in (pod, outer, inner)}  # type: ignore[union-attr]
+    locks = DirLocks(world.store)
+    freed: list[int] = []
+    locks.on_free = freed.append
+    locks.take((rid[inner],))
+    assert locks.blocker((rid[outer],)) is None
+    assert locks.blocker((rid[pod],), moving=rid[outer]) == rid[inner]
+    locks.free((rid[inner],))
+    assert freed == [rid[inner]]
+    locks.take((rid[pod],), moving=rid[outer])
+    assert locks.blocker((rid[inner],)) == rid[outer]
+
+
+def test_who_waits_for_a_directory_goes_before_who_can_be_called_again(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    pod = world.pod()
+    remote = world.store.remote_of(pod)
+    assert remote is not None
+    rid = remote.rid
+    locks = DirLocks(world.store)
+    order: list[str] = []
+
+    async def waiter() -> None:
+        await locks.wait_free((rid,))
+        order.append("waiter")
+
+    async def main() -> None:
+        locks.take((rid,))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(waiter)
+            await trio.testing.wait_all_tasks_blocked()
+            locks.free((rid,))
+            assert locks.blocker((rid,)) == rid, "claimed by the one who waits"
+        assert locks.blocker((rid,)) is None
+
+    trio.run(main)
+    assert order == ["waiter"]
+
+
+def test_many_closes_share_one_sync_of_the_journal(tmp_path: Path) -> None:
+    store, content = Store(tmp_path / "meta.db"), Content(tmp_path / "content")
+    durability = Durability(store, content)
+    syncs = []
+    gate = threading.Event()
+    store_sync = store.sync
+
+    def counted() -> None:
+        syncs.append(1)
+        gate.wait(5)
+        store_sync()
+
+    store.sync = counted  # type: ignore[method-assign]
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(50):
+                nursery.start_soon(durability.names)
+            await trio.sleep(0)
+            gate.set()
+
+    trio.run(main)
+    assert 1 <= len(syncs) <= 2
+
+
+def test_a_cache_of_another_version_is_refused(tmp_path: Path) -> None:
+    Store(tmp_path / "meta.db").close()
+    db = sqlite3.connect(tmp_path / "meta.db")
+    db.execute(f"PRAGMA user_version = {VERSION + 1}")
+    db.close()
+    with pytest.raises(CacheVersion, match=str(VERSION + 1)):
+        Store(tmp_path / "meta.db")
+
+
+def test_a_failed_transaction_leaves_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path / "meta.db")
+
+    def broken() -> None:
+        with store.transaction():
+            store.create(ROOT, "pod", DIR, 0o700)
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        broken()
+    assert store.child(ROOT, "pod") is None
+    with store.transaction():
+        store.create(ROOT, "pod", DIR, 0o700)
+    assert store.child(ROOT, "pod") is not None
+
+
+def test_others_cannot_clear_the_journal_away(tmp_path: Path) -> None:
+    """Closing any descriptor of a database drops SQLite's locks on it: sync() must not."""
+    store = Store(tmp_path / "meta.db")
+    store.create(ROOT, "pod", DIR, 0o700)
+    store.sync()
+    other = os.fork()
+    if other == 0:
+        try:
+            sqlite3.connect(tmp_path / "meta.db", timeout=0).execute(
+                "SELECT * FROM inode"
+            ).fetchall()
+        except sqlite3.OperationalError:
+            os._exit(0)
+        os._exit(1)
+    assert os.waitpid(other, 0)[1] == 0, "the database was not locked"
+
+
+def test_the_last_of_the_disk_is_kept_for_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = Content(tmp_path / "content")
+    content.check_room(1 << 20)
+    left = [content_module.RESERVE - 1]
+    monkeypatch.setattr(content, "_available", lambda: left[0])
+    content.make_room = lambda: left.__setitem__(0, 3 * content_module.RESERVE)
+    content._until_look = 0
+    content.check_room(1)
+    left[0], content.make_room, content._until_look = 0, lambda: None, 0
+    with pytest.raises(OSError) as caught:
+        content.check_room(1)
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_the_schedule_follows_what_was_said_last() -> None:
+    schedule = Schedule()
+    assert schedule.put(A, 50)
+    assert not schedule.put(A, 60), "later costs no entry"
+    assert schedule.put(B, 0)
+    assert schedule.pop() == B
+    assert schedule.pop() is None
+    assert 55 < schedule.next_s() <= 60
+    assert schedule.put(A, 0)
+    assert schedule.pop() == A
+    assert schedule.next_s() == float("inf")
+    schedule.put(C, 0)
+    schedule.drop(C)
+    assert schedule.pop() is None
