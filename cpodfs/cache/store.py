@@ -385,6 +385,14 @@ class Store:
         )
         return [Remote._make(row) for row in rows]
 
+    def moving_above(self, rid: int) -> Remote | None:
+        """The object itself, or the nearest directory above it, of which it is not known whether
+        the server has renamed it: until that is found out, paths through it mean nothing."""
+        remote = self.remote(rid)
+        while remote is not None and remote.to_parent is None:
+            remote = self.remote(remote.rparent) if remote.rparent is not None else None
+        return remote
+
     def remote_moving_to(self, rparent: int, name: str) -> Remote | None:
         """The object that a rename with an unknown outcome may have put at this place."""
         return self._remote("to_parent = ? AND to_name = ?", (rparent, name))

@@ -48,7 +48,9 @@ class _Configured(click.Command):
         return super().parse_args(ctx, args)
 
 
-def _option(*names: str, aliases: Sequence[str] = (), **settings: Any) -> Callable[[_F], _F]:
+def configured_option(
+    *names: str, aliases: Sequence[str] = (), **settings: Any
+) -> Callable[[_F], _F]:
     """An option that is also the variable CPODFS_<NAME>; ``aliases`` are asked after that."""
     variable = "CPODFS_" + names[0].removeprefix("--").replace("-", "_").upper()
     return click.option(*names, envvar=[variable, *aliases], **settings)
@@ -72,42 +74,42 @@ _PATH = click.Path(path_type=Path)
     "Flags come first, then the environment, then the file.",
 )
 @click.argument("mountpoint", type=Path)
-@_option(
+@configured_option(
     "--server",
     metavar="URL",
     default="http://127.0.0.1:9090",
     show_default=True,
     help="The FairOS-DFS server.",
 )
-@_option("--user", metavar="NAME", help="The account's name at the server.")
-@_option(
+@configured_option("--user", metavar="NAME", help="The account's name at the server.")
+@configured_option(
     "--password-file",
     type=_PATH,
     help="File whose first line is the password; only you may read it (mode 0600).",
 )
-@_option(
+@configured_option(
     "--password-command",
     metavar="COMMAND",
     help="Command that prints the password, such as 'pass show dfs'. With neither, the password is "
     "that in CPODFS_PASSWORD, or asked for.",
 )
-@_option(
+@configured_option(
     "--devnet",
     is_flag=True,
     help="Use a store and a Golem market on this machine, started and stopped with the mount.",
 )
-@_option(
+@configured_option(
     "--devnet-state",
     type=_PATH,
     help="Folder of their state.  [default: $XDG_STATE_HOME/cpodfs/devnet]",
 )
-@_option("--daemon", is_flag=True, help="Return as soon as the mount answers.")
-@_option(
+@configured_option("--daemon", is_flag=True, help="Return as soon as the mount answers.")
+@configured_option(
     "--cache-dir",
     type=_PATH,
     help="Folder for caches, one below it per account.  [default: $XDG_CACHE_HOME/cpodfs]",
 )
-@_option(
+@configured_option(
     "--cache-size",
     metavar="SIZE",
     callback=_size,
@@ -116,14 +118,14 @@ _PATH = click.Path(path_type=Path)
     help="What contents may take up: bytes, or with K, M, G or T. What is not yet uploaded is never "
     "thrown out.",
 )
-@_option(
+@configured_option(
     "--fsync",
     type=click.Choice(["local", "remote"]),
     default="local",
     show_default=True,
     help="What fsync waits for: the local disk, or also the upload.",
 )
-@_option(
+@configured_option(
     "--writeback-delay",
     metavar="SECONDS",
     type=click.FloatRange(0),
@@ -131,7 +133,7 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     help="Time for which a file must be left alone before it is uploaded.",
 )
-@_option(
+@configured_option(
     "--attr-ttl",
     metavar="SECONDS",
     type=click.FloatRange(0),
@@ -139,7 +141,7 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     help="Time for which a folder's listing is taken as current.",
 )
-@_option(
+@configured_option(
     "--timeout",
     metavar="SECONDS",
     type=click.FloatRange(0.1),
@@ -147,7 +149,7 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     help="Time that one call to the server may take, transfers excepted.",
 )
-@_option(
+@configured_option(
     "--stall",
     metavar="SECONDS",
     type=click.FloatRange(0),
@@ -155,7 +157,7 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     help="At the end: give up after so long without progress; the next mount uploads the rest.",
 )
-@_option(
+@configured_option(
     "--uploads",
     metavar="N",
     type=click.IntRange(1, 64),
@@ -163,7 +165,7 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     help="Uploads at a time.",
 )
-@_option(
+@configured_option(
     "--downloads",
     metavar="N",
     type=click.IntRange(1, 64),
@@ -171,7 +173,7 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     help="Downloads at a time.",
 )
-@_option(
+@configured_option(
     "--yagna-url",
     metavar="URL",
     aliases=["YAGNA_API_URL"],
@@ -179,7 +181,7 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     help="The yagna daemon that runs talk to (also YAGNA_API_URL); its key is YAGNA_APPKEY's.",
 )
-@_option(
+@configured_option(
     "--sandbox",
     type=click.Choice(MODES),
     default="auto",
@@ -187,7 +189,7 @@ _PATH = click.Path(path_type=Path)
     help="Run programs in bwrap, where only their pod can be written and other pods and your home are "
     "not to be seen. auto: those of pods that are not your own, where bwrap works.",
 )
-@_option(
+@configured_option(
     "--keep-runs",
     metavar="N",
     type=click.IntRange(1),
@@ -195,14 +197,14 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     help="Runs whose logs stay in a pod; the oldest folders go first.",
 )
-@_option("--allow-other", is_flag=True, help="Let other users of this machine in.")
-@_option(
+@configured_option("--allow-other", is_flag=True, help="Let other users of this machine in.")
+@configured_option(
     "--log-file",
     type=_PATH,
     help="Append the log to this file.  [default: stderr; with --daemon a file in "
     "$XDG_STATE_HOME/cpodfs]",
 )
-@_option("--verbose", "-v", is_flag=True, help="Log more.")
+@configured_option("--verbose", "-v", is_flag=True, help="Log more.")
 def mount(mountpoint: Path, **options: Any) -> None:
     """Mount the pods of an account at MOUNTPOINT, an empty folder of your own.
 
@@ -224,6 +226,15 @@ def mount(mountpoint: Path, **options: Any) -> None:
                 log_file=options["log_file"],
             )
         )
+
+
+def known_password(options: Mapping[str, Any]) -> str | None:
+    """The password, from wherever it comes without asking. Raises ConfigError."""
+    if options["password_file"]:
+        return read_password_file(options["password_file"])
+    if options["password_command"]:
+        return run_password_command(options["password_command"])
+    return os.environ.get("CPODFS_PASSWORD") or None
 
 
 def _password(options: Mapping[str, Any]) -> Callable[[], str]:

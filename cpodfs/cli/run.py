@@ -6,6 +6,7 @@ Imports `follow` and `pods`. Everything goes through the mount, whose driver doe
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cpodfs import mountpoint as mp
 from cpodfs.cli.control import mount_of
 from cpodfs.cli.follow import POLL_S, Logs, follow, in_progress, log_folder, read_record, run_ids
 from cpodfs.cli.pods import Pod, find_pod, printable
@@ -162,11 +164,9 @@ def runs(pod: str | None, as_json: bool, last: int) -> None:
 
 
 def _pods(pod: str | None) -> list[Pod]:
-    if pod is not None:
-        if Path(pod).absolute() != (mount := mount_of(Path(pod) if "/" in pod else None)):
-            return [find_pod(pod)]
-    else:
-        mount = mount_of(None)
+    if pod is not None and mp.find(Path(os.path.abspath(pod))) is None:
+        return [find_pod(pod)]
+    mount = mount_of(None if pod is None else Path(pod))
     return [Pod(mount, entry.name) for entry in mount.iterdir()]
 
 
@@ -177,7 +177,11 @@ def _records(pod: Pod, last: int) -> list[dict[str, Any]]:
     except OSError as error:
         click.echo(f"cpodfs: {pod.name}: {error.strerror}", err=True)
         return []
-    return [{k: v for k, v in record.items() if k != "recipe"} for record in found]
+    # The pod's name is not the record's: a fork has the logs of the pod that it was made from.
+    return [
+        {key: value for key, value in record.items() if key != "recipe"} | {"pod": pod.name}
+        for record in found
+    ]
 
 
 def _table(records: list[dict[str, Any]]) -> Table:

@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,6 +260,7 @@ class RunManager:
         folders = {name: getattr(recipe, name) for name in ("script", "payload", "output", "log")}
         job = {
             **program_start(how, self._mountpoint / run.pod, self._environment(), os.environ),
+            "provider": None if recipe.runtime is None else asdict(recipe.runtime),
             "keep": self._keep,
             "mountpoint": str(self._mountpoint),
             "folders": folders,

@@ -32,6 +32,8 @@ STRIKES = 3
 """A provider that has failed so often in this run is not hired again."""
 SILENCE_S = 15.0
 """A provider that answers nothing for so long has vanished."""
+REFUSALS = 3
+"""Or one of whom yagna says so often, a second apart, that it is not to be found."""
 SETTLE_S = 30.0
 VANISHED_SETTLE_S = 3.0
 """How long the invoice of a provider that has vanished is waited for."""
@@ -230,7 +232,7 @@ class Crew:
         return run_worker
 
     async def _lane(self, job: Any, context: Any) -> None:
-        hired = self._status.hired[context._agreement.id]
+        hired = hired_for(self._status, context._agreement)
         hired.activity, hired.activity_state = context.id, "new"
         self._reporter.phase("running")
         work = asyncio.create_task(self._process(job, context, hired))
@@ -280,6 +282,9 @@ class Crew:
                 return None
             return describe(error) if error else "the watch ended"
         error = work.exception()
+        if isinstance(error, RunFailed):
+            self._failure = self._failure or error
+            return None
         if error is None or isinstance(error, LaneFailed):
             return None if error is None else str(error)
         lost = await self._lost(context)
@@ -299,19 +304,20 @@ class Crew:
     async def _watch(self, context: Any, hired: Hired) -> None:
         """Follow what the lane costs. Ends by LaneFailed (lost, vanished) or RunFailed (budget)."""
         loop = asyncio.get_running_loop()
-        heard = loop.time()
+        heard, refused = loop.time(), 0
         while True:
             await asyncio.sleep(_WATCH_S)
             try:
                 async with asyncio.timeout(_ANSWER_S):
                     await self._take_cost(context, hired)
                     state = await context.get_raw_state()
-            except Exception as error:
-                if loop.time() - heard > SILENCE_S:
+            except Exception as error:  # noqa: BLE001 - what it is shows how long it lasts
+                refused = refused + 1 if _is_gone(error) else 0
+                if refused >= REFUSALS or loop.time() - heard > SILENCE_S:
                     hired.agreement_state = "vanished"
                     raise Vanished(f"provider vanished: {describe(error)}") from None
                 continue
-            heard = loop.time()
+            heard, refused = loop.time(), 0
             hired.activity_state = str(state.state[0]).lower()
             if "Terminated" in state.state:
                 raise LaneFailed(await self._lost(context) or "activity lost")
@@ -365,6 +371,11 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
 
 
+def _is_gone(error: BaseException) -> bool:
+    body = str(getattr(error, "body", ""))
+    return getattr(error, "status", None) == 500 and "endpoint address not found" in body
+
+
 class Books:
     """Turns yapapi's events into the status: who was hired, what was billed, what was paid."""
 
@@ -378,6 +389,8 @@ class Books:
             case events.ProposalReceived():
                 if event.proposal.is_draft is False:
                     status.offers += 1
+            case events.AgreementConfirmed():
+                hired_for(status, event.agreement)
             case events.AgreementTerminated() | events.InvoiceReceived() | events.InvoiceAccepted():
                 self._on_agreement(event, status.hired.get(event.agreement.id))
             case events.PaymentFailed():
@@ -395,7 +408,7 @@ class Books:
         billed = Decimal(str(event.invoice.amount))
         hired.spent = billed
         if isinstance(event, events.InvoiceAccepted):
-            hired.accepted = billed
+            hired.accepted, hired.paid = billed, True
 
     async def settle(self, seconds: float) -> list[str]:
         """Wait until all that worked for us are paid; the names of those who have sent no invoice.
@@ -418,11 +431,13 @@ class Books:
 
     def _owed(self) -> list[Hired]:
         hired = self._reporter.status.hired.values()
-        return [one for one in hired if one.activity is not None and not self._paid(one)]
+        return [one for one in hired if one.activity is not None and not one.paid]
 
-    def _paid(self, one: Hired) -> bool:
-        return one.agreement in self._paid_agreements
 
-    @property
-    def _paid_agreements(self) -> set[str]:
-        return set()
+def hired_for(status: Status, agreement: Any) -> Hired:
+    """The status's entry of an agreement, made when it is new."""
+    if agreement.id not in status.hired:
+        name = agreement.details.provider_node_info.name or "?"
+        provider_id = agreement.details.raw_details.offer.provider_id
+        status.hired[agreement.id] = Hired(str(name), str(provider_id), agreement.id)
+    return status.hired[agreement.id]

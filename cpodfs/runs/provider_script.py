@@ -124,7 +124,13 @@ pack() {  # OUTPUT: archive what is new in it, say what is to be known
     ( list "$1" "${done#-}" )
     mv "$state/next" "$state/since"
     count=0; [ -s "$state/list" ] && count=1
-    echo "cpodfs $done $count $(( $(wc -c < cpodfs.out) )) $(hash cpodfs.out)"
+    unsaid=0
+    for name in out err; do
+        [ -e "$state/$name.at" ] || continue
+        read -r at < "$state/$name.at"
+        unsaid=$((unsaid + $(wc -c < "$state/$name") - at))
+    done
+    echo "cpodfs $done $unsaid $count $(( $(wc -c < cpodfs.out) )) $(hash cpodfs.out)"
 }
 
 command=$1; shift
@@ -139,10 +145,11 @@ esac
 class Report:
     """The line that ``pack`` prints. ``exit_code`` None: the program still runs.
 
-    ``some``: the archive is not empty. ``size`` in bytes and ``sha256`` are the archive's.
+    ``unsaid``: bytes that the program has printed and ``watch`` has not streamed yet. ``some``: the archive is not empty. ``size`` in bytes and ``sha256`` are the archive's.
     """
 
     exit_code: int | None
+    unsaid: int
     some: bool
     size: int
     sha256: str
@@ -151,10 +158,10 @@ class Report:
 def parse_report(text: str) -> Report:
     """Raises ValueError for what is not a report."""
     words = text.split()
-    if len(words) != 5 or words[0] != "cpodfs" or len(words[4]) != 64:
+    if len(words) != 6 or words[0] != "cpodfs" or len(words[5]) != 64:
         raise ValueError(f"not a report: {text[:80]!a}")
     code = None if words[1] == "-" else int(words[1])
-    return Report(code, words[2] != "0", int(words[3]), words[4])
+    return Report(code, int(words[2]), words[3] != "0", int(words[4]), words[5])
 
 
 def words_for(argv: tuple[str, ...], path: str) -> list[str]:

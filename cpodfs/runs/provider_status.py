@@ -20,7 +20,10 @@ _TEXT_CHARS = 16384
 
 @dataclass
 class Hired:
-    """One agreement. ``spent``: what it has cost so far or was billed for; ``accepted``: paid."""
+    """One agreement. ``spent``: what it has cost so far or was billed for; ``accepted``: paid.
+
+    ``agreement_state``: approved, terminated, vanished (the provider is gone).
+    """
 
     name: str
     id: str
@@ -31,6 +34,7 @@ class Hired:
     done: int = 0
     spent: Decimal = Decimal(0)
     accepted: Decimal = Decimal(0)
+    paid: bool = False
     error: str | None = None
 
     def shown(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ at which a run that can still start looks dead; a lock that is free means that n
 Record: version, id, pod, state, host, created, started, ended (UTC, ISO 8601, or null), exit_code
 (int or null), signal (name or null), error (one line or null), exec (list), log (folder of this
 run in the pod), recipe_file, recipe (as run), warnings, set (what was changed for this run, by
-key), sandbox (whether it runs in one), pid (the program's, or null), and
+key), sandbox (whether it runs in one), pid (the program's, or null), golem (of a provider run:
+the providers, costs and tasks so far, `provider_status.Status.shown`; else missing), and
 ``private``, never shown: supervisor {pid, start_ticks} or null, and published (is the
 copy in the pod complete? null: nobody has tried since the end).
 """

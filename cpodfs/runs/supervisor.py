@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from cpodfs.runs import keep, mirror, state
+from cpodfs.runs import keep, mirror, provider_link, state
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def read_job(data: bytes) -> dict[str, Any] | None:
     written anywhere. mountpoint: path. folders: script, payload, output, log, relative to the pod.
     grace_s: from SIGTERM to SIGKILL. publish_s: how long to go on trying to complete the copy in
     the pod after the end. keep: run folders that stay in the pod. wrap: what goes before the
-    program's argv, if it runs in a sandbox.
+    program's argv, if it runs in a sandbox. provider: the recipe's ``Runtime`` as an object, or
+    null; if it is there the program runs on a provider, and `provider_link` speaks to who sees to it.
     """
     try:
         job = json.loads(data)
@@ -90,7 +91,8 @@ class Supervisor:
         self._status: int | None = None
         self._grace_ends: float | None = None
         self._killed = False
-        self._streams: list[_Stream] = []
+        self._streams: list[_Stream | provider_link.Link] = []
+        self._link: provider_link.Link | None = None
         self._follower = mirror.Follower(
             mirror.Mirror(folder, job["mountpoint"], record["pod"], record["log"])
         )
@@ -144,6 +146,9 @@ class Supervisor:
         env["CPODFS_POD"] = self._record["pod"]
         env["CPODFS_RUN_LOG"] = os.path.join(self._pod, self._record["log"])
         self._record["started"] = state.utc_now()
+        if self._job.get("provider"):
+            self._start_link(env, spools)
+            return
         self._program = subprocess.Popen(
             [*self._job["wrap"], *self._record["exec"]],
             stdin=subprocess.DEVNULL,
@@ -161,6 +166,45 @@ class Supervisor:
             if pipe is not None
         ]
 
+    def _start_link(self, env: dict[str, str], spools: list[int]) -> None:
+        """Start the process that hires providers, hand it its job, and listen to it."""
+        ours = os.environ.get("PYTHONPATH", "")
+        env["PYTHONPATH"] = os.pathsep.join(p for p in (env.get("PYTHONPATH"), ours) if p)
+        self._program = subprocess.Popen(
+            provider_link.command(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=self._pod,
+            env=env,
+            process_group=0,
+        )
+        pipes = self._program.stdin, self._program.stdout, self._program.stderr
+        assert pipes[0] is not None
+        assert pipes[1] is not None
+        assert pipes[2] is not None
+        by_name = dict(zip(("stdout", "stderr"), spools, strict=True))
+        self._link = provider_link.Link(pipes[1].fileno(), by_name, self._take_status)
+        self._streams = [self._link, _Stream(pipes[2].fileno(), spools[1])]
+        job = {
+            "runtime": self._job["provider"],
+            "argv": self._record["exec"],
+            "pod": self._pod,
+            "log": self._record["log"],
+            "scratch": os.path.join(self._folder, "transfer"),
+            **{name: self._job["folders"][name] for name in ("script", "payload", "output")},
+        }
+        try:
+            with pipes[0]:
+                pipes[0].write(json.dumps(job).encode())
+        except BrokenPipeError:
+            # It died; what it said last is in the log.
+            pass
+
+    def _take_status(self, status: dict[str, Any]) -> None:
+        self._record["golem"] = status
+        self._save(durable=False)
+
     def _mind(self) -> None:
         """Serve the pipes and the signals until the program has ended (and its group, if asked)."""
         poll = select.poll()
@@ -168,7 +212,7 @@ class Supervisor:
         by_pipe = {stream.pipe: stream for stream in self._streams}
         for pipe in by_pipe:
             poll.register(pipe, select.POLLIN)
-        full: list[_Stream] = []
+        full: list[_Stream | provider_link.Link] = []
         while not self._over():
             for fd, _ in poll.poll(self._timeout_ms(bool(full))):
                 if fd == self._wake:
@@ -187,7 +231,9 @@ class Supervisor:
             if self._grace_ends is not None and time.monotonic() >= self._grace_ends:
                 self._kill()
 
-    def _retry(self, full: list[_Stream], poll: select.poll) -> list[_Stream]:
+    def _retry(
+        self, full: list[_Stream | provider_link.Link], poll: select.poll
+    ) -> list[_Stream | provider_link.Link]:
         left = []
         for stream in full:
             if stream.pump():
@@ -211,12 +257,17 @@ class Supervisor:
 
     def _signals(self) -> None:
         if signal.SIGTERM in os.read(self._wake, 4096) and self._grace_ends is None:
-            self._grace_ends = time.monotonic() + self._job["grace_s"]
+            grace_s = self._job["grace_s"] if self._link is None else provider_link.GRACE_S
+            self._grace_ends = time.monotonic() + grace_s
             if self._status is None:
                 self._terminate()
         self._reap()
 
     def _terminate(self) -> None:
+        if self._link is not None:
+            # Not to its gftp, which it needs to come to an end.
+            _kill_quietly(self._pid, signal.SIGTERM)
+            return
         if not self._job["wrap"]:
             self._signal_group(signal.SIGTERM)
             return
@@ -280,10 +331,27 @@ class Supervisor:
         outcome = state.FINISHED if self._status == 0 else state.FAILED
         error = f"{lost} bytes or more of output were lost: no space for the log" if lost else None
         state.end_record(self._record, state.CANCELLED if cancelled else outcome, error)
-        if self._status < 0:
+        if self._link is not None:
+            self._end_link(self._link, cancelled)
+        elif self._status < 0:
             self._record["signal"] = _signal_name(-self._status)
         else:
             self._record["exit_code"] = self._status
+
+    def _end_link(self, link: provider_link.Link, cancelled: bool) -> None:
+        """What the process said last, or that it said nothing."""
+        assert self._status is not None
+        last = link.end or {}
+        error, code = last.get("error"), last.get("exit_code")
+        if link.end is None:
+            how = _signal_name(-self._status) if self._status < 0 else f"exit code {self._status}"
+            error = f"the provider run's own process died ({how}); see stderr.log"
+            code = code or self._status if self._status > 0 else None
+        if code and not cancelled:
+            self._record["state"] = state.FAILED
+        self._record["exit_code"] = code
+        if error is not None and self._record["error"] is None and error != "cancelled":
+            self._record["error"] = error
 
     def _kill_children(self) -> None:
         # We are the subreaper: as a process dies, its children become ours, until none is left.

@@ -37,7 +37,7 @@ from cpodfs.sync import retry
 from cpodfs.sync.lister import Lister
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
-from cpodfs.sync.ops import Item, Look, Move, Op, RemoveDir, Upload, move_aside
+from cpodfs.sync.ops import Item, Look, Move, Op, RemoveDir, Resolve, Upload, move_aside
 from cpodfs.sync.planner import Blocked, Planner
 from cpodfs.sync.retry import Retry
 from cpodfs.sync.schedule import Schedule
@@ -232,9 +232,9 @@ class Engine:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled. What an earlier driver left pending is due at once."""
-        for remote in self._store.moving():
+        for remote in self._store.moving():  # first: nothing below them can be done before
             item: Item = ("rid", remote.rid) if remote.ino is None else ("ino", remote.ino)
-            self._unsure[item] = tuple(r for r in (remote.rparent, remote.to_parent) if r)
+            self._schedule(item, 0.0)
         for inode in self._store.pending_inodes():
             self._schedule(("ino", inode.ino), 0.0)
         for rid in self._store.orphans():
@@ -399,6 +399,9 @@ class Engine:
         """What now needs work; None when nothing was done but to look."""
         if verify is not None:
             await self._verify(op.item, verify)
+            return None
+        if isinstance(op, Resolve):
+            await self._verify(op.item, op.dirs)
             return None
         if isinstance(op, Look):
             await self._lister.list_locked(op.rid)

@@ -16,7 +16,7 @@ import trio
 from cpodfs.cache.schema import ROOT
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import Client, Entry
-from cpodfs.errors import BadReply, CpodfsError, NotFound
+from cpodfs.errors import BadReply, CpodfsError, NotFound, TimedOut
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.lookahead import Lookahead
 from cpodfs.sync.merge import Merger, Outcome
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 READ_ONLY_DIR_MODE = 0o500
 ATTEMPTS = 3
+RESOLVE_S = 10.0
 
 
 class Lister:
@@ -122,7 +123,8 @@ class Lister:
         try:
             entries, readonly = await self._fetch(started)
         except NotFound:
-            if started and self._store.remote_path(rid) == started and await self._is_gone(remote):
+            known = self._store.remote_path(rid) == started and not self._store.moving_above(rid)
+            if started and known and await self._is_gone(remote):
                 outcome = Outcome()
                 self._merger.gone(remote, outcome)
                 self._on_outcome(outcome)
@@ -169,6 +171,7 @@ class Lister:
         remote = self._store.remote_of(ino)
         if remote is None:  # made here, and the server has not heard of it: we know it all
             return
+        await self._until_known(remote.rid)
         await self._locks.wait_free((remote.rid,))
         self._locks.take((remote.rid,))
         try:
@@ -176,6 +179,15 @@ class Lister:
                 await self.list_locked(remote.rid)
         finally:
             self._locks.free((remote.rid,))
+
+    async def _until_known(self, rid: int) -> None:
+        """Wait until it is known where the server has a directory whose rename was never confirmed:
+        after a crash the engine looks into that first. Raises TimedOut."""
+        with trio.move_on_after(RESOLVE_S):
+            while self._store.moving_above(rid) is not None:
+                await self._locks.next_free()
+            return
+        raise TimedOut("it is not known yet whether the server has renamed this directory")
 
     async def _fetch(self, parts: list[str]) -> tuple[tuple[Entry, ...], set[str]]:
         if not parts:
@@ -190,7 +202,7 @@ class Lister:
         """Ask by name for what a listing did not show, before taking it as deleted. The caller
         holds the lock of the directory."""
         for remote in missing:
-            if await self._is_gone(remote):
+            if not self._store.moving_above(remote.rid) and await self._is_gone(remote):
                 outcome = Outcome()
                 self._merger.gone(remote, outcome)
                 self._on_outcome(outcome)

@@ -61,6 +61,10 @@ class DirLocks:
         for rid in freed:
             self.on_free(rid)
 
+    async def next_free(self) -> None:
+        """Return when somebody lets go of any directory."""
+        await self._freed.wait()
+
     async def wait_free(self, dirs: Iterable[int], moving: int | None = None) -> None:
         """Return when ``dirs`` could be taken; take them before the next await."""
         wanted = tuple(dirs)

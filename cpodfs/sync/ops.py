@@ -283,6 +283,11 @@ def left_behind(store: Store, old: Remote) -> list[Item]:
 
 
 @dataclass(slots=True)
+class Resolve(Op):
+    """Find out whether the server has renamed an object; the engine lists both directories."""
+
+
+@dataclass(slots=True)
 class Look(Op):
     """List a directory that must be known before it can move; the engine does it."""
 

@@ -25,6 +25,7 @@ from cpodfs.sync.ops import (
     Rehome,
     RemoveDir,
     RemoveFile,
+    Resolve,
     Upload,
     pod_of,
 )
@@ -54,14 +55,19 @@ class Planner:
         return self._plan_inode(number) if kind == "ino" else self._plan_orphan(number)
 
     def _plan_inode(self, ino: int) -> Plan:
+        mine = self._store.remote_of(ino)
+        if mine is not None and mine.to_parent is not None:
+            return self._resolve(("ino", ino), mine)
         inode = self._store.get(ino)
         if inode is None or inode.parent is None or not inode.dirty or inode.kind == LINK:
             return None
         home = self._store.remote_of(inode.parent)
+        moving = self._store.moving_above(home.rid) if home is not None else None
+        if moving is not None:
+            return Blocked(_owner(moving))
         unsettled = self._unsettled_above(inode)
         if unsettled is not None or home is None:
             return Blocked(("ino", inode.parent if unsettled is None else unsettled))
-        mine = self._store.remote_of(ino)
         assert inode.name is not None
         there = self._store.remote_at(home.rid, inode.name)
         if there is not None and mine is not None and there.rid == mine.rid:
@@ -71,6 +77,15 @@ class Planner:
         if inode.is_dir:
             return self._plan_dir(inode, mine, home, there)
         return self._plan_file(inode, mine, home, there)
+
+    def _resolve(self, item: Item, moving: Remote) -> Plan:
+        """Find out first whether the server has renamed it, unless its directories move, too."""
+        dirs = {rid for rid in (moving.rparent, moving.to_parent) if rid is not None}
+        for rid in dirs:
+            above = self._store.moving_above(rid)
+            if above is not None and above.rid != moving.rid:
+                return Blocked(_owner(above))
+        return Resolve(item, tuple(dirs))
 
     def _unsettled_above(self, inode: Inode) -> int | None:
         """The topmost directory above that is not in place at the server, if any.
@@ -161,6 +176,11 @@ class Planner:
         remote = self._store.remote(rid)
         if remote is None or remote.ino is not None or remote.rparent is None:
             return None
+        if remote.to_parent is not None:
+            return self._resolve(("rid", rid), remote)
+        moving = self._store.moving_above(remote.rparent)
+        if moving is not None:
+            return Blocked(_owner(moving))
         if remote.kind == FILE:
             if self._will_be_replaced(remote):
                 return None

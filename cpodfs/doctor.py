@@ -1,0 +1,281 @@
+"""Is everything there that mounting and running needs? One finding per question, each with its fix.
+
+Imports the DFS client, the sandbox and mount-point rules; not the driver. Asks, and changes nothing
+but this: whether there are funds is found out by setting a small amount aside and releasing it, as
+yagna's API has no question for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import stat
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import trio
+
+from cpodfs.cache.content import RESERVE
+from cpodfs.dfs import Client, Session, Timeouts
+from cpodfs.errors import ConfigError, CpodfsError, LoginRefused, Unreachable
+from cpodfs.runs import sandbox
+
+OK, WARN, BAD, UNKNOWN = "ok", "warn", "bad", "unknown"
+ANSWER_S = 10.0
+LITTLE_SPACE = 1 << 30
+FUNDS_TRIED = "0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """``state``: ok; warn: works, but; bad: does not; unknown: could not be found out."""
+
+    name: str
+    state: str
+    text: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is to be examined. ``password`` and ``app_key`` are None when nobody gave one."""
+
+    server: str
+    user: str | None
+    password: str | None
+    cache: Path
+    yagna_url: str
+    app_key: str | None
+    path: str
+    network: str = "holesky"
+    driver: str = "erc20"
+    sandbox: str = "auto"
+    allow_other: bool = False
+
+
+def examine(subject: Subject) -> list[Finding]:
+    """All findings; takes some seconds at most when servers do not answer."""
+    return [
+        *_python(),
+        *_fuse(allow_other=subject.allow_other),
+        _sandbox(subject),
+        _cache(subject.cache),
+        *trio.run(_store, subject),
+        *_yagna(subject),
+        _gftp(subject),
+    ]
+
+
+# -- this machine ---------------------------------------------------------------------------------
+
+
+def _python() -> list[Finding]:
+    findings = []
+    fits = sys.version_info >= (3, 11)
+    text = f"Python {platform.python_version()}"
+    findings.append(
+        Finding("python", OK if fits else BAD, text, "" if fits else "use 3.11 or later")
+    )
+    for module in ("pyfuse3", "yapapi"):
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # noqa: BLE001 -- whatever is wrong with it is the finding
+            text = f"cannot be imported: {type(error).__name__}: {error}"
+            fix = f"{sys.executable} -m pip install --force-reinstall {module}"
+            findings.append(Finding(module, BAD, text, fix))
+        else:
+            findings.append(Finding(module, OK, "can be imported"))
+    return findings
+
+
+def _fuse(*, allow_other: bool) -> list[Finding]:
+    findings = [_fuse_device(), _fusermount()]
+    if allow_other and os.getuid() != 0:
+        findings.append(_allow_other())
+    return findings
+
+
+def _fuse_device() -> Finding:
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        fix = "modprobe fuse; in a container --device /dev/fuse --cap-add SYS_ADMIN"
+        return Finding("/dev/fuse", BAD, "is not there", fix)
+    except OSError as error:
+        fix = "it should have mode 0666; in a container --device /dev/fuse --cap-add SYS_ADMIN"
+        return Finding("/dev/fuse", BAD, f"cannot be opened: {error.strerror}", fix)
+    return Finding("/dev/fuse", OK, "can be opened")
+
+
+def _fusermount() -> Finding:
+    program = shutil.which("fusermount3")
+    if program is None:
+        return Finding("fusermount3", BAD, "is not on PATH", "apt install fuse3")
+    if os.getuid() != 0 and not os.stat(program).st_mode & stat.S_ISUID:
+        fix = f"sudo chmod u+s {program}, or apt install --reinstall fuse3"
+        return Finding("fusermount3", BAD, f"{program} is not setuid root", fix)
+    return Finding("fusermount3", OK, program)
+
+
+def _allow_other() -> Finding:
+    fix = "as root: echo user_allow_other >> /etc/fuse.conf"
+    try:
+        lines = Path("/etc/fuse.conf").read_text(errors="replace").splitlines()
+    except OSError as error:
+        return Finding("allow-other", BAD, f"/etc/fuse.conf: {error.strerror}", fix)
+    if "user_allow_other" in (line.strip() for line in lines):
+        return Finding("allow-other", OK, "user_allow_other is in /etc/fuse.conf")
+    return Finding("allow-other", BAD, "user_allow_other is not in /etc/fuse.conf", fix)
+
+
+def _sandbox(subject: Subject) -> Finding:
+    if subject.sandbox == "off":
+        return Finding("sandbox", OK, "not asked for")
+    reason = sandbox.broken()
+    if reason is None:
+        return Finding("sandbox", OK, "bwrap works")
+    state = BAD if subject.sandbox == "on" else WARN
+    return Finding("sandbox", state, f"{reason}; pods of others run without", "see: man bwrap")
+
+
+def _cache(folder: Path) -> Finding:
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return Finding("cache", BAD, f"{there}: cannot be written to", "another --cache-dir")
+    if there == folder and folder.stat().st_mode & 0o077:
+        return Finding("cache", BAD, f"{folder}: others may look in", f"chmod 700 {folder}")
+    disk = os.statvfs(there)
+    free = disk.f_bavail * disk.f_frsize
+    text = f"{folder}: {free / (1 << 30):.1f} GiB free"
+    fix = "make room there, or another --cache-dir"
+    if free < 2 * RESERVE:
+        return Finding("cache", BAD, text, fix)
+    return Finding("cache", WARN, text, fix) if free < LITTLE_SPACE else Finding("cache", OK, text)
+
+
+# -- FairOS-DFS -----------------------------------------------------------------------------------
+
+
+async def _store(subject: Subject) -> list[Finding]:
+    user, password = subject.user, subject.password
+    try:
+        session = Session(
+            *(subject.server, user or "nobody", lambda: password or ""),
+            timeouts=Timeouts(metadata_s=ANSWER_S),
+        )
+        async with session:
+            client = Client(session)
+            known = await client.user_present(user or "nobody")
+            server = Finding("server", OK, f"{subject.server} answers")
+            return [server, await _account(client, subject, known=known)]
+    except (Unreachable, ConfigError, ValueError) as error:
+        fix = "is --server right, and FairOS-DFS running? To try without one: --devnet"
+        text = f"{subject.server} does not answer: {error}"
+    except CpodfsError as error:
+        fix = "is that a FairOS-DFS server?"
+        text = f"{subject.server}: {error}"
+    unknown = Finding("account", UNKNOWN, "without a server nobody can tell")
+    return [Finding("server", BAD, text, fix), unknown]
+
+
+async def _account(client: Client, subject: Subject, *, known: bool) -> Finding:
+    user = subject.user
+    if user is None:
+        return Finding("account", UNKNOWN, "whose?", "--user NAME, or CPODFS_USER")
+    if not known:
+        fix = "another --user, or sign up at the server"
+        return Finding("account", BAD, f"{user}: no such user", fix)
+    if subject.password is None:
+        fix = "--password-file, --password-command or CPODFS_PASSWORD"
+        return Finding("account", UNKNOWN, f"{user} exists; no password to try", fix)
+    try:
+        await client.login()
+        await client.logout()
+    except LoginRefused as error:
+        return Finding("account", BAD, f"{user}: {error.message}", "give the right password")
+    except CpodfsError as error:
+        return Finding("account", BAD, f"{user}: {error}", "look at the server's log")
+    return Finding("account", OK, f"{user} can log in")
+
+
+# -- Golem ----------------------------------------------------------------------------------------
+
+
+def _yagna(subject: Subject) -> list[Finding]:
+    headers = {"Authorization": f"Bearer {subject.app_key}"} if subject.app_key else {}
+    try:
+        with httpx.Client(
+            base_url=subject.yagna_url, headers=headers, timeout=ANSWER_S, trust_env=False
+        ) as http:
+            return _golem(http, subject)
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        text = f"{subject.yagna_url} does not answer: {type(error).__name__}"
+        fix = "start it: yagna service run; elsewhere: --yagna-url; to try without: --devnet"
+        unknown = [Finding(name, UNKNOWN, "yagna would know") for name in ("app-key", "funds")]
+        return [Finding("yagna", BAD, text, fix), *unknown]
+
+
+def _golem(http: httpx.Client, subject: Subject) -> list[Finding]:
+    answer = http.get("/me")
+    yagna = Finding("yagna", OK, f"{subject.yagna_url} answers")
+    no_funds = Finding("funds", UNKNOWN, "cannot be asked for without an app-key")
+    fix = "yagna app-key create requestor; export YAGNA_APPKEY=… before mounting"
+    if subject.app_key is None:
+        return [yagna, Finding("app-key", BAD, "YAGNA_APPKEY is not set", fix), no_funds]
+    if answer.status_code in (401, 403):
+        return [yagna, Finding("app-key", BAD, "yagna refuses it", fix), no_funds]
+    identity = _json(answer).get("identity") if isinstance(_json(answer), dict) else None
+    if answer.status_code != 200 or not isinstance(identity, str):
+        text = f"GET /me: {answer.status_code}, which is not what yagna says"
+        return [Finding("yagna", BAD, text, "is --yagna-url right?"), no_funds]
+    return [yagna, Finding("app-key", OK, f"is {identity}'s"), _funds(http, subject)]
+
+
+def _funds(http: httpx.Client, subject: Subject) -> Finding:
+    wanted = f"{subject.driver} on {subject.network}"
+    answer = http.get("/payment-api/v1/requestorAccounts")
+    accounts = _json(answer)
+    if answer.status_code != 200 or not isinstance(accounts, list):
+        return Finding("funds", UNKNOWN, f"requestorAccounts: {answer.status_code}")
+    key = (subject.driver, subject.network)
+    account = next((a for a in accounts if (a.get("driver"), a.get("network")) == key), None)
+    if account is None:
+        fix = f"yagna payment init --sender --network {subject.network} --driver {subject.driver}"
+        return Finding("funds", BAD, f"there is no account for {wanted}", fix)
+    order = {
+        "totalAmount": FUNDS_TRIED,
+        "paymentPlatform": account["platform"],
+        "address": account["address"],
+        "makeDeposit": False,
+    }
+    answer = http.post("/payment-api/v1/allocations", json=order)
+    if answer.is_success:
+        key_of_it = _json(answer).get("allocationId")
+        http.delete(f"/payment-api/v1/allocations/{key_of_it}")
+        return Finding("funds", OK, f"{FUNDS_TRIED} could be set aside, {wanted}")
+    said = _json(answer)
+    reason = said.get("message", "") if isinstance(said, dict) else ""
+    text = f"{FUNDS_TRIED} cannot be set aside, {wanted}: {answer.status_code} {reason}".strip()
+    if answer.status_code in (400, 402, 403):
+        return Finding("funds", BAD, text, f"yagna payment fund --network {subject.network}")
+    return Finding("funds", UNKNOWN, text)
+
+
+def _gftp(subject: Subject) -> Finding:
+    program = shutil.which("gftp", path=subject.path)
+    if program is None:
+        fix = "it comes with yagna: put its folder (~/.local/bin) on PATH before mounting"
+        return Finding("gftp", BAD, "is not on PATH", fix)
+    return Finding("gftp", OK, program)
+
+
+def _json(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError:
+        return None

@@ -1,0 +1,200 @@
+"""A provider run, as a process of its own: ``python -m cpodfs.runs.provider``.
+
+Gets its job as JSON on stdin, speaks JSON lines on stdout (`provider_status`), is ended by SIGTERM:
+activities and agreements are then ended and paid before it leaves. asyncio, because yapapi is; the
+supervisor starts it, and the driver never imports it. Its exit code is the program's, or 125.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from yapapi import Golem
+from yapapi.engine import NoPaymentAccountError
+from yapapi.payload import Payload, vm
+from yapapi.payload.package import PackageException
+
+from cpodfs.recipe import Runtime
+from cpodfs.runs.provider_each import EachWork
+from cpodfs.runs.provider_files import matching
+from cpodfs.runs.provider_market import (
+    FAILED,
+    SETTLE_S,
+    Books,
+    Crew,
+    RunFailed,
+    Strategy,
+    describe,
+)
+from cpodfs.runs.provider_status import Reporter, Status
+from cpodfs.runs.provider_work import Job, Shop, SingleWork
+
+_CANCEL_SETTLE_S = 12.0
+_IMAGE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How it ended. ``error`` None: well."""
+
+    error: str | None
+    exit_code: int
+
+
+def read_job(data: bytes) -> tuple[Job, Runtime]:
+    """The job as the supervisor sends it. Raises ValueError, KeyError or TypeError."""
+    given = json.loads(data)
+    runtime = Runtime(
+        **given["runtime"] | {"capabilities": tuple(given["runtime"]["capabilities"])}
+    )
+    job = Job(
+        pod=Path(given["pod"]),
+        argv=tuple(given["argv"]),
+        script=given["script"],
+        payload=given["payload"],
+        output=given["output"],
+        log=given["log"],
+        scratch=Path(given["scratch"]),
+    )
+    return job, runtime
+
+
+class Session:
+    """One run, from its job to its outcome."""
+
+    def __init__(self, job: Job, runtime: Runtime, reporter: Reporter) -> None:
+        self._job = job
+        self._runtime = runtime
+        self._reporter = reporter
+        self._books = Books(reporter)
+        self.cancelled = False
+
+    async def run(self) -> Outcome:
+        """Never raises for what can go wrong at a market; cancelled, it settles and returns."""
+        try:
+            work = await self._work()
+            payload = await self._payload()
+        except RunFailed as error:
+            return Outcome(str(error), FAILED)
+        golem, strategy = self._golem()
+        try:
+            await golem.start()
+        except NoPaymentAccountError as error:
+            return Outcome(str(error), FAILED)
+        except Exception as error:  # noqa: BLE001 - yagna may fail in any way
+            return Outcome(f"yagna cannot be used: {describe(error)}", FAILED)
+        failure: str | None = None
+        try:
+            await Crew(golem, self._runtime, self._reporter, strategy, work).run(payload)
+        except RunFailed as error:
+            failure = str(error)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            failure = "cancelled"
+        unpaid = await self._settle(golem)
+        if failure is None and unpaid:
+            failure = f"payment is not settled: no invoice from {', '.join(unpaid)}"
+        if failure is not None:
+            return Outcome(failure, FAILED)
+        return Outcome(work.error, work.exit_code if work.exit_code is not None else FAILED)
+
+    async def _work(self) -> SingleWork | EachWork:
+        pattern, retries = self._runtime.foreach, self._runtime.retries
+        if pattern is None:
+            shop = Shop(self._job, self._reporter, frozenset())
+            return SingleWork(shop, self._runtime.poll_s, retries)
+        paths = await asyncio.to_thread(matching, self._job.pod, pattern)
+        if not paths:
+            raise RunFailed(f"golem.runtime.foreach: no file matches {pattern!r}")
+        shop = Shop(self._job, self._reporter, frozenset(paths))
+        return EachWork(shop, paths, retries)
+
+    async def _payload(self) -> Payload:
+        runtime = self._runtime
+        image = {"image_hash" if runtime.image_is_hash else "image_tag": runtime.image}
+        try:
+            async with asyncio.timeout(_IMAGE_S):
+                return await vm.repo(
+                    **image,
+                    min_mem_gib=runtime.min_mem_gib,
+                    min_storage_gib=runtime.min_storage_gib,
+                    min_cpu_threads=runtime.min_cpu_threads,
+                    capabilities=list(runtime.capabilities),
+                )
+        except PackageException as error:
+            raise RunFailed(f"image unknown: {runtime.image}: {error}") from None
+        except Exception as error:  # noqa: BLE001 - the registry may fail in any way
+            raise RunFailed(f"image {runtime.image}: {describe(error)}") from None
+
+    def _golem(self) -> tuple[Golem, Strategy]:
+        runtime, status = self._runtime, self._reporter.status
+        strategy = Strategy(runtime, lambda: status.budget - status.spent())
+        golem = Golem(
+            budget=status.budget,
+            strategy=strategy,
+            subnet_tag=runtime.subnet,
+            payment_driver=runtime.driver,
+            payment_network=runtime.network,
+            event_consumer=self._books,
+            stream_output=True,
+        )
+        return golem, strategy
+
+    async def _settle(self, golem: Golem) -> list[str]:
+        """Wait for the invoices, pay, leave the market; who has sent none. Not to be cancelled."""
+        unpaid = await self._books.settle(_CANCEL_SETTLE_S if self.cancelled else SETTLE_S)
+        with contextlib.suppress(Exception):
+            await golem.stop(wait_for_payments=False)
+        return unpaid
+
+
+async def _main(data: bytes, reporter_out: Any) -> int:
+    job, runtime = read_job(data)
+    reporter = Reporter(Status(Decimal(str(runtime.budget))), reporter_out)
+    session = Session(job, runtime, reporter)
+    job.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ["TMPDIR"] = str(job.scratch)
+    running = asyncio.create_task(session.run())
+    loop = asyncio.get_running_loop()
+    stopped = False
+
+    def stop() -> None:
+        # Once: a second one must not interrupt the settlement.
+        nonlocal stopped
+        if not stopped:
+            stopped = True
+            running.cancel()
+
+    loop.add_signal_handler(signal.SIGTERM, stop)
+    try:
+        outcome = await running
+    except asyncio.CancelledError:
+        outcome = Outcome("cancelled", FAILED)
+    finally:
+        shutil.rmtree(job.scratch, ignore_errors=True)
+    reporter.end(outcome.error, outcome.exit_code)
+    return outcome.exit_code
+
+
+def main() -> int:
+    """Entry point; see the module's docstring."""
+    # Whatever a library prints must not stand between our lines.
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    logging.basicConfig(level=logging.CRITICAL)
+    return asyncio.run(_main(sys.stdin.buffer.read(), out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

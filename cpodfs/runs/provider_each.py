@@ -1,0 +1,200 @@
+"""``foreach``: one task per file, over several providers, each result taken once.
+
+asyncio; imports the other ``provider_*`` modules. A task is in one of four states and only moves
+waiting → running → done, failed, or waiting again; it is running on one lane at most, so its
+results cannot be taken twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpodfs.runs.provider_files import TaskLog, sha256_of
+from cpodfs.runs.provider_market import RunFailed
+from cpodfs.runs.provider_script import INCOMING, words_for
+from cpodfs.runs.provider_status import Hired
+from cpodfs.runs.provider_work import Say, Shop, complete, into, report_in
+
+HOLD_S = 5.0
+"""How long a failed task waits for another provider than the one where it failed."""
+LANE_FAILURES = 8
+"""So many providers in a row that fail before they have done anything end the run."""
+_LOG_EVERY_S = 0.2
+
+
+@dataclass
+class Task:
+    """``failed_on``: provider ids, with the monotonic time of the last failure there."""
+
+    number: int
+    path: str
+    state: str = "waiting"
+    attempts: int = 0
+    failed_on: dict[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+
+class EachWork:
+    """The tasks and who does them. ``over`` is set when each is done or failed for good."""
+
+    def __init__(self, shop: Shop, paths: list[str], retries: int) -> None:
+        self.over = asyncio.Event()
+        self.tasks = [Task(number, path) for number, path in enumerate(paths, 1)]
+        self._shop = shop
+        self._retries = retries
+        self._running: dict[str, Task] = {}
+        self._barren = 0
+        self._count()
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self._in("failed") else 0
+
+    @property
+    def error(self) -> str | None:
+        failed = self._in("failed")
+        if not failed:
+            return None
+        first = failed[0]
+        return (
+            f"{len(failed)} of {len(self.tasks)} tasks failed; the first: {first.path}: "
+            f"{first.error} ({first.attempts} attempts)"
+        )
+
+    def _in(self, *states: str) -> list[Task]:
+        return [task for task in self.tasks if task.state in states]
+
+    def lanes_wanted(self) -> int:
+        return len(self._in("waiting", "running"))
+
+    def _count(self) -> None:
+        done, failed = len(self._in("done")), len(self._in("failed"))
+        status, total = self._shop.reporter.status, len(self.tasks)
+        left = total - done - failed
+        status.tasks = {"total": total, "done": done, "failed": failed, "left": left}
+        status.failed = [
+            {"task": task.number, "file": task.path, "error": task.error}
+            for task in self._in("failed")
+        ]
+        self._shop.reporter.changed()
+        if not left:
+            self.over.set()
+
+    # -- one provider -----------------------------------------------------------------------------
+
+    async def lane(self, context: Any, hired: Hired) -> AsyncGenerator[Any, Any]:
+        script, _said = self._shop.open(context, await self._shop.packed())
+        yield script
+        complete(script)
+        while (task := await self._next(hired)) is not None:
+            log = _Log(self._shop, task, hired)
+            try:
+                begun = time.monotonic()
+                source = self._shop.job.pod / task.path
+                digest = await self._shop.in_pod(sha256_of, source)
+                script = context.new_script()
+                script.upload_file(str(source), INCOMING)
+                script.add(Say(["put", digest, task.path], log.add))
+                words = words_for(self._shop.job.argv, task.path)
+                script.add(Say(["task", self._shop.job.output, *words], log.add))
+                packing: list[str] = []
+                to_pack = ["pack", self._shop.job.output]
+                script.add(Say(to_pack, into(packing)))
+                archive = self._shop.fetch(script)
+                yield script
+                complete(script)
+                report = report_in(packing)
+                if report.exit_code == 0:
+                    await self._shop.take(archive, report, lambda _name: None)
+                self._finish(task, hired, report.exit_code, time.monotonic() - begun)
+            finally:
+                await log.close()
+
+    async def _next(self, hired: Hired) -> Task | None:
+        """The next task for a provider; None when another provider would be better, or none is left."""
+        while waiting := self._in("waiting"):
+            fresh = [task for task in waiting if hired.id not in task.failed_on]
+            if not fresh and hired.done:
+                return None
+            now = time.monotonic()
+            held = [task for task in waiting if now - task.failed_on.get(hired.id, 0) > HOLD_S]
+            for task in fresh or held:
+                task.state = "running"
+                self._running[hired.agreement] = task
+                return task
+            # It was hired although it has failed these: there is nobody else, it seems.
+            await asyncio.sleep(HOLD_S / 10)
+        return None
+
+    def _finish(self, task: Task, hired: Hired, exit_code: int | None, took_s: float) -> None:
+        del self._running[hired.agreement]
+        self._barren = 0
+        hired.done += 1
+        if exit_code == 0:
+            task.state, task.error = "done", None
+            self._say(f"{task.path}: done by {hired.name} in {took_s:.2f} s")
+            self._count()
+        else:
+            self._failed(task, hired, f"exit code {exit_code}")
+
+    def _failed(self, task: Task, hired: Hired, error: str) -> None:
+        task.attempts += 1
+        task.failed_on[hired.id] = time.monotonic()
+        task.error = f"{error} on {hired.name}"
+        again = task.attempts <= self._retries
+        task.state = "waiting" if again else "failed"
+        more = "will be tried again" if again else "is given up"
+        self._say(f"{task.path}: {task.error}, {more}")
+        self._count()
+
+    def _say(self, text: str) -> None:
+        self._shop.reporter.log("stdout", f"{text}\n")
+
+    def lane_ended(self, hired: Hired, error: str | None) -> None:
+        task = self._running.pop(hired.agreement, None)
+        if task is not None and error is None:
+            # Cancelled: nobody is to blame.
+            task.state = "waiting"
+        elif task is not None:
+            self._failed(task, hired, str(error))
+        if error is not None and not hired.done:
+            self._barren += 1
+            if self._barren >= LANE_FAILURES:
+                raise RunFailed(f"{self._barren} providers in a row failed; the last: {error}")
+
+
+class _Log:
+    """What a task prints, into its log file, soon. A pod that cannot be written is tried again."""
+
+    def __init__(self, shop: Shop, task: Task, hired: Hired) -> None:
+        self._shop = shop
+        self._file = TaskLog(shop.job.pod, shop.job.log, task.number)
+        attempt = f", attempt {task.attempts + 1}" if task.attempts else ""
+        self._pending = f"cpodfs: {task.path} on {hired.name}{attempt}\n".encode()
+        self._news = asyncio.Event()
+        self._closing = False
+        self._writer = asyncio.create_task(self._write())
+
+    def add(self, _stream: str, text: str) -> None:
+        self._pending += text.encode(errors="backslashreplace")
+        self._news.set()
+
+    async def close(self) -> None:
+        self._closing = True
+        self._news.set()
+        await self._writer
+
+    async def _write(self) -> None:
+        while True:
+            if not self._closing:
+                await self._news.wait()
+                self._news.clear()
+            data, self._pending = self._pending, b""
+            if data:
+                await self._shop.in_pod(self._file.append, data)
+            elif self._closing:
+                return
