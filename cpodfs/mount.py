@@ -78,6 +78,7 @@ class Driver:
             *(store, dfs, merger, locks),
             ttl_s=settings.attr_ttl_s,
             parallel=settings.changes,
+            patience_s=settings.timeout_s,
             on_outcome=self._on_outcome,
         )
         self.engine = Engine(
@@ -87,7 +88,11 @@ class Driver:
             limits=Limits(settings.uploads, settings.changes),
             on_outcome=self._on_outcome,
         )
-        self.downloads = Downloads(store, cache.content, dfs, parallel=settings.downloads)
+        self.downloads = Downloads(
+            *(store, cache.content, dfs),
+            parallel=settings.downloads,
+            patience_s=settings.timeout_s,
+        )
         self.runs = RunManager(
             *(cache.folder / "runs", settings.mountpoint),
             environment=environment,

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -21,11 +21,13 @@ from cpodfs.cli.mount import configured_option, known_password
 from cpodfs.config import account_cache, config_path, toml_defaults
 from cpodfs.devnet import launch
 from cpodfs.devnet.state import default_state
-from cpodfs.doctor import BAD, OK, UNKNOWN, WARN, Finding, Subject, examine
 from cpodfs.runs.sandbox import MODES
 
+if TYPE_CHECKING:
+    from cpodfs.doctor import Finding, Subject
+
 _PATH = click.Path(path_type=Path)
-_COLOURS = {OK: "green", WARN: "yellow", BAD: "red", UNKNOWN: "yellow"}
+_COLOURS = {"ok": "green", "warn": "yellow", "bad": "red", "unknown": "yellow"}
 
 
 class _Configured(click.Command):
@@ -81,6 +83,9 @@ def doctor(as_json: bool, **options: Any) -> None:
     Give it the options that you mount with. Exits with 1 when something needed is broken. To see
     whether there are funds, 0.1 is set aside at yagna for a moment.
     """
+    # Here: it imports much, which the other commands need not wait for.
+    from cpodfs.doctor import BAD, examine
+
     with _subject(options) as subject:
         findings = examine(subject)
     if as_json:
@@ -103,6 +108,8 @@ def _table(findings: list[Finding]) -> Table:
 
 @contextlib.contextmanager
 def _subject(options: Mapping[str, Any]) -> Iterator[Subject]:
+    from cpodfs.doctor import Subject
+
     shared = {name: options[name] for name in ("network", "driver", "sandbox", "allow_other")}
     path = os.environ.get("PATH", os.defpath)
     if not options["devnet"]:

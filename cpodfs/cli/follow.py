@@ -10,15 +10,15 @@ import errno
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cpodfs.cli.pods import Pod
+from cpodfs.cli.pods import Pod, printable
 from cpodfs.errors import RecipeError
-from cpodfs.recipe import RECIPE_LIMIT_BYTES, choose_recipe, parse_recipe
 
 POLL_S = 0.05
 RUN_ID = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{4}")
@@ -29,6 +29,9 @@ _RECORD_LIMIT_BYTES = 16 << 20
 
 def log_folder(pod: Pod) -> Path:
     """The folder in which the pod's runs have theirs; the usual one when the recipe is broken."""
+    # Here: it imports much, which the other commands need not wait for.
+    from cpodfs.recipe import RECIPE_LIMIT_BYTES, choose_recipe, parse_recipe
+
     name = choose_recipe(os.listdir(pod.path))
     logs = "logs"
     if name is not None:
@@ -132,6 +135,17 @@ def follow(pod: Pod, run: str, folder: Path) -> None:
         time.sleep(POLL_S)
 
 
+def _in_words(state: dict[str, Any], seconds: int) -> str:
+    words = f"{state.get('pod')}: {state.get('state')} {seconds // 60}:{seconds % 60:02d}"
+    golem = state.get("golem")
+    if not isinstance(golem, dict):
+        return printable(words)
+    tasks = golem.get("tasks")
+    counts = tasks.items() if isinstance(tasks, dict) else ()
+    words += "".join(f", {value} {key}" for key, value in counts if value)
+    return printable(f"{words}, {golem.get('spent')} of {golem.get('budget')} GLM spent")
+
+
 class ProgressLine:
     """One line on stderr that comes and goes; nothing where that is no terminal."""
 
@@ -145,12 +159,8 @@ class ProgressLine:
         if not self._is_terminal or (self._shown_at and now - self._shown_at < _PROGRESS_S):
             return
         self._shown_at = now
-        seconds = int(now - self._begun)
-        text = f"{state.get('pod')}: {state.get('state')} {seconds // 60}:{seconds % 60:02d}"
-        tasks = state.get("tasks")
-        if isinstance(tasks, dict):
-            text += "".join(f", {value} {key}" for key, value in tasks.items() if value)
-        sys.stderr.write(f"\r\x1b[2K{text}")
+        text = _in_words(state, int(now - self._begun))
+        sys.stderr.write(f"\r\x1b[2K{text[: shutil.get_terminal_size().columns - 1]}")
         sys.stderr.flush()
 
     def clear(self) -> None:

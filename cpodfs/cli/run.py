@@ -29,6 +29,7 @@ from cpodfs.cli.pods import Pod, find_pod, printable
 from cpodfs.errors import ConfigError, RunError
 
 CANCELLED_EXIT = 130
+_WIDE = 400
 
 
 @click.command()
@@ -160,7 +161,9 @@ def runs(pod: str | None, as_json: bool, last: int) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        Console().print(_table(found))
+        # Where nobody looks at it but a program, nothing is cut off.
+        width = None if sys.stdout.isatty() else _WIDE
+        Console(width=width, highlight=False).print(_table(found))
 
 
 def _pods(pod: str | None) -> list[Pod]:
@@ -187,7 +190,7 @@ def _records(pod: Pod, last: int) -> list[dict[str, Any]]:
 def _table(records: list[dict[str, Any]]) -> Table:
     table = Table(box=None)
     for heading in ("pod", "run", "state", "start", "duration", "exit"):
-        table.add_column(heading)
+        table.add_column(heading, no_wrap=heading == "run")
     for record in records:
         ending = record.get("signal") or record.get("exit_code")
         table.add_row(

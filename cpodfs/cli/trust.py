@@ -19,7 +19,6 @@ from cpodfs.cli.pods import Pod, find_pod, printable, request
 from cpodfs.cli.progress import drain_progress
 from cpodfs.cli.umount import wait_until_idle
 from cpodfs.errors import CpodfsError, RecipeError
-from cpodfs.recipe import RECIPE_LIMIT_BYTES, parse_recipe
 
 _STALL_S = 30.0
 
@@ -63,6 +62,9 @@ def trust(pod: str, yes: bool, own: bool, revoke: bool) -> None:
 
 
 def _show(pod: Pod, report: dict[str, Any]) -> None:
+    # Here: it imports much, which the other commands need not wait for.
+    from cpodfs.recipe import RECIPE_LIMIT_BYTES, parse_recipe
+
     name = report["recipe"]
     with (pod.path / name).open("rb") as file:
         raw = file.read(RECIPE_LIMIT_BYTES + 1)

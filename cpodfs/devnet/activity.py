@@ -20,7 +20,8 @@ from decimal import Decimal
 from typing import Any
 
 from cpodfs.devnet.container import Container, ContainerError
-from cpodfs.devnet.provider import Misbehaviour, Provider
+from cpodfs.devnet.misbehave import Misbehaviour
+from cpodfs.devnet.provider import Provider
 from cpodfs.devnet.rest import Json, Problem, Signal, log, stamp
 from cpodfs.devnet.transfer import Transfers
 
@@ -174,6 +175,7 @@ class Activity:
         key: str,
         misbehave: Misbehaviour,
         on_change: Callable[[Activity], None],
+        on_vanish: Callable[[], None],
     ) -> None:
         self.id = key
         self.state = NEW
@@ -184,6 +186,7 @@ class Activity:
         self._transfers = transfers
         self._misbehave = misbehave
         self._on_change = on_change
+        self._on_vanish = on_vanish
         self._begun = time.monotonic()
         self._ended: float | None = None
         self._waiting: deque[Batch] = deque()
@@ -349,6 +352,8 @@ class Activity:
             raise CommandFailed("run: entry_point is a text and args a list")
         if self._provider.draws(self._misbehave.lose_activity):
             await self.end("the provider lost this activity")
+        if self._provider.draws(self._misbehave.vanish):
+            self._on_vanish()
         if self._provider.draws(self._misbehave.fail_command):
             raise CommandFailed("command exited with code 1 (injected)")
 

@@ -50,6 +50,7 @@ class ActivityApi:
             raise Problem(404, f"activity {key} is not known")
         agreement, activity = self._activities[key]
         agreement.seen_now()
+        _check_there(agreement)
         return agreement, activity
 
     async def create(self, request: web.Request) -> web.Response:
@@ -113,8 +114,17 @@ class ActivityApi:
         finally:
             agreement.polls -= 1
             agreement.seen_now()
+        _check_there(agreement)
         batch.delivered = len(batch.results)
         return web.json_response(batch.results)
+
+
+def _check_there(agreement: Agreement) -> None:
+    """Raise what yagna says of a provider that it cannot reach."""
+    if agreement.provider.gone:
+        raise Problem(
+            500, f"GSB error: endpoint address not found: /net/{agreement.provider.node_id}"
+        )
 
 
 async def _stream(request: web.Request, agreement: Agreement, batch: Batch) -> web.StreamResponse:
@@ -127,6 +137,8 @@ async def _stream(request: web.Request, agreement: Agreement, batch: Batch) -> w
     reader = object()
     try:
         while True:
+            if agreement.provider.gone:
+                raise ConnectionResetError
             for number, event in [kept for kept in batch.events if kept[0] > sent]:
                 data = json.dumps(event, ensure_ascii=False)
                 await response.write(f"event: runtime\nid: {number}\ndata: {data}\n\n".encode())

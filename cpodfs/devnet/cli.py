@@ -1,8 +1,8 @@
 """``cpodfs devnet``: start the development servers and say where they are.
 
 Imports the devnet's own modules (lazily: the main CLI mounts this command and must stay quick).
-Exactly one line goes to stdout, the ready line; everything else goes to stderr. Both servers are
-bound to 127.0.0.1 and nothing else can be asked for.
+Of the servers exactly one line goes to stdout, the ready line; everything else goes to stderr. Both
+are bound to 127.0.0.1 and nothing else can be asked for. ``ledger`` only reads their files.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import click
 
 from cpodfs.devnet.state import default_state
 
-
-@click.command()
-@click.option(
+_state_option = click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for all state.  [default: $XDG_STATE_HOME/cpodfs/devnet]",
 )
+_CHANCE = click.FloatRange(0.0, 1.0)
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+@_state_option
 @click.option("--dfs-port", type=click.IntRange(0, 65535), default=0, help="0: as last time.")
 @click.option("--market-port", type=click.IntRange(0, 65535), default=0, help="0: as last time.")
 @click.option("--no-market", is_flag=True, help="Start the storage server only.")
@@ -45,7 +49,33 @@ from cpodfs.devnet.state import default_state
 )
 @click.option("--seed", type=int, help="Same seed, same faults.")
 @click.option("--match", help="Faults only where this expression is found in the path.")
+@click.option(
+    "--providers",
+    type=click.IntRange(0, 1000),
+    envvar="CPODFS_DEVNET_PROVIDERS",
+    help="Number of providers in the market.  [default: 4]",
+)
+@click.option(
+    "--provider",
+    "specs",
+    multiple=True,
+    envvar="CPODFS_DEVNET_PROVIDER",
+    metavar="NAME[:KEY=VALUE,…]",
+    help="A provider of its own instead, with speed, bandwidth (bytes/s), cpu_price, duration_price, "
+    "start_price, cores, threads, mem_gib, storage_gib, subnet. Can be repeated.",
+)
+@click.option("--no-offers", is_flag=True, help="Market: nobody answers a demand.")
+@click.option("--reject-proposals", type=_CHANCE, help="Market: chance of a refusal.")
+@click.option("--fail-command", type=_CHANCE, help="Market: chance that a command fails.")
+@click.option("--lose-activity", type=_CHANCE, help="Market: chance that an activity is lost.")
+@click.option("--vanish", type=_CHANCE, help="Market: chance that a provider disappears.")
+@click.option("--transfer-bandwidth", type=float, help="Market: bytes per second of transfers.")
+@click.option("--lose-invoice", type=_CHANCE, help="Market: chance that no invoice comes.")
+@click.option("--invoice-delay", "invoice_delay_s", type=float, help="Market: seconds.")
+@click.option("--unknown-image", is_flag=True, help="Market: no image is known.")
 def devnet(
+    context: click.Context,
+    /,
     *,
     state: Path | None,
     dfs_port: int,
@@ -55,21 +85,31 @@ def devnet(
     stdin_eof: bool,
     strict_open: bool,
     token_lifetime: float | None,
+    providers: int | None,
+    specs: tuple[str, ...],
     **fault_options: Any,
 ) -> None:
     """Run a local FairOS-DFS store and Golem market (loopback only) until SIGTERM or Ctrl-C.
 
     Prints one JSON line with the addresses when both answer. State survives restarts; the faults
-    can be changed while it runs through POST /devnet/faults.
+    can be changed while it runs through POST /devnet/faults at the store, and POST
+    /devnet/misbehave at the market; POST /devnet/vanish there makes a provider disappear.
     """
+    if context.invoked_subcommand is not None:
+        return
     import asyncio
 
     from cpodfs.devnet.faults import Faults
+    from cpodfs.devnet.misbehave import Misbehaviour
+    from cpodfs.devnet.provider import DEFAULT_PROVIDERS, numbered, parse_spec
     from cpodfs.devnet.serve import Options, serve
     from cpodfs.errors import ConfigError
 
     given = {name: value for name, value in fault_options.items() if value is not None}
+    amiss = {name: given.pop(name) for name in _MISBEHAVIOUR if name in given}
     try:
+        named = tuple(map(parse_spec, specs))
+        default = DEFAULT_PROVIDERS if providers is None else numbered(providers)
         options = Options(
             state=(state or default_state()).absolute(),
             faults=Faults.parse(given),
@@ -79,7 +119,43 @@ def devnet(
             stdin_eof=stdin_eof,
             strict_open=strict_open,
             token_lifetime_s=token_lifetime,
+            providers=named or default,
+            misbehave=Misbehaviour.parse(amiss),
+            seed=given.get("seed", 0),
         )
         asyncio.run(serve(options, click.echo))
     except (ValueError, ConfigError) as error:
         raise click.ClickException(str(error)) from error
+
+
+_MISBEHAVIOUR = (
+    *("no_offers", "reject_proposals", "fail_command", "lose_activity", "vanish"),
+    *("transfer_bandwidth", "lose_invoice", "invoice_delay_s", "unknown_image"),
+)
+
+
+@devnet.command()
+@_state_option
+def ledger(state: Path | None) -> None:
+    """Show the market's books: every agreement, what it cost, and whether all is settled.
+
+    Exits with 1 when the books do not balance (yet).
+    """
+    import sqlite3
+
+    from rich.console import Console
+
+    from cpodfs.devnet.ledger import ledger_table, open_points
+    from cpodfs.devnet.ledger_view import as_table, verdict
+
+    folder = (state or default_state()).absolute() / "market"
+    try:
+        rows, points = ledger_table(folder), open_points(folder)
+    except sqlite3.Error as error:
+        raise click.ClickException(f"{folder}: {error}") from error
+    console = Console(soft_wrap=False)
+    if rows:
+        console.print(as_table(rows))
+    console.print(verdict(rows, points), highlight=False, soft_wrap=True)
+    if points:
+        raise SystemExit(1)

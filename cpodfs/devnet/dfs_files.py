@@ -89,7 +89,9 @@ def _mode(label: str, call: Call) -> int:
 
 async def _chmod_dir(call: Call) -> Reply:
     mode = _mode("dir chmod", call)
-    call.tree().chmod_dir(call.args["dirPath"], mode)
+    tree, path = call.tree(), call.args["dirPath"]
+    # Its mode and its list are one object, and are rewritten together.
+    await changing(call, tree, {path}, lambda: tree.chmod_dir(path, mode))
     return {"message": "directory renamed successfully"}
 
 

@@ -402,6 +402,50 @@ def ledger_table(state_dir: Path) -> list[LedgerRow]:
         return [_ledger_row(db, row) for row in rows]
 
 
+def open_points(state_dir: Path) -> list[str]:
+    """What keeps the books of ``state_dir`` from balancing, one line each; none when they do.
+
+    They balance when every agreement has ended, every invoice is settled by one payment of the
+    same amount, and every allocation has spent what was paid from it and no more than it held.
+    Work that was never billed is owed to nobody. Raises sqlite3.Error.
+    """
+    path = state_dir / LEDGER_NAME
+    if not path.exists():
+        return []
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        return [
+            *(
+                f"agreement {key[:8]} with {provider} is open"
+                for key, provider in db.execute(
+                    "SELECT id, provider FROM agreements WHERE ended IS NULL"
+                )
+            ),
+            *_unsettled(db),
+            *_overspent(db),
+        ]
+
+
+def _unsettled(db: sqlite3.Connection) -> Iterator[str]:
+    rows = db.execute(
+        "SELECT a.id, a.provider, i.amount, i.status, p.amount FROM invoices i"
+        " JOIN agreements a ON a.id = i.agreement LEFT JOIN payments p ON p.invoice = i.id"
+    )
+    for key, provider, invoiced, status, paid in rows:
+        if paid is None:
+            yield f"the invoice of {provider} for agreement {key[:8]} is unpaid: {invoiced}"
+        elif status != "SETTLED" or Decimal(paid) != Decimal(invoiced):
+            yield f"{provider} was paid {paid} for agreement {key[:8]}, billed {invoiced}"
+
+
+def _overspent(db: sqlite3.Connection) -> Iterator[str]:
+    paid: dict[str, Decimal] = {}
+    for key, amount in db.execute("SELECT allocation, amount FROM payments"):
+        paid[key] = paid.get(key, Decimal(0)) + Decimal(amount)
+    for key, total, spent in db.execute("SELECT id, total, spent FROM allocations"):
+        if Decimal(spent) != paid.get(key, Decimal(0)) or Decimal(spent) > Decimal(total):
+            yield f"allocation {key[:8]} of {total} has spent {spent}, payments are {paid.get(key)}"
+
+
 def _ledger_row(db: sqlite3.Connection, row: sqlite3.Row) -> LedgerRow:
     used = db.execute(
         "SELECT cpu_s, duration_s, cost FROM activities WHERE agreement = ?", (row["id"],)

@@ -24,6 +24,7 @@ from cpodfs.devnet.container import Container, Isolation, kill_leftover, kill_ma
 from cpodfs.devnet.gftp import Registry
 from cpodfs.devnet.ledger import Ledger
 from cpodfs.devnet.market_api import MarketApi
+from cpodfs.devnet.misbehave import MisbehaveApi, Misbehaviour
 from cpodfs.devnet.negotiation import Negotiation
 from cpodfs.devnet.net_api import NetApi
 from cpodfs.devnet.payment_api import PaymentApi
@@ -32,7 +33,6 @@ from cpodfs.devnet.provider import (
     DEBIT_NOTE_INTERVAL,
     DEFAULT_PROVIDERS,
     PLATFORMS,
-    Misbehaviour,
     Provider,
     ProviderSpec,
 )
@@ -40,7 +40,8 @@ from cpodfs.devnet.registry_api import RegistryApi
 from cpodfs.devnet.rest import Problem, iso, log, problems_as_json
 from cpodfs.devnet.transfer import Transfers
 
-_OPEN_PATHS = ("/registry/",)
+_OPEN_PATHS = ("/registry/", "/devnet/")
+_VANISH_AFTER_S = 0.3
 _SWEEP_S = 5.0
 _INVOICE_DUE = timedelta(days=1)
 
@@ -68,6 +69,8 @@ class Market:
         self._transfers = Transfers(Registry(gftp_dir))
         self._activities: dict[str, tuple[Agreement, Activity]] = {}
         self._notes: dict[str, asyncio.Task[None]] = {}
+        self._late: dict[str, asyncio.TimerHandle] = {}
+        self._vanishing: set[asyncio.Task[None]] = set()
         self.negotiation = Negotiation(
             [Provider.create(spec, seed) for spec in providers],
             self._ledger.identity(),
@@ -85,7 +88,8 @@ class Market:
             *activity.routes(),
             *self._payment.routes(),
             *NetApi().routes(),
-            *RegistryApi().routes(),
+            *RegistryApi(self._misbehave).routes(),
+            *MisbehaveApi(self._misbehave, self._vanish).routes(),
         ]
 
     async def _me(self, _request: web.Request) -> web.Response:
@@ -111,6 +115,7 @@ class Market:
                     if agreement.state == "Approved":
                         reason = {"message": "the market is stopping"}
                         await self.negotiation.terminate(agreement, "Provider", reason)
+                self._send_late_invoices()
                 self._ledger.close()
 
     def _recover(self) -> None:
@@ -154,8 +159,56 @@ class Market:
         for key in agreement.activities:
             await self._end_activity(self._activities[key][1], "the agreement was terminated")
         self._ledger.agreement_ended(agreement.id, reason)
-        self._ledger.issue_invoice(agreement.id, _due())
+        provider = agreement.provider
+        if provider.gone or provider.draws(self._misbehave.lose_invoice):
+            log.warning("invoice_lost agreement=%s provider=%s", agreement.id, provider.spec.name)
+        elif self._misbehave.invoice_delay_s > 0:
+            delay_s = self._misbehave.invoice_delay_s
+            loop = asyncio.get_running_loop()
+            self._late[agreement.id] = loop.call_later(delay_s, self._bill, agreement.id)
+        else:
+            self._bill(agreement.id)
+
+    def _bill(self, agreement_id: str) -> None:
+        self._late.pop(agreement_id, None)
+        self._ledger.issue_invoice(agreement_id, _due())
         self._payment.changed.fire()
+
+    def _send_late_invoices(self) -> None:
+        for key, timer in list(self._late.items()):
+            timer.cancel()
+            self._bill(key)
+
+    # --- providers that disappear ---
+
+    async def _vanish(self, name: str | None) -> str | None:
+        """Let a provider disappear: by name, or any that is at work. Its name."""
+        for provider in self.negotiation.providers:
+            if not provider.gone and (
+                provider.spec.name == name or (name is None and provider.busy_with)
+            ):
+                await self._disappear(provider)
+                return provider.spec.name
+        return None
+
+    async def _disappear(self, provider: Provider) -> None:
+        provider.gone = True
+        log.warning("provider_vanished provider=%s", provider.spec.name)
+        for agreement, activity in list(self._activities.values()):
+            if agreement.provider is provider:
+                await self._end_activity(activity, "the provider vanished")
+
+    def _vanish_soon(self, provider: Provider) -> None:
+        """For a command that has just begun: it is to be in the middle of it."""
+
+        async def later() -> None:
+            await asyncio.sleep(_VANISH_AFTER_S)
+            if not provider.gone:
+                await self._disappear(provider)
+
+        task = asyncio.create_task(later())
+        self._vanishing.add(task)
+        task.add_done_callback(self._vanishing.discard)
 
     # --- activities ---
 
@@ -181,6 +234,7 @@ class Market:
             key=key,
             misbehave=self._misbehave,
             on_change=self._book_activity,
+            on_vanish=lambda: self._vanish_soon(provider),
         )
         self._ledger.activity_created(key, agreement.id)
         self._activities[key] = (agreement, activity)
@@ -203,7 +257,9 @@ class Market:
         notes = self._notes.pop(activity.id, None)
         if notes is not None:
             notes.cancel()
-            self._debit(*self._activities[activity.id])
+            agreement = self._activities[activity.id][0]
+            if not agreement.provider.gone:
+                self._debit(agreement, activity)
 
     async def _write_debit_notes(self, agreement: Agreement, activity: Activity) -> None:
         terms = agreement.proposal.properties

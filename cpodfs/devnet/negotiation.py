@@ -13,7 +13,8 @@ from dataclasses import replace
 
 from cpodfs.devnet.agreements import Agreement, Demand, Proposal
 from cpodfs.devnet.constraints import ConstraintError, parse
-from cpodfs.devnet.provider import Misbehaviour, Provider
+from cpodfs.devnet.misbehave import Misbehaviour
+from cpodfs.devnet.provider import Provider
 from cpodfs.devnet.rest import Json, Problem, Signal, log, stamp
 
 MAX_DEMANDS = 1000
@@ -67,7 +68,8 @@ class Negotiation:
         demand.changed.fire()
 
     def _offer(self, provider: Provider, demand: Demand) -> None:
-        if self._misbehave.no_offers or provider.busy_with or provider.node_id in demand.offered:
+        idle = not (provider.busy_with or provider.gone)
+        if self._misbehave.no_offers or not idle or provider.node_id in demand.offered:
             return
         if not provider.fits(demand.properties, demand.wanted):
             return
@@ -92,6 +94,8 @@ class Negotiation:
             *(demand, provider, self.requestor_id, "Draft", properties, constraints, previous)
         )
         self.proposals[said.id] = said
+        if provider.gone:
+            return said
         if provider.draws(self._misbehave.reject_proposals):
             self._reject(said, "the provider does not want this (injected)")
         elif not provider.fits(properties, wanted):
@@ -139,6 +143,8 @@ class Negotiation:
         if agreement.state != "Proposal":
             raise Problem(410, f"agreement {agreement.id} is {agreement.state}")
         provider = agreement.provider
+        if provider.gone:
+            return
         if provider.busy_with:
             agreement.state = "Rejected"
             self._record("AgreementRejectedEvent", agreement, reason={"message": "busy"})

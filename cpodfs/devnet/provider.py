@@ -1,4 +1,4 @@
-"""What providers are: their names, prices, speeds, offers, and how they may misbehave.
+"""What providers are: their names, prices, speeds and offers.
 
 Imports `constraints`. Pure data and arithmetic, no I/O: what a provider *does* is in `activity`
 and `container`. Prices are per second of use, as in an offer's coefficients.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from typing import Any
 
@@ -112,20 +114,44 @@ DEFAULT_PROVIDERS: tuple[ProviderSpec, ...] = (
 """yapapi takes the cheapest first: it is a quick one here, so that a first look is not a slow one."""
 
 
-@dataclass(frozen=True)
-class Misbehaviour:
-    """What goes wrong, on every provider alike. Chances are 0 to 1, drawn from the seed."""
+def numbered(count: int) -> tuple[ProviderSpec, ...]:
+    """So many providers: the default ones, then more like them under numbered names."""
+    default = DEFAULT_PROVIDERS
+    return tuple(
+        spec if round_ == 0 else replace(spec, name=f"{spec.name}-{round_ + 1}")
+        for round_, spec in (
+            (number // len(default), default[number % len(default)]) for number in range(count)
+        )
+    )
 
-    no_offers: bool = False
-    """Nobody answers a demand."""
-    reject_proposals: float = 0.0
-    """The chance that a counter-proposal is rejected."""
-    fail_command: float = 0.0
-    """The chance that a ``run`` command fails (exit code 1) instead of being run."""
-    lose_activity: float = 0.0
-    """The chance that a ``run`` command ends with its whole activity instead."""
-    transfer_bandwidth: float | None = None
-    """Bytes a second for every transfer, if lower than the provider's own."""
+
+def parse_spec(text: str) -> ProviderSpec:
+    """``name`` or ``name:key=value,…`` with the numeric fields of a spec, or its ``subnet``.
+
+    Raises ValueError with what is wrong.
+    """
+    name, _, rest = text.partition(":")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}", name):
+        raise ValueError(f"{text!r}: a provider's name is letters, digits, - and _")
+    given: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        kind = _SETTABLE.get(key)
+        if kind is None:
+            raise ValueError(f"{text!r}: {key!r} is none of {', '.join(_SETTABLE)}")
+        try:
+            given[key] = kind(value)
+        except ValueError:
+            raise ValueError(f"{text!r}: {key} is a number, not {value!r}") from None
+    return ProviderSpec(name, **given)
+
+
+_SETTABLE: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("start_price", "cpu_price", "duration_price", "speed", "bandwidth"), float),
+    **dict.fromkeys(("mem_gib", "storage_gib", "debit_note_interval_s"), float),
+    **dict.fromkeys(("cores", "threads"), int),
+    "subnet": str,
+}
 
 
 @dataclass
@@ -138,6 +164,8 @@ class Provider:
     dice: random.Random
     """Its own, so that what happens here does not depend on the order of events elsewhere."""
     busy_with: str | None = None
+    gone: bool = False
+    """It has vanished: it offers, answers and bills nothing any more."""
     demands: Filter = field(default_factory=lambda: parse(_OFFER_CONSTRAINTS))
     """What it asks of a demand."""
 

@@ -1,6 +1,6 @@
 """The image registry that ``vm.repo(image_hash=… | image_tag=…)`` asks: every image is known here.
 
-Imports `rest`. Nothing is ever downloaded: a provider of this market runs all images alike, on
+Imports `misbehave`, `rest`. Nothing is ever downloaded: a provider of this market runs all images alike, on
 the host's programs. Public, as the real registry is: yapapi sends it no key.
 """
 
@@ -10,16 +10,22 @@ import hashlib
 
 from aiohttp import web
 
+from cpodfs.devnet.misbehave import Misbehaviour
 from cpodfs.devnet.rest import Problem
 
 
 class RegistryApi:
+    def __init__(self, misbehave: Misbehaviour) -> None:
+        self._misbehave = misbehave
+
     def routes(self, root: str = "/registry") -> list[web.RouteDef]:
         image = web.get(f"{root}/images/{{name}}", self.image, allow_head=True)
         return [web.get(f"{root}/v1/image/info", self.info), image]
 
     async def info(self, request: web.Request) -> web.Response:
         """Where an image is and what it hashes to. Give ``hash`` or ``tag``."""
+        if self._misbehave.unknown_image:
+            raise Problem(404, "no such image (injected)")
         image_hash, tag = request.query.get("hash"), request.query.get("tag")
         if bool(image_hash) == bool(tag):
             raise Problem(400, "either hash or tag is expected")

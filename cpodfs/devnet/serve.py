@@ -25,6 +25,8 @@ from cpodfs.devnet.dfs_account import add_user
 from cpodfs.devnet.dfs_routes import SERVER
 from cpodfs.devnet.dfs_server import TOKEN_LIFETIME_S, create_app
 from cpodfs.devnet.faults import Faults
+from cpodfs.devnet.misbehave import Misbehaviour
+from cpodfs.devnet.provider import DEFAULT_PROVIDERS, ProviderSpec
 from cpodfs.devnet.state import bound_socket, locked, secret_file
 
 USER = "dev"
@@ -44,6 +46,9 @@ class Options:
     stdin_eof: bool = False
     strict_open: bool = False
     token_lifetime_s: float | None = None
+    providers: tuple[ProviderSpec, ...] = DEFAULT_PROVIDERS
+    misbehave: Misbehaviour = field(default_factory=Misbehaviour)
+    seed: int = 0
 
 
 async def serve(options: Options, announce: Callable[[str], None]) -> None:
@@ -99,7 +104,14 @@ async def _market(options: Options) -> AsyncIterator[dict[str, Any]]:
 
     state = options.state
     key_file, gftp_dir = state / "app.key", state / "gftp"
-    app = create_market_app(state / "market", app_key=secret_file(key_file), gftp_dir=gftp_dir)
+    app = create_market_app(
+        state / "market",
+        app_key=secret_file(key_file),
+        gftp_dir=gftp_dir,
+        providers=options.providers,
+        misbehave=options.misbehave,
+        seed=options.seed,
+    )
     program = write_gftp_program(state / "tools")
     async with _listening(app, state, "market", options.market_port) as url:
         yield {

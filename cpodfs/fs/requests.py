@@ -144,6 +144,7 @@ class Requests:
         own = self._guard.book.is_own(pod)
         await self._dfs.fork_pod(pod, new)
         await self._refresh()
+        await self._pod(new)
         if own:
             self._guard.book.own(new)
         return {"pod": new, "own": own}
@@ -155,13 +156,15 @@ class Requests:
     async def _receive(self, reference: str, new: str | None) -> Answer:
         if new is not None:
             await self._check_free(new)
-            await self._dfs.fork_from_reference(new, reference)
-            await self._refresh()
-            return {"pod": new}
+        # First of all, because a fork of nothing is no error to the server.
         name = (await self._dfs.receive_info(reference)).pod
-        await self._dfs.receive_pod(reference)
+        if new is None:
+            await self._dfs.receive_pod(reference)
+        else:
+            await self._dfs.fork_from_reference(new, reference)
         await self._refresh()
-        return {"pod": name}
+        await self._pod(new or name)
+        return {"pod": new or name}
 
     async def _pod(self, pod: str) -> Inode:
         inode = await self._tree.lookup(ROOT, pod)

@@ -2,7 +2,8 @@
 
 Imports recipe and errors. Three kinds of keys: ``golem.exec``, the command; ``golem.runtime.…``, what
 is asked of providers (the value is JSON where it can be read as such, else text); and any plain
-name, which the program finds in its environment as ``CPODFS_SET_<NAME>``.
+name, which the program finds in its environment as ``CPODFS_SET_<NAME>`` (not at a provider, where
+programs get no environment).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def apply(recipe: Recipe, changes: Mapping[str, str]) -> tuple[Recipe, dict[str,
         elif key.startswith(RUNTIME):
             _set(raw, recipe, key, value)
         elif _PLAIN.fullmatch(key):
+            if recipe.runtime is not None:
+                raise ConfigError(f"--set {key}: at a provider no variable is set; use {EXEC}")
             env[f"CPODFS_SET_{key.upper()}"] = value
         else:
             raise ConfigError(

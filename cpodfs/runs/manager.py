@@ -25,6 +25,7 @@ import trio
 from cpodfs.errors import CpodfsError, RunError, RunInProgress
 from cpodfs.recipe import Recipe
 from cpodfs.runs import state
+from cpodfs.runs.provider_link import GRACE_S
 from cpodfs.runs.spawn import (
     AS_EVER,
     How,
@@ -56,6 +57,8 @@ class _Run:
     # Set once the supervisor listens to signals.
     pidfd: int | None = None
     cancelled: bool = False
+    # A provider run.
+    hires: bool = False
     ended: trio.Event = field(default_factory=trio.Event)
 
 
@@ -181,6 +184,9 @@ class RunManager:
         runs = list(self._active.values())
         for run in runs:
             self.cancel(run.pod)
+        if any(run.hires for run in runs):
+            # Agreements that nobody ends cost money.
+            deadline_s = max(deadline_s, GRACE_S + _KILL_WAIT_S)
         with trio.move_on_after(deadline_s):
             for run in runs:
                 await run.ended.wait()
@@ -235,7 +241,8 @@ class RunManager:
             if lock is not None:
                 os.close(lock)
             raise
-        return _Run(pod, run_id, parent / run_id, record, lock)
+        hires = recipe.runtime is not None
+        return _Run(pod, run_id, parent / run_id, record, lock, hires=hires)
 
     async def _drive(self, run: _Run, recipe: Recipe, how: How) -> None:
         """A run of our own, from its journal entry to its end."""

@@ -154,6 +154,8 @@ class Session:
     async def _settle(self, golem: Golem) -> list[str]:
         """Wait for the invoices, pay, leave the market; who has sent none. Not to be cancelled."""
         unpaid = await self._books.settle(_CANCEL_SETTLE_S if self.cancelled else SETTLE_S)
+        # yapapi forgets to end this when it is not to wait, and then waits for it all the same.
+        golem._engine._process_invoices_job.cancel()
         with contextlib.suppress(Exception):
             await golem.stop(wait_for_payments=False)
         return unpaid

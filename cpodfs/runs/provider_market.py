@@ -118,11 +118,11 @@ class Crew:
         self._reporter = reporter
         self._strategy = strategy
         self._work = work
-        self._lanes: set[asyncio.Task[None]] = set()
+        self._stop = asyncio.Event()
+        self._lanes = 0
         self._workers: set[asyncio.Task[Any]] = set()
         self._news = asyncio.Event()
         self._failure: RunFailed | None = None
-        self._hired_any = False
 
     @property
     def _status(self) -> Status:
@@ -220,13 +220,12 @@ class Crew:
 
     def _lane_in(self, job: Any) -> Callable[[Any], Any]:
         async def run_worker(context: Any) -> bool:
-            lane = asyncio.create_task(self._lane(job, context))
-            self._lanes.add(lane)
+            self._lanes += 1
             try:
-                # Waited for, not awaited: yapapi ends the activity only after an ordinary error.
-                await asyncio.wait([lane])
+                await self._lane(job, context)
             finally:
-                self._lanes.discard(lane)
+                self._lanes -= 1
+            # yapapi ends the activity and the agreement only after an error.
             raise LaneFailed("over")
 
         return run_worker
@@ -237,14 +236,16 @@ class Crew:
         self._reporter.phase("running")
         work = asyncio.create_task(self._process(job, context, hired))
         watch = asyncio.create_task(self._watch(context, hired))
+        stop = asyncio.create_task(self._stop.wait())
         error: str | None = None
         try:
-            await asyncio.wait([work, watch], return_when=asyncio.FIRST_COMPLETED)
-            error = await self._why_ended(work, watch, context)
+            await asyncio.wait([work, watch, stop], return_when=asyncio.FIRST_COMPLETED)
+            if not stop.done() or work.done():
+                error = await self._why_ended(work, watch, context)
         finally:
-            for task in (work, watch):
+            for task in (work, watch, stop):
                 task.cancel()
-            await asyncio.wait([work, watch])
+            await asyncio.wait([work, watch, stop])
             with contextlib.suppress(Exception):
                 await self._take_cost(context, hired)
             await self._close_lane(job, hired, error)
@@ -287,8 +288,14 @@ class Crew:
             return None
         if error is None or isinstance(error, LaneFailed):
             return None if error is None else str(error)
-        lost = await self._lost(context)
-        return lost or describe(error)
+        if isinstance(error, BatchError):
+            return await self._lost(context) or describe(error)
+        # yagna itself refused or broke off: the watch finds out who is still there.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SILENCE_S + _ANSWER_S):
+                await asyncio.wait([watch])
+        verdict = watch.exception() if watch.done() else None
+        return str(verdict) if isinstance(verdict, LaneFailed) else describe(error)
 
     async def _lost(self, context: Any) -> str | None:
         """Whether the activity is no more; asked when something failed for whatever reason."""
@@ -337,7 +344,7 @@ class Crew:
             price * (threads if counter == Counter.CPU.value else 1)
             for counter, price in rates.price_for.items()
         )
-        ahead = Decimal(str(a_second)) * Decimal(str(2 * _WATCH_S)) * max(1, len(self._lanes))
+        ahead = Decimal(str(a_second)) * Decimal(str(2 * _WATCH_S)) * max(1, self._lanes)
         spent, budget = self._status.spent(), self._status.budget
         if spent + ahead > budget:
             raise RunFailed(f"budget exhausted: {spent:f} of {budget:f} GLM are spent")
@@ -345,8 +352,7 @@ class Crew:
     # -- the end ----------------------------------------------------------------------------------
 
     async def _dismiss(self, job: Any) -> None:
-        for lane in self._lanes:
-            lane.cancel()
+        self._stop.set()
         if self._workers:
             _, late = await asyncio.wait(self._workers, timeout=_LANES_END_S)
             for worker in late:

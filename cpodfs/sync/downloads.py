@@ -2,7 +2,8 @@
 
 Imports the cache and the DFS client. FairOS-DFS has no ranges: a stream starts at byte 0, and a
 reader far ahead of it waits until it gets there. A broken stream starts again and only the bytes not
-there yet are waited for; after ``attempts`` failures the readers get the error.
+there yet are waited for; after ``attempts`` failures the readers get the error. A reader for whom
+nothing comes gets it after ``patience_s`` seconds, while the attempts go on.
 """
 
 from __future__ import annotations
@@ -18,7 +19,15 @@ import trio
 from cpodfs.cache.content import Content
 from cpodfs.cache.store import Store
 from cpodfs.dfs import Client
-from cpodfs.errors import BadReply, Conflict, CpodfsError, NotFound, ServerError, Unreachable
+from cpodfs.errors import (
+    BadReply,
+    Conflict,
+    CpodfsError,
+    NotFound,
+    ServerError,
+    TimedOut,
+    Unreachable,
+)
 from cpodfs.sync.ops import pod_and_path
 
 log = logging.getLogger(__name__)
@@ -29,13 +38,28 @@ KEEP_GOING_BYTES = 8 << 20
 
 
 @dataclass(slots=True)
+class Pulse:
+    """When bytes came last, of whatever file (trio's time), and how long readers do without."""
+
+    patience_s: float
+    moved_s: float = float("-inf")
+
+
+@dataclass(slots=True)
 class Download:
-    """A file being fetched into its data file. ``available``: bytes from 0 on that may be read."""
+    """A file being fetched into its data file. ``available``: bytes from 0 on that may be read.
+
+    ``queued``: it waits for others to end, and so do its readers, as long as those get on.
+    """
 
     ino: int
     rid: int
     fd: int
     size: int
+    pulse: Pulse
+    queued: bool = True
+    failure: CpodfsError | None = None
+    moved_s: float = field(default_factory=trio.current_time)
     available: int = 0
     finished: bool = False
     begun: bool = False
@@ -46,31 +70,57 @@ class Download:
     async def wait_for(self, end: int) -> None:
         """Return when the first ``end`` bytes are there. Raises why they will not be."""
         while self.available < min(end, self.size) or (end >= self.size and not self.finished):
-            if self.error is not None:
-                raise self.error
-            await self._moved.wait()
+            await self._wait()
 
     async def wait_begun(self) -> None:
         """Return when the server has begun to answer. Raises why it did not."""
         while not (self.begun or self.finished):
-            if self.error is not None:
-                raise self.error
-            await self._moved.wait()
+            await self._wait()
+
+    async def _wait(self) -> None:
+        """Return when something has changed. Raises why nothing will, or has for too long."""
+        if self.error is not None:
+            raise self.error
+        event = self._moved
+        while not event.is_set():
+            since = self._alive_s()
+            with trio.move_on_at(since + self.pulse.patience_s):
+                await event.wait()
+            if not event.is_set() and self._alive_s() <= since:
+                raise self.failure or TimedOut("the server sends nothing")
+
+    def _alive_s(self) -> float:
+        return max(self.moved_s, self.pulse.moved_s) if self.queued else self.moved_s
+
+    def start(self) -> None:
+        """Its turn has come; the time that it waited does not count."""
+        if self.queued:
+            self.queued = False
+            self.moved_s = trio.current_time()
 
     def moved(self) -> None:
+        self.moved_s = self.pulse.moved_s = trio.current_time()
         self._moved.set()
         self._moved = trio.Event()
 
 
 class Downloads:
     def __init__(
-        self, store: Store, content: Content, dfs: Client, *, parallel: int, attempts: int = 3
+        self,
+        store: Store,
+        content: Content,
+        dfs: Client,
+        *,
+        parallel: int,
+        attempts: int = 3,
+        patience_s: float = 30.0,
     ) -> None:
         self._store = store
         self._content = content
         self._dfs = dfs
         self._limit = trio.CapacityLimiter(parallel)
         self._attempts = attempts
+        self._pulse = Pulse(patience_s)
         self._running: dict[int, Download] = {}
         self.hits = 0
         """Opens for reading that found the content here, or nothing to fetch."""
@@ -99,7 +149,7 @@ class Downloads:
             remote = self._store.remote_of(ino)
             if remote is None:
                 raise NotFound("the content was not here yet when the file was deleted")
-            download = Download(ino, remote.rid, self._content.create(ino, size), size)
+            download = Download(ino, remote.rid, self._content.create(ino, size), size, self._pulse)
             self._running[ino] = download
             self._nursery.start_soon(self._fetch, download)
         return download
@@ -121,11 +171,12 @@ class Downloads:
                 for attempt in range(self._attempts):
                     try:
                         async with self._limit:
+                            download.start()
                             await self._stream(download)
                         error = None
                         break
                     except PASSING as failure:
-                        error = failure
+                        error = download.failure = failure
                         log.info(
                             "download broke ino=%d attempt=%d: %s", download.ino, attempt, failure
                         )

@@ -8,6 +8,7 @@ directory is waited for, by any number of readers, once.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -41,6 +42,7 @@ class Lister:
         *,
         ttl_s: float,
         parallel: int,
+        patience_s: float = 30.0,
         on_outcome: Callable[[Outcome], None],
     ) -> None:
         self._store = store
@@ -48,6 +50,8 @@ class Lister:
         self._merger = merger
         self._locks = locks
         self._ttl_s = ttl_s
+        self._patience_s = patience_s
+        self._listed_s = -math.inf
         self._on_outcome = on_outcome
         self._limit = trio.CapacityLimiter(parallel)
         self._running: dict[int, trio.Event] = {}
@@ -82,17 +86,25 @@ class Lister:
                 self._refresh_later(directory.ino)
             return
         for _ in range(ATTEMPTS):
-            await self.refresh(directory.ino)
+            await self.refresh(directory.ino, patience_s=self._patience_s)
             now = self._store.get(directory.ino)
             if now is None or now.listed_s or self._store.remote_of(now.ino) is None:
                 return
         raise BadReply(f"{self._store.path(directory.ino)}: kept moving while it was listed")
 
-    async def refresh(self, ino: int) -> None:
-        """List now, or join whoever does. Raises a DfsError."""
+    async def refresh(self, ino: int, *, patience_s: float = math.inf) -> None:
+        """List now, or join whoever does. Raises a DfsError.
+
+        ``patience_s``: how long to wait while the server answers no listing at all.
+        """
         self._begin(ino)
-        if ino in self._running:
-            await self._running[ino].wait()
+        listed, since = self._running.get(ino), trio.current_time()
+        while listed is not None and not listed.is_set():
+            deadline = max(since, self._listed_s) + patience_s
+            with trio.move_on_at(deadline):
+                await listed.wait()
+            if not listed.is_set() and max(since, self._listed_s) + patience_s <= deadline:
+                raise TimedOut("the server does not answer")
         error = self._failed.get(ino)
         if error is not None:
             raise error
@@ -156,6 +168,7 @@ class Lister:
         try:
             await self._refresh(ino)
             self._retry_at.pop(ino, None)
+            self._listed_s = trio.current_time()
         except CpodfsError as error:
             log.info("listing failed ino=%d: %s", ino, error)
             self._failed[ino] = error

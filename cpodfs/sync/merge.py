@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT
+from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import DOOMED, Entry
 from cpodfs.paths import FILE_NAME_MAX, RUN_NAME, is_safe_remote_name
@@ -112,13 +112,21 @@ class Merger:
             inode = self._store.get(remote.ino) if remote.ino is not None else None
             if inode is None or inode.parent is None:
                 return
-            # A file that we renamed is ours to keep, too, if its bytes are here.
-            changed = inode.dirty & CONTENT or (inode.dirty & PLACE and inode.cached)
-            if changed or (inode.is_dir and self._store.has_children(inode.ino)):
+            if self._is_ours(inode, remote):
                 self._store.mark(inode.ino, PLACE if inode.is_dir else PLACE | CONTENT)
                 outcome.work.append(("ino", inode.ino))
             else:
                 self._unname(inode, outcome)
+
+    def _is_ours(self, inode: Inode, remote: Remote) -> bool:
+        """Whether an inode must stay although the server has not, or no longer, got its object:
+        what we changed or renamed, and what we only supposed to have arrived there."""
+        if inode.is_dir and self._store.has_children(inode.ino):
+            return True
+        if inode.dirty & CONTENT:
+            return True
+        ours = inode.dirty & PLACE or remote.size == UNKNOWN
+        return bool(ours and (inode.is_dir or inode.cached))
 
     def resurrect(self, rid: int, outcome: Outcome) -> None:
         """Give an orphaned directory, which turned out not to be empty, its place here back."""

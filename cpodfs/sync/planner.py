@@ -170,7 +170,9 @@ class Planner:
             return None
         assert mine.rparent is not None
         item: Item = ("ino", inode.ino)
-        return Chmod(item, (mine.rparent,), inode.ino, mine.rid, inode.is_dir, inode.mode)
+        # A directory's mode and its list of children are one object to the server.
+        dirs = (mine.rparent, mine.rid) if inode.is_dir else (mine.rparent,)
+        return Chmod(item, dirs, inode.ino, mine.rid, inode.is_dir, inode.mode)
 
     def _plan_orphan(self, rid: int) -> Plan:
         remote = self._store.remote(rid)

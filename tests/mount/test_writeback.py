@@ -272,3 +272,27 @@ def test_what_the_server_refuses_for_good_is_kept_and_named(
         mount.sync()
         mount.remount(wipe=True)
         assert (pod / "f").read_text() == "my only copy"
+
+
+def test_changes_of_one_directory_never_meet_at_the_server(
+    tmp_path: Path, own_server: Server
+) -> None:
+    """It rewrites a directory as a whole, mode and list, and forgets what happened meanwhile."""
+    own_server.faults(directory_race=True)
+    source = tmp_path / "source"
+    sh(
+        "for d in 1 2 3 4; do mkdir -p $d/e/empty; for f in 1 2 3; do echo $f > $d/$f; cp $d/$f $d/e; done; done; chmod -R go-rwx,u-w . ; chmod u+w .",
+        _made(source),
+    )
+    with mounted(tmp_path, own_server, None, "--writeback-delay", "0.05") as mount:
+        pod = mount.pod()
+        run("rsync", "-a", f"{source}/", pod / "copy")
+        run("cp", "-a", source, pod / "copy2")
+        sh(
+            "chmod -R u+w copy2; mv copy2/1 copy2/one; mv copy2/2/e copy2/3/2e; rm -r copy2/4/e",
+            pod,
+        )
+        expected = sh("find . -printf '%p %y %m\n' | sort", pod)
+        mount.remount(wipe=True)
+        run("diff", "-r", source, pod / "copy")
+        assert sh("find . -printf '%p %y %m\n' | sort", pod) == expected

@@ -27,7 +27,8 @@ from market_tools import (
 
 from cpodfs.devnet.gftp import Registry
 from cpodfs.devnet.ledger import ledger_table
-from cpodfs.devnet.provider import Misbehaviour, ProviderSpec
+from cpodfs.devnet.misbehave import Misbehaviour
+from cpodfs.devnet.provider import ProviderSpec
 
 pytestmark = pytest.mark.anyio
 

@@ -1,0 +1,95 @@
+"""What goes wrong at the local market on purpose, and the requests that change it while it runs.
+
+Imports `rest`. One `Misbehaviour` is shared by all parts of a market and changed in place, so that
+``POST /devnet/misbehave`` holds for all of them at once. Chances are drawn by each provider's own
+dice (`provider.Provider.draws`), from the market's seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any
+
+import pydantic
+from aiohttp import web
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from cpodfs.devnet.rest import Problem, body_object
+
+Chance = Annotated[float, Field(ge=0, le=1)]
+
+
+@checked_dataclass(config=pydantic.ConfigDict(extra="forbid"))
+class Misbehaviour:
+    """What goes wrong, on every provider alike. The default is nothing."""
+
+    no_offers: bool = False
+    """Nobody answers a demand."""
+    reject_proposals: Chance = 0.0
+    """The chance that a counter-proposal is rejected."""
+    fail_command: Chance = 0.0
+    """The chance that a ``run`` command fails (exit code 1) instead of being run."""
+    lose_activity: Chance = 0.0
+    """The chance that a ``run`` command ends with its whole activity instead."""
+    vanish: Chance = 0.0
+    """The chance that a provider disappears for good in the middle of a ``run`` command."""
+    transfer_bandwidth: Annotated[float, Field(gt=0)] | None = None
+    """Bytes a second for every transfer, if lower than the provider's own."""
+    lose_invoice: Chance = 0.0
+    """The chance that a provider never sends its invoice."""
+    invoice_delay_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    """How late invoices come after the end of an agreement."""
+    unknown_image: bool = False
+    """The registry knows no image."""
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any]) -> Misbehaviour:
+        """Raises ValueError, naming the field, for what is unknown or out of range."""
+        return pydantic.TypeAdapter(cls).validate_python(dict(options))
+
+    def become(self, other: Misbehaviour) -> None:
+        """Take over every field, for all who hold this one."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, getattr(other, field.name))
+
+
+class MisbehaveApi:
+    """``/devnet/…`` on the market's port; no app-key is asked for.
+
+    ``vanish(name)`` makes a provider disappear, or some busy one when the name is None; it returns
+    the name, or None when there is no such provider.
+    """
+
+    def __init__(
+        self, misbehave: Misbehaviour, vanish: Callable[[str | None], Awaitable[str | None]]
+    ) -> None:
+        self._misbehave = misbehave
+        self._vanish = vanish
+
+    def routes(self, root: str = "/devnet") -> list[web.RouteDef]:
+        return [
+            web.get(f"{root}/misbehave", self.show),
+            web.post(f"{root}/misbehave", self.change),
+            web.post(f"{root}/vanish", self.vanish),
+        ]
+
+    async def show(self, _request: web.Request) -> web.Response:
+        return web.json_response(dataclasses.asdict(self._misbehave))
+
+    async def change(self, request: web.Request) -> web.Response:
+        """What the JSON object does not name is off."""
+        try:
+            self._misbehave.become(Misbehaviour.parse(await body_object(request)))
+        except ValueError as error:
+            raise Problem(400, str(error)) from None
+        return await self.show(request)
+
+    async def vanish(self, request: web.Request) -> web.Response:
+        """``{"provider": name}``; without a name, one that is at work."""
+        name = (await body_object(request)).get("provider")
+        gone = await self._vanish(name if isinstance(name, str) else None)
+        if gone is None:
+            raise Problem(404, "no such provider is at work")
+        return web.json_response({"provider": gone})

@@ -1,0 +1,239 @@
+"""Provider runs as a user meets them: ``touch .run`` in a pod whose recipe has a runtime."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.compute import record, run_folders, run_processes, run_to_end, until, wait_gone
+from tests.mount.harness import run
+from tests.mount.provider_pods import (
+    MarketMount,
+    check_results,
+    check_tidy,
+    foreach_pod,
+    market_mounted,
+    provider_pod,
+)
+
+GROW = """
+for i in 1 2 3 4 5 6 7 8; do echo line $i; echo data $i >> output/grow; sleep 0.4; done
+echo 'grüße' >&2; cat payload/in > output/copy
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MarketMount]:
+    with market_mounted(tmp_path_factory.mktemp("market")) as mount:
+        yield mount
+
+
+@pytest.fixture
+def market(shared: MarketMount) -> Iterator[MarketMount]:
+    shared.misbehave()
+    yield shared
+    shared.misbehave()
+
+
+# -- one program ----------------------------------------------------------------------------------
+
+
+def test_results_and_output_come_while_it_runs(market: MarketMount) -> None:
+    pod = provider_pod(market, "live", "sh script/run.sh", GROW)
+    (pod / "payload/in").write_text("payload\n")
+    run("touch", pod / ".run")
+    until(lambda: "grow" in (run("ls", pod / "output", check=False)))
+    first = (pod / "output/grow").read_text()
+    (folder,) = run_folders(pod)
+    assert "line 1\n" in (folder / "stdout.log").read_text()
+    until(lambda: len((pod / "output/grow").read_text()) > len(first))
+    assert (pod / ".run").exists()
+    assert "data 8" not in first
+    state = json.loads((pod / ".run").read_text())
+    assert state["golem"]["providers"][0]["agreement_state"] == "approved"
+    assert not (pod / "output/copy").exists()
+    wait_gone(pod)
+    ended = check_tidy(market, folder)
+    assert (ended["state"], ended["exit_code"], ended["error"]) == ("finished", 0, None)
+    assert (folder / "stdout.log").read_text() == "".join(f"line {n}\n" for n in range(1, 9))
+    assert (folder / "stderr.log").read_text().endswith("grüße\n")
+    assert (pod / "output/grow").read_text() == "".join(f"data {n}\n" for n in range(1, 9))
+    assert (pod / "output/copy").read_text() == "payload\n"
+    (hired,) = ended["golem"]["providers"]
+    assert hired["paid"]
+    assert 0 < hired["accepted"] == hired["spent"] < ended["golem"]["budget"]
+
+
+def test_words_reach_the_program_as_they_are(market: MarketMount) -> None:
+    script = 'for word; do printf "%s\\n" "$word"; done; pwd; ls; exit 7'
+    pod = provider_pod(market, "words", "sh script/run.sh '$HOME; ls' '*' \"a  b\"", script)
+    (pod / "payload/x").write_text("x")
+    ended = check_tidy(market, run_to_end(pod))
+    assert (ended["state"], ended["exit_code"]) == ("failed", 7)
+    assert ended["error"] == "the program failed with exit code 7"
+    said = (pod / "logs" / ended["id"] / "stdout.log").read_text()
+    assert said == "$HOME; ls\n*\na  b\n/golem/work/pod\noutput\npayload\nscript\n"
+
+
+def test_a_program_that_is_not_there(market: MarketMount) -> None:
+    pod = provider_pod(market, "missing", "no-such-program", "")
+    folder = run_to_end(pod)
+    ended = check_tidy(market, folder)
+    assert (ended["state"], ended["exit_code"]) == ("failed", 127)
+    assert "no-such-program" in (folder / "stderr.log").read_text()
+
+
+def test_rm_cancels_and_pays(market: MarketMount) -> None:
+    pod = provider_pod(market, "cancel", "sh script/run.sh", "echo up; exec sleep 600")
+    run("touch", pod / ".run")
+    until(lambda: run_folders(pod) and (run_folders(pod)[0] / "stdout.log").exists())
+    (folder,) = run_folders(pod)
+    until(lambda: (folder / "stdout.log").read_text() == "up\n")
+    run("rm", pod / ".run")
+    wait_gone(pod)
+    ended = check_tidy(market, folder)
+    assert (ended["state"], ended["error"]) == ("cancelled", None)
+    assert [one["paid"] for one in ended["golem"]["providers"]] == [True]
+
+
+# -- a task for each file -------------------------------------------------------------------------
+
+
+def test_foreach_is_spread_over_providers(market: MarketMount) -> None:
+    pod = foreach_pod(market, "each", 24, workers=4, seconds=0.5)
+    begun = time.monotonic()
+    ended = check_tidy(market, run_to_end(pod))
+    took_s = time.monotonic() - begun
+    assert (ended["state"], ended["exit_code"]) == ("finished", 0)
+    check_results(pod, 24)
+    assert len({one["id"] for one in ended["golem"]["providers"]}) == 4
+    # One provider alone would sleep for 12 s.
+    assert took_s < 9
+
+
+def test_a_provider_lost_in_the_middle_costs_no_result(market: MarketMount) -> None:
+    pod = foreach_pod(market, "lost", 20, workers=3, seconds=0.5, retries=2)
+    run("touch", pod / ".run")
+    until(lambda: (pod / "output").exists() and len(os.listdir(pod / "output")) >= 6)
+    gone = market.post("vanish", {})["provider"]
+    wait_gone(pod)
+    (folder,) = run_folders(pod)
+    ended = check_tidy(market, folder)
+    assert (ended["state"], ended["exit_code"], ended["error"]) == ("finished", 0, None)
+    check_results(pod, 20)
+    states = {one["name"]: one["agreement_state"] for one in ended["golem"]["providers"]}
+    assert states[gone] == "vanished"
+    assert "vanished" in (folder / "stderr.log").read_text()
+
+
+def test_a_task_that_fails_is_tried_elsewhere(market: MarketMount) -> None:
+    script = "case $1 in *bad*) echo no >&2; exit 4;; esac; cp $1 output/"
+    pod = provider_pod(
+        market, "bad", "sh script/run.sh", script, foreach="payload/*", retries=1, workers=2
+    )
+    for name in ("bad", "good1", "good2"):
+        (pod / "payload" / name).write_text(name)
+    # Without {} the file takes the place of the last word.
+    (pod / "a.recipe").write_text(
+        (pod / "a.recipe").read_text().replace("sh script/run.sh", "sh script/run.sh FILE")
+    )
+    folder = run_to_end(pod)
+    ended = check_tidy(market, folder)
+    assert (ended["state"], ended["exit_code"]) == ("failed", 1)
+    assert ended["golem"]["tasks"] == {"total": 3, "done": 2, "failed": 1, "left": 0}
+    assert ended["error"].startswith("1 of 3 tasks failed; the first: payload/bad: exit code 4 on")
+    assert sorted(os.listdir(pod / "output")) == ["good1", "good2"]
+    log = (folder / "tasks/1.log").read_text().splitlines()
+    assert [line for line in log if line == "no"] == ["no", "no"]
+    tried = {line.split(" on ")[1].split(",")[0] for line in log if line.startswith("cpodfs:")}
+    assert len(tried) == 2
+
+
+def test_no_file_to_work_on(market: MarketMount) -> None:
+    ended = check_tidy(market, run_to_end(foreach_pod(market, "none", 0)))
+    assert ended["error"] == "golem.runtime.foreach: no file matches 'payload/*.txt'"
+    assert ended["golem"]["providers"] == []
+
+
+# -- what can go wrong at a market ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "runtime", "error"),
+    [
+        ({"no_offers": True}, {"offer_timeout": 2}, "no offers: no provider answered in 2 s"),
+        ({"reject_proposals": 1.0}, {"offer_timeout": 2}, "proposals rejected: "),
+        ({"fail_command": 1.0}, {"retries": 1}, "command failed: command exited with code 1"),
+        ({"lose_activity": 1.0}, {}, "activity lost: the provider lost this activity"),
+        ({"vanish": 1.0}, {}, "provider vanished"),
+        ({"transfer_bandwidth": 2000.0}, {"timeout": "4s"}, "timeout: not done after 4 s"),
+        ({"unknown_image": True}, {}, "image unknown: "),
+        ({}, {"max_price": {"cpu_hour": 1e-6}, "offer_timeout": 2}, "no offers within max_price"),
+        ({}, {"budget": 1e-4}, "budget exhausted: "),
+        ({}, {"capabilities": ["warp"], "offer_timeout": 2}, "no offers: "),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_each_misbehaviour_ends_clearly(
+    market: MarketMount, how: dict, runtime: dict, error: str, request: pytest.FixtureRequest
+) -> None:
+    name = f"amiss{request.node.callspec.id}".replace(":", "")[:60].strip()
+    pod = provider_pod(market, name, "sh script/run.sh", "sleep 20", **runtime)
+    (pod / "payload/some").write_bytes(os.urandom(20_000))
+    market.misbehave(**how)
+    ended = check_tidy(market, run_to_end(pod))
+    assert (ended["state"], ended["exit_code"]) == ("failed", 125)
+    assert error in ended["error"]
+    assert ended["golem"]["accepted"] <= ended["golem"]["budget"]
+
+
+def test_a_late_invoice_is_waited_for(market: MarketMount) -> None:
+    pod = provider_pod(market, "late", "true", "")
+    market.misbehave(invoice_delay_s=2.0)
+    ended = check_tidy(market, run_to_end(pod))
+    assert (ended["state"], ended["exit_code"]) == ("finished", 0)
+    assert [one["paid"] for one in ended["golem"]["providers"]] == [True]
+
+
+def test_an_invoice_that_never_comes(market: MarketMount) -> None:
+    pod = provider_pod(market, "unbilled", "sh script/run.sh", "echo done > output/done")
+    market.misbehave(lose_invoice=1.0)
+    run("touch", pod / ".run")
+    deadline = time.monotonic() + 60
+    while (pod / ".run").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (folder,) = run_folders(pod)
+    ended = check_tidy(market, folder)
+    assert (ended["state"], ended["exit_code"]) == ("failed", 125)
+    assert ended["error"].startswith("payment is not settled: no invoice from ")
+    assert (pod / "output/done").read_text() == "done\n"
+
+
+def test_the_death_of_the_process_is_a_failed_run(market: MarketMount) -> None:
+    pod = provider_pod(market, "death", "sh script/run.sh", "echo up; exec sleep 600")
+    run("touch", pod / ".run")
+    until(lambda: run_folders(pod) and "up" in _text(run_folders(pod)[0] / "stdout.log"))
+    (folder,) = run_folders(pod)
+    os.kill(record(folder)["pid"], signal.SIGKILL)
+    wait_gone(pod)
+    ended = record(folder)
+    assert ended["state"] == "failed"
+    assert "process died (SIGKILL)" in ended["error"]
+    assert run_processes(ended["id"]) == []
+    (agreement,) = [one["agreement"] for one in ended["golem"]["providers"]]
+    for row in market.ledger():
+        if row.agreement == agreement:
+            assert row.state == "Approved"
+    # The market ends what nobody asks for any more; tests that follow must not wait for it.
+    market.post("vanish", {"provider": ended["golem"]["providers"][0]["name"]})
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""

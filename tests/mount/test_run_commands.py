@@ -1,0 +1,293 @@
+"""``cpodfs run``, ``runs``, ``logs`` and ``cancel``, as scripts and people use them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.compute import (
+    Gate,
+    compute_pod,
+    record,
+    run_folders,
+    run_processes,
+    run_to_end,
+    until,
+    wait_gone,
+)
+from tests.mount.harness import CPODFS, Mount, Server, mounted, run
+
+LIVE_S = 0.1
+"""The longest that a line may take from the program to whoever follows it."""
+
+
+@pytest.fixture(scope="module")
+def mount(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[Mount]:
+    with mounted(tmp_path_factory.mktemp("commands"), server) as mount:
+        yield mount
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    gate = Gate(tmp_path / "outside")
+    yield gate
+    gate.close()
+
+
+@pytest.fixture
+def gated(mount: Mount, gate: Gate, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A pod whose program waits at the gate; ended whatever happens."""
+    name = request.node.name.removeprefix("test_")[:60]
+    yield (
+        pod := compute_pod(
+            mount, name, ["python3", "script/gated.py", str(gate.folder)], "gated.py"
+        )
+    )
+    run("rm", "-f", pod / ".run")
+    wait_gone(pod)
+
+
+def begin(mount: Mount, *arguments: str | Path) -> subprocess.Popen[str]:
+    """A command whose output is read while it runs."""
+    return subprocess.Popen(
+        [*CPODFS, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=mount.env,
+    )
+
+
+# -- run ------------------------------------------------------------------------------------------
+
+
+def test_run_does_what_touch_does(mount: Mount, gated: Path, gate: Gate) -> None:
+    done = mount.cli("run", str(gated))
+    assert gate.wait() == "waiting"
+    assert (gated / ".run").exists()
+    (folder,) = run_folders(gated)
+    assert done.stdout == f"{folder.name}\n"
+    busy = mount.cli("run", str(gated), check=False)
+    assert busy.returncode == 1
+    assert "busy" in busy.stderr
+    gate.open()
+    wait_gone(gated)
+    assert gate.starts == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("sh -c 'echo out; echo err >&2; exit 0'", 0, ""),
+        ("sh -c 'echo out; echo err >&2; exit 42'", 42, "failed"),
+        ("sh -c 'echo out; echo err >&2; kill -SEGV $$'", 139, "failed"),
+        ("no-such-program", 1, "failed: golem.exec: 'no-such-program': no such program"),
+    ],
+)
+def test_wait_prints_the_output_and_exits_as_the_run_did(
+    mount: Mount, command: str, code: int, said: str
+) -> None:
+    pod = compute_pod(mount, "exits", command)
+    done = mount.cli("run", "--wait", str(pod), check=False)
+    assert done.returncode == code
+    assert done.stdout == ("out\n" if "echo" in command else "")
+    assert ("err\n" in done.stderr) == ("echo" in command)
+    assert said in done.stderr
+    assert (done.stderr == "err\n") == (code == 0)
+
+
+def test_what_cannot_be_run_says_why(mount: Mount, tmp_path: Path) -> None:
+    plain = mount.pod("plain")
+    for command in ("run", "logs", "cancel"):
+        for where in (tmp_path, mount.point, mount.point / "no such pod"):
+            done = mount.cli(command, str(where), check=False)
+            assert done.returncode == 1
+            assert done.stderr.startswith("cpodfs: ")
+    done = mount.cli("run", "--wait", str(plain), check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("cpodfs: plain: not a compute pod: there is no recipe.json")
+    assert done.stderr.count("\n") == 1
+    assert "it never ran" in mount.cli("logs", str(plain), check=False).stderr
+    assert "no run is in progress" in mount.cli("cancel", str(plain), check=False).stderr
+
+
+def test_settings_for_one_run(mount: Mount) -> None:
+    pod = compute_pod(mount, "settings", "sh -c 'echo $CPODFS_SET_FRAMES; echo $CPODFS_SET_A'")
+    done = mount.cli("run", "-w", str(pod), "--set", "frames=10", "--set", "a=b=c d")
+    assert done.stdout == "10\nb=c d\n"
+    assert record(run_folders(pod)[-1])["set"] == {"frames": "10", "a": "b=c d"}
+    assert mount.cli("run", "-w", str(pod)).stdout == "\n\n"
+    assert mount.cli("run", "-w", str(pod), "--set", "golem.exec=echo other").stdout == "other\n"
+    assert record(run_folders(pod)[-1])["recipe"]["golem"]["exec"] == "echo other"
+    for bad in ("frames", "=1", "golem.output=x", "golem.runtime.budget=1", "golem.exec='"):
+        done = mount.cli("run", str(pod), "--set", bad, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith("cpodfs: ")
+    assert len(run_folders(pod)) == 3
+
+
+@pytest.mark.parametrize("by", ["interrupt", "command"])
+def test_a_run_that_is_waited_for_can_be_cancelled(
+    mount: Mount, gated: Path, gate: Gate, by: str
+) -> None:
+    with begin(mount, "run", "--wait", gated) as waiting:
+        assert waiting.stdout is not None
+        assert waiting.stdout.readline() == "one\n"
+        gate.wait()
+        if by == "interrupt":
+            waiting.send_signal(signal.SIGINT)
+        else:
+            mount.cli("cancel", str(gated))
+        out, err = waiting.communicate(timeout=30)
+    assert waiting.returncode == 130
+    assert out == ""
+    assert "cancelled" in err
+    assert not (gated / ".run").exists()
+    (folder,) = run_folders(gated)
+    assert (record(folder)["state"], record(folder)["exit_code"]) == ("cancelled", 7)
+    assert run_processes(folder.name) == []
+
+
+def test_a_terminal_gets_a_line_of_progress(mount: Mount, gated: Path, gate: Gate) -> None:
+    terminal, ours = pty.openpty()
+    with subprocess.Popen(
+        [*CPODFS, "run", "--wait", str(gated)], stderr=ours, stdout=subprocess.PIPE, env=mount.env
+    ) as waiting:
+        os.close(ours)
+        gate.wait()
+        shown = b""
+        while b": running 0:0" not in shown:
+            assert select.select([terminal], [], [], 30)[0]
+            shown += os.read(terminal, 4096)
+        gate.open()
+        assert waiting.wait(30) == 0
+        assert waiting.stdout is not None
+        assert waiting.stdout.read() == b"one\ntwo\n"
+    assert gated.name.encode() in shown
+    os.close(terminal)
+
+
+def test_the_mount_is_taken_down_meanwhile(tmp_path: Path, server: Server, gate: Gate) -> None:
+    with mounted(tmp_path, server) as mount:
+        pod = compute_pod(mount, "p", ["python3", "script/gated.py", str(gate.folder)], "gated.py")
+        with begin(mount, "run", "--wait", pod) as waiting:
+            gate.wait()
+            assert mount.stop() == 0
+            _, err = waiting.communicate(timeout=30)
+        assert waiting.returncode != 0
+        assert "Traceback" not in err
+
+
+# -- logs -----------------------------------------------------------------------------------------
+
+
+def test_logs_of_the_newest_run_and_of_others(mount: Mount) -> None:
+    pod = compute_pod(mount, "logs", "sh -c 'echo $CPODFS_RUN_ID; echo err >&2'")
+    folders = [run_to_end(pod) for _ in range(2)]
+    for run_id, expected in [
+        ((), folders[1]),
+        ((folders[0].name,), folders[0]),
+        ((folders[0].name[:-5],), folders[0]),
+    ]:
+        for option in ([], ["-f"]):
+            done = mount.cli("logs", *option, str(pod), *run_id)
+            assert (done.stdout, done.stderr) == (f"{expected.name}\n", "err\n")
+    assert "no such run" in mount.cli("logs", str(pod), "1999", check=False).stderr
+
+
+def test_logs_are_found_where_the_recipe_puts_them(mount: Mount) -> None:
+    pod = mount.pod("log folder")
+    (pod / "a.recipe").write_text('{"golem": {"exec": "echo deep", "log": "a/b"}}')
+    assert mount.cli("run", "-w", str(pod)).stdout == "deep\n"
+    assert mount.cli("logs", str(pod)).stdout == "deep\n"
+    assert len(json.loads(mount.cli("runs", "--json", str(pod)).stdout)) == 1
+
+
+def test_logs_follow_line_by_line_until_the_end(mount: Mount, tmp_path: Path) -> None:
+    lines, gap = 8, 0.25
+    script = f"for i in $(seq {lines}); do date +%s.%N; sleep {gap}; done"
+    pod = compute_pod(mount, "live", ["sh", "-c", script])
+    mount.cli("run", str(pod))
+    with begin(mount, "logs", "-f", pod) as following:
+        assert following.stdout is not None
+        delays = []
+        for line in following.stdout:
+            delays.append(time.time() - float(line))
+        assert following.wait(30) == 0
+    assert len(delays) == lines
+    # The command itself took a while to start; from then on it is live.
+    assert sorted(delays)[: lines // 2][-1] < LIVE_S
+    assert not (pod / ".run").exists()
+
+
+def test_following_may_begin_before_the_first_word(mount: Mount, gated: Path, gate: Gate) -> None:
+    mount.cli("run", str(gated))
+    with begin(mount, "logs", "-f", gated) as following:
+        gate.wait()
+        gate.open()
+        out, err = following.communicate(timeout=30)
+    assert (following.returncode, out, err) == (0, "one\ntwo\n", "")
+
+
+# -- runs -----------------------------------------------------------------------------------------
+
+
+def test_runs_are_listed_the_newest_first(mount: Mount) -> None:
+    one = compute_pod(mount, "list one", "sh -c 'exit 3'")
+    two = compute_pod(mount, "list two", "sleep 0.2")
+    ids = [run_to_end(pod).name for pod in (one, two, one)]
+    shown = mount.cli("runs", str(one)).stdout
+    assert [line.split()[0] for line in shown.splitlines()] == ["pod", "list", "list"]
+    assert shown.index(ids[2]) < shown.index(ids[0])
+    assert "failed" in shown
+    assert ids[1] not in shown
+    everything = json.loads(mount.cli("runs", "--json", str(mount.point)).stdout)
+    mine = [r for r in everything if r["pod"].startswith("list ")]
+    assert [r["id"] for r in mine] == ids[::-1]
+    assert [r["exit_code"] for r in mine] == [3, 0, 3]
+    assert mine[1]["started"] < mine[1]["ended"]
+    assert len(json.loads(mount.cli("runs", "--json", "--last", "1", str(one)).stdout)) == 1
+
+
+def test_a_run_in_progress_is_listed(mount: Mount, gated: Path, gate: Gate) -> None:
+    mount.cli("run", str(gated))
+    gate.wait()
+    until(lambda: record(run_folders(gated)[0])["state"] == "running")
+    assert "running" in mount.cli("runs", str(gated)).stdout
+    gate.open()
+
+
+def test_broken_records_do_no_harm(mount: Mount) -> None:
+    pod = compute_pod(mount, "records", "true")
+    good = run_to_end(pod).name
+    for number, text in enumerate(["", "{", "[]", '{"created": 1, "started": [], "state": {}}']):
+        folder = pod / f"logs/20200101T00000{number}.000Z-0000"
+        folder.mkdir()
+        (folder / "run.json").write_text(text)
+    shown = mount.cli("runs", str(pod)).stdout
+    assert good in shown
+
+
+def test_the_last_runs_are_kept(tmp_path: Path, server: Server) -> None:
+    with mounted(tmp_path, server, None, "--keep-runs", "3") as mount:
+        pod = compute_pod(mount, "kept", "true")
+        folders = [run_to_end(pod) for _ in range(2)]
+        (pod / "logs/notes").write_text("mine")
+        for _ in range(3):
+            run("touch", pod / ".run")
+            wait_gone(pod)
+        kept = [f for f in run_folders(pod) if f.name != "notes"]
+        assert len(kept) == 3
+        assert not set(folders) & set(kept)
+        assert all(record(folder)["state"] == "finished" for folder in kept)
+        mount.remount(wipe=True)
+        assert sorted(os.listdir(pod / "logs")) == [*(f.name for f in kept), "notes"]
