@@ -26,6 +26,7 @@ from cpodfs.config import Settings
 from cpodfs.dfs import Client, Session, Timeouts
 from cpodfs.errors import LoginRefused, MountError, Unreachable
 from cpodfs.fs.control import RUN_INO_BIT, Attributes, RunFiles
+from cpodfs.fs.files import Files
 from cpodfs.fs.guard import Guard
 from cpodfs.fs.handles import Handles
 from cpodfs.fs.operations import Operations
@@ -100,10 +101,11 @@ class Driver:
             cancel_grace_s=RUN_GRACE_S,
             keep=settings.keep_runs,
         )
-        tree = Tree(
+        files = Files(
             *(store, cache.content, handles, self.engine, self.lister, self.downloads),
             *(merger, self._on_outcome),
         )
+        tree = Tree(store, handles, self.engine, self.lister, files)
         self.engine.is_read = self.downloads.is_read
         self._status = Status(
             *(settings, cache, dfs.session, self.engine, self.downloads, self.runs)

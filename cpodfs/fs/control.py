@@ -18,7 +18,8 @@ from cpodfs.cache.schema import ROOT
 from cpodfs.cache.store import Inode
 from cpodfs.errors import CpodfsError, RecipeMissing
 from cpodfs.fs.guard import Guard, PodRecipe
-from cpodfs.fs.tree import Tree, oserror
+from cpodfs.fs.pods import check_writable, inode_of, oserror
+from cpodfs.fs.tree import Tree
 from cpodfs.paths import RUN_NAME
 from cpodfs.recipe import RECIPE_LIMIT_BYTES, parse_recipe, recipes_in_order
 from cpodfs.runs import changes
@@ -143,7 +144,7 @@ class RunFiles:
 
     async def recipe(self, pod: int) -> PodRecipe:
         """The pod's recipe. Raises EROFS in a received pod, RecipeError or a DfsError."""
-        self._tree.check_writable(pod)
+        check_writable(self._tree.store, pod)
         await self._tree.directory(pod)
         files = {c.name: c for c in self._tree.store.children(pod) if c.is_file and c.name}
         chosen = recipes_in_order(files)
@@ -152,9 +153,9 @@ class RunFiles:
                 f"{self._pod_name(pod)}: not a compute pod: "
                 "there is no recipe.json, .recipe or *.recipe at its root"
             )
-        raw = await self._tree.read_whole(files[chosen[0]].ino, RECIPE_LIMIT_BYTES + 1)
+        raw = await self._tree.files.read_whole(files[chosen[0]].ino, RECIPE_LIMIT_BYTES + 1)
         recipe = parse_recipe(raw, file=chosen[0], others=chosen[1:])
-        return PodRecipe(self._tree.inode(pod), recipe, raw)
+        return PodRecipe(inode_of(self._tree.store, pod), recipe, raw)
 
     def cancel(self, pod: int) -> None:
         """``rm .run``: the file goes when the run has ended."""
@@ -192,7 +193,7 @@ class RunFiles:
         return handle
 
     def _pod_name(self, pod: int) -> str:
-        return self._tree.inode(pod).name or ""
+        return inode_of(self._tree.store, pod).name or ""
 
 
 def _advice(error: OSError) -> str:

@@ -133,9 +133,9 @@ class _Sheet:
             target = (inode.target or "").encode("utf-8", "surrogateescape")
             await self.add("link", path, target)
         else:
-            if self._tree.size(inode) > self._left:
+            if self._tree.files.size(inode) > self._left:
                 raise self._too_much()
-            content = await self._tree.read_whole(inode.ino, self._left + 1)
+            content = await self._tree.files.read_whole(inode.ino, self._left + 1)
             await self.add("file", path, content, executable=bool(inode.mode & 0o111))
 
     async def add(self, kind: str, path: str, content: bytes, *, executable: bool = False) -> None:

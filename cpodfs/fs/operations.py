@@ -30,7 +30,8 @@ from cpodfs.fs.control import (
     Attributes,
     RunFiles,
 )
-from cpodfs.fs.tree import Times, Tree, oserror
+from cpodfs.fs.pods import check_writable, inode_of, oserror
+from cpodfs.fs.tree import Times, Tree
 from cpodfs.paths import RUN_NAME, decode_name
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class Operations(pyfuse3.Operations):
 
     def _entry(self, inode: Inode) -> EntryAttributes:
         entry = EntryAttributes()
-        size = self._tree.size(inode) if inode.is_file else inode.size
+        size = self._tree.files.size(inode) if inode.is_file else inode.size
         entry.st_ino = inode.ino
         entry.st_mode = KINDS[inode.kind] | inode.mode
         entry.st_nlink = 0 if inode.parent is None and inode.ino != ROOT else 1
@@ -109,7 +110,7 @@ class Operations(pyfuse3.Operations):
     def _run_entry(self, pod: int) -> EntryAttributes:
         """Attributes of ``.run``, never remembered by the kernel: it comes and goes by itself."""
         entry = EntryAttributes()
-        inode = self._tree.inode(pod)
+        inode = inode_of(self._tree.store, pod)
         entry.st_ino = RUN_INO_BIT | pod
         entry.st_mode = stat.S_IFREG | 0o600
         entry.st_nlink = 1
@@ -133,10 +134,10 @@ class Operations(pyfuse3.Operations):
     @_answer
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         if name == b".":
-            return self._given(self._tree.inode(parent_inode))
+            return self._given(inode_of(self._tree.store, parent_inode))
         if name == b"..":
-            above = self._tree.inode(parent_inode).parent
-            return self._given(self._tree.inode(above or ROOT))
+            above = inode_of(self._tree.store, parent_inode).parent
+            return self._given(inode_of(self._tree.store, above or ROOT))
         text = _looked_up(name)
         if text is None:
             return self._absent(ABSENT_TIMEOUT_S)
@@ -161,7 +162,7 @@ class Operations(pyfuse3.Operations):
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         if inode & RUN_INO_BIT:
             return self._run_entry(inode ^ RUN_INO_BIT)
-        return self._entry(self._tree.inode(inode))
+        return self._entry(inode_of(self._tree.store, inode))
 
     @_answer
     async def setattr(
@@ -196,7 +197,7 @@ class Operations(pyfuse3.Operations):
 
     @_answer
     async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
-        found = self._tree.inode(inode)
+        found = inode_of(self._tree.store, inode)
         if found.kind != LINK or found.target is None:
             raise oserror(errno.EINVAL)
         return os.fsencode(found.target)
@@ -301,32 +302,32 @@ class Operations(pyfuse3.Operations):
             writing = flags & os.O_ACCMODE != os.O_RDONLY
             return _control_info(self._runs.open(inode ^ RUN_INO_BIT, writing=writing))
         if flags & os.O_ACCMODE != os.O_RDONLY:
-            self._tree.check_writable(inode)
+            check_writable(self._tree.store, inode)
         # A content that is here changes only through this mount: the kernel's pages may stay. What
         # must be fetched anew might be another version by now.
-        cached = bool(self._tree.inode(inode).cached)
+        cached = bool(inode_of(self._tree.store, inode).cached)
         if flags & os.O_TRUNC or flags & os.O_ACCMODE == os.O_WRONLY:
-            handle = self._tree.open(inode, truncate=bool(flags & os.O_TRUNC))
+            handle = self._tree.files.open(inode, truncate=bool(flags & os.O_TRUNC))
         else:
-            handle = await self._tree.open_to_read(inode)
+            handle = await self._tree.files.open_to_read(inode)
         return FileInfo(fh=handle, keep_cache=cached)
 
     @_answer
     async def read(self, fh: int, off: int, size: int) -> bytes:
         if fh & CONTROL_HANDLE_BIT:
             return self._runs.read(fh, off, size)
-        return await self._tree.read(fh, off, size)
+        return await self._tree.files.read(fh, off, size)
 
     @_answer
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         if fh & CONTROL_HANDLE_BIT:
             return len(buf)
-        return await self._tree.write(fh, off, buf)
+        return await self._tree.files.write(fh, off, buf)
 
     @_answer
     async def flush(self, fh: int) -> None:
         if not fh & CONTROL_HANDLE_BIT:
-            await self._tree.flush(fh)
+            await self._tree.files.flush(fh)
 
     @_answer
     async def release(self, fh: int) -> None:
@@ -338,7 +339,7 @@ class Operations(pyfuse3.Operations):
     @_answer
     async def fsync(self, fh: int, datasync: bool) -> None:
         if not fh & CONTROL_HANDLE_BIT:
-            await self._tree.sync(fh, remote=self._fsync_remote)
+            await self._tree.files.sync(fh, remote=self._fsync_remote)
 
     # -- directories ------------------------------------------------------------------------------
 
@@ -367,7 +368,7 @@ class Operations(pyfuse3.Operations):
 
     @_answer
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        await self._tree.sync_names()
+        await self._tree.files.sync_names()
 
     # -- the rest ---------------------------------------------------------------------------------
 
@@ -375,7 +376,7 @@ class Operations(pyfuse3.Operations):
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
         """Space is the cache's: what can be written now, evicting what is clean. What is used is
         what waits for upload. The store behind it has no known end."""
-        disk = os.statvfs(self._tree.content.root)
+        disk = os.statvfs(self._tree.files.root)
         store = self._tree.store
         answer = pyfuse3.StatvfsData()
         answer.f_bsize, answer.f_frsize = disk.f_bsize, disk.f_frsize
@@ -391,7 +392,7 @@ class Operations(pyfuse3.Operations):
         # The kernel asks for security.capability before every write: nothing here may be slow.
         if not name.startswith(b"user.") or inode & RUN_INO_BIT:
             raise FUSEError(pyfuse3.ENOATTR)
-        found = self._tree.inode(inode)
+        found = inode_of(self._tree.store, inode)
         if name.startswith(XATTR_PREFIX):
             value = self._attributes.get(found, name)
         else:
@@ -409,9 +410,9 @@ class Operations(pyfuse3.Operations):
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
         _check_xattr_name(inode, name)
         if name.startswith(XATTR_PREFIX):
-            await self._attributes.set(self._tree.inode(inode), name, value)
+            await self._attributes.set(inode_of(self._tree.store, inode), name, value)
             return
-        self._tree.check_writable(inode)
+        check_writable(self._tree.store, inode)
         self._tree.store.set_xattr(inode, name, value)
 
     @_answer
@@ -419,7 +420,7 @@ class Operations(pyfuse3.Operations):
         _check_xattr_name(inode, name)
         if name.startswith(XATTR_PREFIX):
             raise oserror(errno.EPERM)
-        self._tree.check_writable(inode)
+        check_writable(self._tree.store, inode)
         if not self._tree.store.remove_xattr(inode, name):
             raise FUSEError(pyfuse3.ENOATTR)
 

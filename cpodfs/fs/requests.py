@@ -20,6 +20,7 @@ from cpodfs.dfs import Client
 from cpodfs.errors import AlreadyExists, ConfigError, CpodfsError, NotFound, NotTrusted
 from cpodfs.fs.control import RunFiles
 from cpodfs.fs.guard import Guard
+from cpodfs.fs.pods import check_writable
 from cpodfs.fs.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ class Requests:
         return {}
 
     async def _own(self, pod: str) -> Answer:
-        self._tree.check_writable((await self._pod(pod)).ino)
+        check_writable(self._tree.store, (await self._pod(pod)).ino)
         self._guard.book.own(pod)
         log.info("pod is the user's own, he says pod=%r", pod)
         return {}

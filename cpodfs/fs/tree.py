@@ -8,33 +8,22 @@ the cache is changed in one transaction and the engine is told.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from cpodfs import paths
-from cpodfs.cache import content as data
-from cpodfs.cache.content import Content
-from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT, DIR, FILE, LINK, MODE, PLACE, ROOT
 from cpodfs.cache.store import Inode, Store
-from cpodfs.errors import Conflict, CpodfsError, NotFound
-from cpodfs.fs.handles import Handles, OpenFile
-from cpodfs.sync.downloads import Downloads
+from cpodfs.fs import pods
+from cpodfs.fs.files import Files
+from cpodfs.fs.handles import Handles
+from cpodfs.fs.pods import oserror
 from cpodfs.sync.engine import Engine
 from cpodfs.sync.lister import Lister
-from cpodfs.sync.merge import Merger, Outcome
 from cpodfs.sync.ops import SERVER_DIR_MODE
 
-log = logging.getLogger(__name__)
-
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
-
-
-def oserror(code: int, what: object = None) -> OSError:
-    return OSError(code, os.strerror(code), what)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,47 +40,20 @@ class Tree:
     def __init__(
         self,
         store: Store,
-        content: Content,
         handles: Handles,
         engine: Engine,
         lister: Lister,
-        downloads: Downloads,
-        merger: Merger,
-        on_outcome: Callable[[Outcome], None],
+        files: Files,
     ) -> None:
         self.store = store
-        self.content = content
         self.handles = handles
         self.engine = engine
+        self.files = files
         self._lister = lister
-        self._downloads = downloads
-        self._merger = merger
-        self._on_outcome = on_outcome
-        self._durability = Durability(store, content)
-        handles.on_last_close = self._closed
-        handles.on_gone = self._gone
         for ino in store.unlinked():  # the last driver died while these were open
             handles.purge(ino)
 
     # -- looking ----------------------------------------------------------------------------------
-
-    def inode(self, ino: int) -> Inode:
-        """The inode as the user sees it. A dirty file's size is its data file's."""
-        inode = self.store.get(ino)
-        if inode is None:
-            raise oserror(errno.ENOENT)
-        return inode
-
-    def size(self, inode: Inode) -> int:
-        if not inode.dirty & CONTENT:
-            return inode.size
-        file = self.handles.opened(inode.ino)
-        if file is not None:
-            return os.fstat(file.fd).st_size
-        try:
-            return self.content.size(inode.ino)
-        except FileNotFoundError:
-            return self.size(self._lost_content(inode))
 
     async def directory(self, ino: int) -> Inode:
         """A directory whose children are known."""
@@ -108,11 +70,6 @@ class Tree:
         await self.directory(parent)
         return self.store.child(parent, name)
 
-    def pod_of(self, ino: int) -> Inode | None:
-        """The pod that the inode is in (or is); None for the root and for what has no name."""
-        above = self.store.ancestors(ino)
-        return above[-1] if above and above[-1].parent == ROOT else None
-
     # -- names ------------------------------------------------------------------------------------
 
     async def create(self, parent: int, name: str, mode: int) -> tuple[Inode, int]:
@@ -122,10 +79,9 @@ class Tree:
             inode = self.store.create(
                 parent, name, FILE, mode & 0o7777, cached=1, dirty=CONTENT | PLACE
             )
-            handle = self.handles.open(inode.ino, lambda: self.content.create(inode.ino))
+            handle = self.files.create(inode.ino)
             self._modified(parent)
         self.engine.touch(("ino", inode.ino))
-        self._durability.wrote(inode.ino)
         return inode, handle
 
     async def mkdir(self, parent: int, name: str, mode: int) -> Inode:
@@ -150,7 +106,7 @@ class Tree:
 
     async def unlink(self, parent: int, name: str) -> Inode:
         inode = await self._existing(parent, name)
-        self.check_writable(inode.ino)
+        pods.check_writable(self.store, inode.ino)
         if inode.is_dir:
             raise oserror(errno.EISDIR, name)
         with self.store.transaction():
@@ -161,7 +117,7 @@ class Tree:
     async def rmdir(self, parent: int, name: str) -> Inode:
         """Remove an empty directory; in the root, an empty pod of one's own."""
         inode = await self._existing(parent, name)
-        self.check_writable(inode.ino)
+        pods.check_writable(self.store, inode.ino)
         if not inode.is_dir:
             raise oserror(errno.ENOTDIR, name)
         await self.directory(inode.ino)
@@ -213,7 +169,7 @@ class Tree:
         self, inode: Inode, target: Inode | None, to_parent: int, to_name: str, flags: int
     ) -> None:
         assert inode.name is not None
-        self.check_writable(inode.ino)
+        pods.check_writable(self.store, inode.ino)
         if flags & ~(RENAME_NOREPLACE | RENAME_EXCHANGE):
             raise oserror(errno.EINVAL, to_name)
         if flags & RENAME_NOREPLACE and target is not None:
@@ -221,13 +177,13 @@ class Tree:
         if flags & RENAME_EXCHANGE and target is None:
             raise oserror(errno.ENOENT, to_name)
         self._check_name(to_parent, to_name, inode.kind)
-        if self.pod_of(inode.ino) != self.pod_of(to_parent):
+        if pods.pod_of(self.store, inode.ino) != pods.pod_of(self.store, to_parent):
             self._check_pod_rename(inode, target, to_parent)
         if any(above.ino == inode.ino for above in self.store.ancestors(to_parent)):
             raise oserror(errno.EINVAL, to_name)
         if target is None or flags & RENAME_EXCHANGE:
             return
-        self.check_writable(target.ino)
+        pods.check_writable(self.store, target.ino)
         if target.is_dir and not inode.is_dir:
             raise oserror(errno.EISDIR, to_name)
         if inode.is_dir and not target.is_dir:
@@ -245,13 +201,13 @@ class Tree:
 
     async def set_attributes(self, ino: int, change: Times, handle: int | None) -> Inode:
         """chmod, truncate and utimens, whichever are asked for."""
-        inode = self.inode(ino)
-        self.check_writable(ino)
-        before = self.size(inode)
+        inode = pods.inode_of(self.store, ino)
+        pods.check_writable(self.store, ino)
+        before = self.files.size(inode)
         if change.size is not None:
-            await self._truncate(inode, change.size, handle)
+            await self.files.truncate(inode, change.size, handle)
         with self.store.transaction():
-            inode = self.inode(ino)
+            inode = pods.inode_of(self.store, ino)
             columns: dict[str, int] = {}
             if change.atime_ns is not None:
                 columns["atime_ns"] = change.atime_ns
@@ -265,189 +221,12 @@ class Tree:
                     self.store.mark(ino, MODE)
                     self.engine.touch(("ino", ino))
             self.store.set(ino, ctime_ns=time.time_ns(), **columns)
-        return self.inode(ino)
-
-    async def _truncate(self, inode: Inode, size: int, handle: int | None) -> None:
-        if not inode.is_file:
-            raise oserror(errno.EISDIR if inode.is_dir else errno.EINVAL)
-        own = self.open(inode.ino, truncate=size == 0) if handle is None else handle
-        try:
-            file = self.handles.file(own)
-            if size == 0:
-                self._empty(file)
-            else:
-                await self._complete(file)
-                self._dirty(file.ino)
-                os.ftruncate(file.fd, size)
-        finally:
-            if handle is None:
-                self.handles.release(own)
-
-    # -- contents ---------------------------------------------------------------------------------
-
-    def open(self, ino: int, *, truncate: bool = False) -> int:
-        """A handle for reading and writing."""
-        inode = self.inode(ino)
-        if not inode.is_file:
-            raise oserror(errno.EISDIR if inode.is_dir else errno.ELOOP)
-        if truncate:
-            self.check_writable(ino)
-        handle = self.handles.open(ino, lambda: self._open_data(inode))
-        if truncate:
-            self._empty(self.handles.file(handle))
-        else:
-            self.store.set(ino, used_s=time.time())
-        return handle
-
-    async def open_to_read(self, ino: int) -> int:
-        """A handle whose content is here, or on its way.
-
-        Raises ESTALE when the server has another version by now: the kernel then looks the name up
-        again, and finds it.
-        """
-        handle = self.open(ino)
-        inode = self.inode(ino)
-        if inode.cached or not inode.size:
-            self._downloads.hits += 1
-            return handle
-        self._downloads.misses += 1
-        try:
-            await self._downloads.get(ino, inode.size).wait_begun()
-        except (Conflict, NotFound) as error:
-            self.handles.release(handle)
-            if inode.parent is not None:
-                await self._lister.refresh(inode.parent)
-            raise oserror(errno.ESTALE, inode.name) from error
-        except CpodfsError:
-            return handle  # offline, maybe not for long: it is time enough when somebody reads
-        return handle
-
-    def _open_data(self, inode: Inode) -> int:
-        if inode.cached:
-            try:
-                return self.content.open(inode.ino)
-            except FileNotFoundError:
-                inode = self._lost_content(inode)
-                if inode.cached:
-                    return self.content.open(inode.ino)
-        if not any(d.ino == inode.ino for d in self._downloads.running()):
-            return self.content.create(inode.ino, inode.size)
-        return self.content.open(inode.ino)
-
-    def _lost_content(self, inode: Inode) -> Inode:
-        """The data file is not there: a loss of power before it was synced, or somebody's rm in the
-        cache folder. Back to what the server has; if it has nothing, to an empty file."""
-        log.error("content lost: %s", self.store.path(inode.ino))
-        remote = self.store.remote_of(inode.ino)
-        with self.store.transaction():
-            if remote is None:
-                os.close(self.content.create(inode.ino))
-            else:
-                self.store.set(inode.ino, cached=0, size=max(0, remote.size))
-                self.store.unmark(inode.ino, CONTENT)
-        return self.inode(inode.ino)
-
-    def _empty(self, file: OpenFile) -> None:
-        """Truncate to nothing, which needs no download even when nothing is here yet."""
-        if not self.inode(file.ino).cached:
-            # A thread of the download may still be writing to the old data file: leave it that.
-            self._downloads.unwanted(file.ino, gone=True)
-            fresh = self.content.create(file.ino)
-            os.dup2(fresh, file.fd, inheritable=False)
-            os.close(fresh)
-        try:
-            with self.store.transaction():
-                self.store.set(file.ino, cached=1, mtime_ns=time.time_ns())
-                self._dirty(file.ino)
-        except BaseException:
-            self.engine.closed(file.ino)  # the mark was rolled back
-            raise
-        os.ftruncate(file.fd, 0)
-
-    async def read(self, handle: int, offset: int, size: int) -> bytes:
-        """At most ``size`` bytes; waits for no more of the file than that."""
-        file = self.handles.file(handle)
-        inode = self.inode(file.ino)
-        if not inode.cached and inode.size:
-            try:
-                await self._downloads.get(file.ino, inode.size).wait_for(offset + size)
-            except CpodfsError:
-                if not self.inode(file.ino).cached:  # else: emptied by somebody while we waited
-                    raise
-        return await data.read(file.fd, offset, size)
-
-    async def write(self, handle: int, offset: int, buffer: bytes) -> int:
-        file = self.handles.file(handle)
-        await self._complete(file)
-        self.content.check_room(len(buffer))
-        self._dirty(file.ino)
-        left = memoryview(buffer)
-        while left:  # the kernel's write-back does not look at how much was written
-            written = os.pwrite(file.fd, left, offset)
-            left = left[written:]
-            offset += written
-        return len(buffer)
-
-    def _dirty(self, ino: int) -> None:
-        """Journal that a file is about to be changed, before it is."""
-        if ino in self._merger.replaced:
-            outcome = Outcome()
-            self._merger.revive(ino, outcome)
-            self._on_outcome(outcome)
-        self.engine.wrote(ino)
-        self._durability.wrote(ino)
-
-    async def _complete(self, file: OpenFile) -> None:
-        """Wait until the whole content is here: uploads send files whole."""
-        inode = self.inode(file.ino)
-        if inode.cached:
-            return
-        self.check_writable(file.ino)
-        if inode.size:
-            await self._downloads.get(file.ino, inode.size).wait_for(inode.size)
-        else:
-            self.store.set(file.ino, cached=1)
-
-    async def flush(self, handle: int) -> None:
-        """close and fsync: bytes, then names, on the disk."""
-        file = self.handles.file(handle)
-        await self._durability.flush(file.ino, file.fd)
-
-    async def sync(self, handle: int, *, remote: bool) -> None:
-        """fsync; with ``remote``, the server must have it, too (EIO if it will not take it)."""
-        await self.flush(handle)
-        await self._durability.names()
-        if remote:
-            await self.engine.push(self.handles.file(handle).ino)
-
-    async def sync_names(self) -> None:
-        await self._durability.names()
-
-    async def read_whole(self, ino: int, limit: int) -> bytes:
-        """The first ``limit`` bytes of a file, for ourselves."""
-        handle = self.open(ino)
-        try:
-            size = min(self.size(self.inode(ino)), limit)
-            return await self.read(handle, 0, size) if size else b""
-        finally:
-            self.handles.release(handle)
-
-    def _gone(self, ino: int) -> None:
-        self._downloads.unwanted(ino, gone=True)
-        self._merger.replaced.pop(ino, None)
-
-    def _closed(self, ino: int) -> None:
-        inode = self.store.get(ino)
-        if inode is not None and inode.dirty & CONTENT:
-            self.store.set(ino, size=self.content.size(ino))
-        self.engine.closed(ino)
-        self._durability.forget(ino)
-        self._downloads.unwanted(ino)
+        return pods.inode_of(self.store, ino)
 
     # -- checks -----------------------------------------------------------------------------------
 
     def _directory(self, ino: int) -> Inode:
-        inode = self.inode(ino)
+        inode = pods.inode_of(self.store, ino)
         if not inode.is_dir:
             raise oserror(errno.ENOTDIR)
         return inode
@@ -463,7 +242,7 @@ class Tree:
         if directory.ino != ROOT and directory.parent is None:
             raise oserror(errno.ENOENT, name)  # removed while somebody's working directory
         self._check_name(parent, name, kind)
-        self.check_writable(parent)
+        pods.check_writable(self.store, parent)
         if self.store.child(parent, name) is not None:
             raise oserror(errno.EEXIST, name)
 
@@ -477,21 +256,13 @@ class Tree:
         else:
             paths.check_file_name(name)
 
-    def check_writable(self, ino: int) -> None:
-        """Raise EROFS in a pod that was received from somebody else."""
-        pod = self.pod_of(ino)
-        remote = self.store.remote_of(pod.ino) if pod is not None else None
-        if remote is not None and remote.readonly:
-            raise oserror(errno.EROFS, pod.name if pod else None)
-
     # -- changes ----------------------------------------------------------------------------------
 
     def _detach(self, inode: Inode) -> None:
         parent, name = inode.parent, inode.name
         assert parent is not None
         assert name is not None
-        if self.handles.opened(inode.ino) and not inode.cached and inode.size:
-            self._downloads.get(inode.ino, inode.size)  # while the server still has it
+        self.files.keep(inode)
         orphan = self.store.detach(inode.ino)
         self.engine.unlinked(inode.ino)
         if orphan is not None:

@@ -135,6 +135,8 @@ class Session:
         except PackageException as error:
             raise RunFailed(f"image unknown: {runtime.image}: {error}") from None
         except Exception as error:  # noqa: BLE001 - the registry may fail in any way
+            if ": 404" in str(error):
+                raise RunFailed(f"image unknown: {runtime.image}") from None
             raise RunFailed(f"image {runtime.image}: {describe(error)}") from None
 
     def _golem(self) -> tuple[Golem, Strategy]:

@@ -98,12 +98,11 @@ class EachWork:
                 digest = await self._shop.in_pod(sha256_of, source)
                 script = context.new_script()
                 script.upload_file(str(source), INCOMING)
-                script.add(Say(["put", digest, task.path], log.add))
                 words = words_for(self._shop.job.argv, task.path)
-                script.add(Say(["task", self._shop.job.output, *words], log.add))
+                output = self._shop.job.output
+                script.add(Say(["task", digest, task.path, output, *words], log.add))
                 packing: list[str] = []
-                to_pack = ["pack", self._shop.job.output]
-                script.add(Say(to_pack, into(packing)))
+                script.add(Say(["whole", output], into(packing)))
                 archive = self._shop.fetch(script)
                 yield script
                 complete(script)

@@ -397,6 +397,8 @@ class Books:
                     status.offers += 1
             case events.AgreementConfirmed():
                 hired_for(status, event.agreement)
+                # At once: whoever cleans up after us must know of it.
+                self._reporter.tell()
             case events.AgreementTerminated() | events.InvoiceReceived() | events.InvoiceAccepted():
                 self._on_agreement(event, status.hired.get(event.agreement.id))
             case events.PaymentFailed():

@@ -3,7 +3,8 @@
 Imports nothing of ours. It needs ``sh``, ``tar``, ``find``, ``sha256sum``, ``head``, ``tail``, ``wc``
 (GNU or busybox). yagna runs the commands of an activity one after another, so a program that runs in
 the foreground would keep us from its files: ``start`` puts it in the background, ``watch`` streams
-what it has printed since the last time, ``pack`` archives what it has written since. The program's
+what it has printed since the last time, ``pack`` archives what it has written since. For one task of many
+``task`` runs it to its end and ``whole`` archives all its output. The program's
 words are arguments here and never looked at by a shell.
 """
 
@@ -41,12 +42,6 @@ setup() {  # HASH OUTPUT: unpack what was sent, forget what was there before
     : > "$state/never"; touch -t 197001010000 "$state/never"
     cp -p "$state/never" "$state/since"
     echo ok
-}
-
-put() {  # HASH PATH: the file that was sent belongs there
-    check "$1"
-    case $2 in */*) mkdir -p "pod/${2%/*}" || exit 92;; esac
-    mv -f cpodfs.in "pod/$2" || exit 93
 }
 
 start() {  # WORDS: run the program in the background
@@ -89,10 +84,12 @@ watch() {  # TENTHS: stream what the program prints, for so long or until it has
     return 0
 }
 
-task() {  # OUTPUT WORDS: run the program here and now, with an empty output folder
-    rm -rf "pod/$1"; mkdir -p "pod/$1" "$state" || exit 92
-    cp -p "$state/never" "$state/since"
-    shift; cd pod || exit 94
+task() {  # HASH PATH OUTPUT WORDS: put the file there, run the program, with an empty output folder
+    check "$1"
+    rm -rf "pod/$3"; mkdir -p "pod/$3" || exit 92
+    case $2 in */*) [ -d "pod/${2%/*}" ] || mkdir -p "pod/${2%/*}" || exit 92;; esac
+    mv -f cpodfs.in "pod/$2" || exit 93
+    shift 3; cd pod || exit 94
     "$@" </dev/null
     echo $? > "$state/exit"
 }
@@ -115,6 +112,16 @@ list() {  # OUTPUT: names of what has changed since the last time, for tar
     return 0
 }
 
+report() {  # DONE UNSAID SOME
+    echo "cpodfs $* $(( $(wc -c < cpodfs.out) )) $(hash cpodfs.out)"
+}
+
+whole() {  # OUTPUT: archive all of it, say what is to be known
+    tar -cf cpodfs.out -C pod "./$1" || exit 96
+    read -r done < "$state/exit"
+    report "$done" 0 1
+}
+
 pack() {  # OUTPUT: archive what is new in it, say what is to be known
     done=-
     [ -e "$state/exit" ] && done=$(cat "$state/exit")
@@ -130,12 +137,12 @@ pack() {  # OUTPUT: archive what is new in it, say what is to be known
         read -r at < "$state/$name.at"
         unsaid=$((unsaid + $(wc -c < "$state/$name") - at))
     done
-    echo "cpodfs $done $unsaid $count $(( $(wc -c < cpodfs.out) )) $(hash cpodfs.out)"
+    report "$done" "$unsaid" "$count"
 }
 
 command=$1; shift
 case $command in
-    setup|put|start|watch|task|pack) "$command" "$@";;
+    setup|start|watch|pack|task|whole) "$command" "$@";;
     *) exit 95;;
 esac
 """
@@ -143,7 +150,7 @@ esac
 
 @dataclass(frozen=True)
 class Report:
-    """The line that ``pack`` prints. ``exit_code`` None: the program still runs.
+    """The line that ``pack`` and ``whole`` print. ``exit_code`` None: the program still runs.
 
     ``unsaid``: bytes that the program has printed and ``watch`` has not streamed yet. ``some``: the archive is not empty. ``size`` in bytes and ``sha256`` are the archive's.
     """
