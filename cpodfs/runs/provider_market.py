@@ -103,8 +103,8 @@ class Strategy(LeastExpensiveLinearPayuMS):  # type: ignore[misc]
 
 
 def _decimal(limit: float | None) -> Decimal:
-    # Text between: a float's own digits would make 0.1 a little more than it is.
-    return Decimal(math.inf) if limit is None else Decimal(str(limit))
+    # A little more, for yapapi compares it with a float that may stand for a little more.
+    return Decimal(math.inf) if limit is None else Decimal(str(limit)) * (1 + Decimal("1e-9"))
 
 
 class Crew:

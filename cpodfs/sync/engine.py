@@ -23,12 +23,14 @@ from cpodfs.cache.schema import CONTENT, PLACE
 from cpodfs.cache.store import Store
 from cpodfs.dfs import Client
 from cpodfs.errors import (
+    AlreadyExists,
     ChangedDuringUpload,
     Conflict,
     CpodfsError,
     Denied,
     DfsError,
     NotEmpty,
+    NotFound,
     QuotaExceeded,
     Refused,
 )
@@ -47,6 +49,8 @@ log = logging.getLogger(__name__)
 
 STARTS_AT_ONCE = 8
 IN_USE_S = 0.5
+MOVE_REFUSED = (NotFound, AlreadyExists, Refused, Denied)
+"""Clear answers to a rename, unlike a lost connection."""
 
 
 @dataclass(slots=True)
@@ -481,6 +485,9 @@ class Engine:
             return
         self.counters.failed += 1
         self.counters.recent.append(f"{time.strftime('%H:%M:%S')} {error}")
+        if isinstance(op, Move) and isinstance(error, MOVE_REFUSED):
+            # It has not moved, and no earlier attempt can have: those are resolved before another.
+            self._store.set_remote(op.rid, to_parent=None, to_name=None)
         if isinstance(op, RemoveDir) and isinstance(error, NotEmpty):
             outcome = Outcome()
             self._merger.resurrect(op.rid, outcome)

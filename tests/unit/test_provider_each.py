@@ -1,0 +1,158 @@
+"""Which task goes to which provider, and what becomes of it."""
+
+from __future__ import annotations
+
+import io
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from cpodfs.runs import provider_each
+from cpodfs.runs.provider_each import LANE_FAILURES, EachWork
+from cpodfs.runs.provider_market import RunFailed, Strategy
+from cpodfs.runs.provider_status import Hired, Reporter, Status
+from cpodfs.runs.provider_work import Job, Shop
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def status() -> Status:
+    return Status(Decimal(1))
+
+
+@pytest.fixture
+def work(tmp_path: Path, status: Status, anyio_backend: str) -> EachWork:
+    job = Job(tmp_path, ("x",), "script", "payload", "output", "logs/run", tmp_path / "scratch")
+    return _work(Shop(job, _Silent(status, io.BytesIO()), frozenset()))
+
+
+class _Silent(Reporter):
+    def changed(self) -> None:
+        return
+
+
+def _work(shop: Shop) -> EachWork:
+    return EachWork(shop, ["payload/a", "payload/b", "payload/c"], retries=1)
+
+
+def lane(name: str) -> Hired:
+    return Hired(name, f"0x{name}", f"agreement-{name}")
+
+
+async def test_each_task_is_given_out_once(work: EachWork, status: Status) -> None:
+    one, two = lane("one"), lane("two")
+    first, second = await work._next(one), await work._next(two)
+    assert first is not None
+    assert second is not None
+    assert (first.path, second.path) == ("payload/a", "payload/b")
+    assert work.lanes_wanted() == 3
+    work._finish(first, one, 0, 0.1)
+    third = await work._next(one)
+    assert third is not None
+    assert third.path == "payload/c"
+    work._finish(second, two, 0, 0.1)
+    assert await work._next(two) is None
+    assert not work.over.is_set()
+    work._finish(third, one, 0, 0.1)
+    assert work.over.is_set()
+    assert (work.exit_code, work.error) == (0, None)
+    assert status.tasks == {"total": 3, "done": 3, "failed": 0, "left": 0}
+
+
+async def test_a_failed_task_goes_to_another_provider(work: EachWork, status: Status) -> None:
+    one, two = lane("one"), lane("two")
+    task = await work._next(one)
+    assert task is not None
+    work._finish(task, one, 4, 0.1)
+    assert task.state == "waiting"
+    for _ in range(2):
+        other = await work._next(one)
+        assert other is not None
+        assert other is not task
+        work._finish(other, one, 0, 0.1)
+    # Only what failed here is left: another provider is to be hired.
+    assert await work._next(one) is None
+    assert await work._next(two) is task
+    work._finish(task, two, 4, 0.1)
+    assert work.over.is_set()
+    assert work.exit_code == 1
+    assert work.error == (
+        "1 of 3 tasks failed; the first: payload/a: exit code 4 on two (2 attempts)"
+    )
+    assert status.failed == [{"task": 1, "file": "payload/a", "error": "exit code 4 on two"}]
+
+
+async def test_the_only_provider_gets_it_again_after_a_while(
+    work: EachWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provider_each, "HOLD_S", 0.05)
+    task = await work._next(lane("one"))
+    assert task is not None
+    work.lane_ended(lane("one"), "activity lost")
+    for other in work.tasks[1:]:
+        other.state = "done"
+    assert await work._next(lane("one")) is task
+
+
+async def test_a_lane_that_is_lost_gives_its_task_back(work: EachWork) -> None:
+    one = lane("one")
+    task = await work._next(one)
+    assert task is not None
+    work.lane_ended(one, "provider vanished")
+    assert (task.state, task.attempts, list(task.failed_on)) == ("waiting", 1, ["0xone"])
+    work.lane_ended(one, "provider vanished")
+    assert task.attempts == 1
+    again = await work._next(lane("two"))
+    assert again is task
+    work.lane_ended(lane("two"), None)
+    assert (task.state, task.attempts) == ("waiting", 1)
+
+
+async def test_providers_that_only_fail_end_the_run(work: EachWork) -> None:
+    for _ in range(LANE_FAILURES - 1):
+        work.lane_ended(lane("one"), "no")
+    with pytest.raises(RunFailed, match="8 providers in a row failed; the last: no"):
+        work.lane_ended(lane("one"), "no")
+
+
+class Offer:
+    def __init__(self, issuer: str, cpu: float, env: float, start: float) -> None:
+        self.issuer, self.id = issuer, issuer
+        self.props = {
+            "golem.com.scheme": "payu",
+            "golem.com.pricing.model": "linear",
+            "golem.com.pricing.model.linear.coeffs": [cpu, env, start],
+            "golem.com.usage.vector": ["golem.usage.cpu_sec", "golem.usage.duration_sec"],
+        }
+
+
+async def test_prices_and_failures_decide_who_is_hired() -> None:
+    from cpodfs.recipe import parse_recipe
+
+    recipe = (
+        b'{"golem": {"exec": "x", "runtime": {"image": "x", "budget": 0.5,'
+        b'"max_price": {"start": 0.7, "cpu_hour": 0.36, "env_hour": 0.036}}}}'
+    )
+    runtime = parse_recipe(recipe, file="a.recipe").runtime
+    assert runtime is not None
+    strategy = Strategy(runtime, lambda: Decimal("0.5"))
+    exact = await strategy.score_offer(Offer("a", 0.0001, 0.00001, 0.0))
+    dearer = await strategy.score_offer(Offer("b", 0.0001, 0.00001, 0.1))
+    assert exact > dearer > 0
+    for offer in (
+        *(Offer("c", 0.00011, 0.00001, 0.0), Offer("c", 0.0001, 0.000011, 0.0)),
+        *(Offer("c", 0.0, 0.0, 0.6), Offer("c", 0.0, 0.0, 0.71)),
+    ):
+        assert await strategy.score_offer(offer) < 0
+    assert strategy.too_dear == 4
+    strategy.strikes["a"] = 1
+    assert 0 < await strategy.score_offer(Offer("a", 0.0001, 0.00001, 0.0)) < dearer
+    strategy.strikes["a"] = 3
+    assert await strategy.score_offer(Offer("a", 0.0001, 0.00001, 0.0)) < 0

@@ -1,0 +1,146 @@
+"""Archives of a provider run: what goes out, what may come back, and what must not."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from cpodfs.runs.provider_files import BadArchive, TaskLog, Unpacker, matching, pack, sha256_of
+
+Entry = tuple[str, bytes | None, dict[str, object]]
+
+
+def archive(path: Path, entries: Iterable[Entry]) -> Path:
+    """A tar archive of (name, content or None, attributes of the entry)."""
+    with tarfile.open(path, "w") as tar:
+        for name, content, attributes in entries:
+            member = tarfile.TarInfo(name)
+            member.size = len(content or b"")
+            for key, value in attributes.items():
+                setattr(member, key, value)
+            tar.addfile(member, None if content is None else io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Path:
+    pod = tmp_path / "pod"
+    for folder in ("script", "payload/deep", "output"):
+        (pod / folder).mkdir(parents=True)
+    (pod / "script/run.sh").write_text("echo\n")
+    (pod / "script/run.sh").chmod(0o755)
+    (pod / "payload/deep/a").write_bytes(b"a")
+    (pod / "payload/b").write_bytes(b"b")
+    return pod
+
+
+def test_what_is_sent(pod: Path, tmp_path: Path) -> None:
+    (pod / "payload/link").symlink_to("/etc/passwd")
+    os.mkfifo(pod / "payload/fifo")
+    sent = pack(pod, ("script", "payload", "missing"), tmp_path / "t", frozenset({"payload/b"}))
+    assert (sent.size, sent.sha256) == (sent.path.stat().st_size, sha256_of(sent.path))
+    with tarfile.open(sent.path) as tar:
+        names = {member.name: member for member in tar}
+    assert set(names) == {
+        *("script", "script/run.sh", "payload", "payload/deep", "payload/deep/a", "payload/link"),
+    }
+    assert names["script/run.sh"].mode & 0o100
+    assert names["payload/link"].issym()
+    assert names["script"].uname == ""
+
+
+def test_matching_is_sorted_and_takes_regular_files_only(pod: Path) -> None:
+    (pod / "payload/link").symlink_to(pod / "payload/b")
+    (pod / "payload/c").write_bytes(b"")
+    assert matching(pod, "payload/*") == ["payload/b", "payload/c"]
+    assert matching(pod, "payload/**/a") == ["payload/deep/a"]
+
+
+def test_results_arrive_and_grow(pod: Path, tmp_path: Path) -> None:
+    unpacker, seen = Unpacker(pod, "output"), []
+    first = archive(
+        tmp_path / "1",
+        [
+            ("output", None, {"type": tarfile.DIRTYPE}),
+            ("./output/log", b"one\n", {"mode": 0o600}),
+            ("output/new/deep/tool", b"#!", {"mode": 0o700}),
+            ("output/empty", None, {"type": tarfile.DIRTYPE}),
+        ],
+    )
+    assert unpacker.unpack(first, seen.append) == 4
+    assert seen == ["./output/log", "output/new/deep/tool"]
+    assert (pod / "output/log").read_text() == "one\n"
+    assert stat.S_IMODE((pod / "output/new/deep/tool").stat().st_mode) & 0o100
+    assert (pod / "output/empty").is_dir()
+    inode = (pod / "output/log").stat().st_ino
+    with (pod / "output/log").open() as reader:
+        assert reader.read() == "one\n"
+        unpacker.unpack(archive(tmp_path / "2", [("output/log", b"one\ntwo\n", {})]))
+        assert reader.read() == "two\n"
+    unpacker.unpack(archive(tmp_path / "3", [("output/log", b"only", {})]))
+    assert (pod / "output/log").read_text() == "only"
+    assert (pod / "output/log").stat().st_ino == inode
+
+
+def test_what_is_the_same_is_not_touched(pod: Path, tmp_path: Path) -> None:
+    same = archive(tmp_path / "t", [("output/x", b"same", {})])
+    unpacker = Unpacker(pod, "output")
+    unpacker.unpack(same)
+    os.utime(pod / "output/x", (1, 1))
+    unpacker.unpack(same)
+    assert (pod / "output/x").stat().st_mtime == 1
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        (("output/../script/run.sh", b"x", {}), "'..'"),
+        (("/output/x", b"x", {}), "absolute"),
+        (("script/run.sh", b"x", {}), "not in the output folder"),
+        (("output", b"x", {}), "in place of the output folder"),
+        (("outputs/x", b"x", {}), "not in the output folder"),
+        (("output/l", None, {"type": tarfile.SYMTYPE, "linkname": "/etc"}), "not a regular file"),
+        (("output/h", None, {"type": tarfile.LNKTYPE, "linkname": "script"}), "not a regular file"),
+        (("output/f", None, {"type": tarfile.FIFOTYPE}), "not a regular file"),
+        (("output/c", None, {"type": tarfile.CHRTYPE}), "not a regular file"),
+        (("output/a\nb", b"x", {}), "not a name"),
+        (("output/" + "x" * 256, b"x", {}), "not a name"),
+        (("output/" + "d/" * 80 + "x", b"x", {}), "too deep"),
+        (("output/big", b"x" * 101, {}), "larger than a run may return"),
+    ],
+)
+def test_what_is_refused(pod: Path, tmp_path: Path, entry: Entry, reason: str) -> None:
+    before = (pod / "script/run.sh").read_text()
+    with pytest.raises(BadArchive, match=reason):
+        Unpacker(pod, "output", max_bytes=100).unpack(archive(tmp_path / "t", [entry]))
+    assert (pod / "script/run.sh").read_text() == before
+    assert list((pod / "output").rglob("*")) == []
+
+
+def test_links_in_the_pod_are_not_followed(pod: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (pod / "output/d").symlink_to(outside)
+    (pod / "output/f").symlink_to(outside / "f")
+    for name in ("output/d/x", "output/f"):
+        with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
+            Unpacker(pod, "output").unpack(archive(tmp_path / "t", [(name, b"x", {})]))
+    assert list(outside.iterdir()) == []
+
+
+def test_no_archive_at_all(pod: Path, tmp_path: Path) -> None:
+    (tmp_path / "t").write_bytes(os.urandom(5000))
+    with pytest.raises(BadArchive, match="not a tar archive"):
+        Unpacker(pod, "output").unpack(tmp_path / "t")
+
+
+def test_a_task_log_is_appended_to(pod: Path) -> None:
+    for text in (b"one\n", b"two\n"):
+        TaskLog(pod, "logs/run", 7).append(text)
+    assert (pod / "logs/run/tasks/7.log").read_bytes() == b"one\ntwo\n"

@@ -1,0 +1,111 @@
+"""JSON lines between a provider run's process and the supervisor."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from cpodfs.runs.provider_link import Link
+from cpodfs.runs.provider_market import Books
+from cpodfs.runs.provider_status import Hired, Reporter, Status
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+class Line:
+    """A pipe with a link at its end, and what the link made of it."""
+
+    def __init__(self, folder: Path) -> None:
+        reader, self.pipe = os.pipe()
+        self.paths = {name: folder / name for name in ("stdout", "stderr")}
+        flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND
+        spools = {name: os.open(path, flags, 0o600) for name, path in self.paths.items()}
+        self.statuses: list[dict] = []
+        self.link = Link(reader, spools, self.statuses.append)
+
+    def say(self, data: bytes) -> None:
+        os.write(self.pipe, data)
+        while self.link.pump():
+            pass
+
+    def text(self, name: str) -> str:
+        return self.paths[name].read_text()
+
+
+def test_lines_become_logs_status_and_end(tmp_path: Path) -> None:
+    line = Line(tmp_path)
+    line.say(b'{"log": "stdout", "te')
+    assert line.text("stdout") == ""
+    line.say('xt": "grüße\\n"}\n{"status": {"phase": "running"}}\n'.encode())
+    assert (line.text("stdout"), line.statuses) == ("grüße\n", [{"phase": "running"}])
+    line.say(b'{"end": {"error": null, "exit_code": 0}}\n')
+    assert line.link.end == {"error": None, "exit_code": 0}
+    os.close(line.pipe)
+    assert line.link.pump() is None
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"Traceback",
+        b"[]",
+        b'{"log": "passwd", "text": "x"}',
+        b'{"log": "stdout", "text": 1}',
+        b"{}",
+        b'{"status": 1}',
+    ],
+)
+def test_what_is_not_understood_is_logged(tmp_path: Path, said: bytes) -> None:
+    line = Line(tmp_path)
+    line.say(said + b"\n")
+    assert line.text("stderr") == said.decode() + "\n"
+    assert line.statuses == []
+
+
+def test_a_last_line_without_an_end_is_kept(tmp_path: Path) -> None:
+    line = Line(tmp_path)
+    line.say(b"last words")
+    os.close(line.pipe)
+    while line.link.pump():
+        pass
+    assert line.text("stderr") == "last words\n"
+
+
+async def test_the_reporter_speaks_what_the_link_understands(tmp_path: Path) -> None:
+    status = Status(Decimal("0.5"))
+    status.hired["a"] = Hired("one", "0x1", "a", spent=Decimal("0.1"), accepted=Decimal("0.1"))
+    out = io.BytesIO()
+    reporter = Reporter(status, out)
+    reporter.log("stdout", "x" * 40000)
+    reporter.end("why", 125)
+    line = Line(tmp_path)
+    line.say(out.getvalue()[:30000])
+    line.say(out.getvalue()[30000:])
+    assert line.text("stdout") == "x" * 40000
+    assert line.link.end == {"error": "why", "exit_code": 125}
+    (shown,) = line.statuses
+    assert (shown["spent"], shown["accepted"], shown["budget"]) == (0.1, 0.1, 0.5)
+    assert shown["providers"][0]["name"] == "one"
+    json.dumps(shown)
+
+
+async def test_whose_invoice_is_missing() -> None:
+    status = Status(Decimal(1))
+    books = Books(Reporter(status, io.BytesIO()))
+    assert await books.settle(0.1) == []
+    status.hired["idle"] = Hired("idle", "0x0", "idle")
+    status.hired["paid"] = Hired("paid", "0x1", "paid", activity="1", paid=True)
+    assert await books.settle(0.1) == []
+    status.hired["owed"] = Hired("owed", "0x2", "owed", activity="2")
+    status.hired["gone"] = Hired("gone", "0x3", "gone", "vanished", activity="3")
+    assert await books.settle(0.1) == ["owed"]

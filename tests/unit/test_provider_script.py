@@ -1,0 +1,150 @@
+"""The script in the container, with this machine's sh and, where it is installed, busybox's."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from cpodfs.runs.provider_script import SCRIPT, Report, parse_report, words_for
+
+SHELLS = [["/bin/sh"], ["bash"], ["busybox", "sh"]]
+
+
+class Box:
+    """A folder as the container's ``/golem/work``, and calls of the script in it."""
+
+    def __init__(self, folder: Path, shell: list[str]) -> None:
+        self.folder = folder
+        self._shell = shell
+        (folder / "cpodfs.sh").write_text(SCRIPT)
+
+    def call(self, *words: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+        command = [*self._shell, str(self.folder / "cpodfs.sh"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd="/")
+        assert not ok or done.returncode == 0, done.stderr
+        return done
+
+    def send(self, data: bytes) -> str:
+        (self.folder / "cpodfs.in").write_bytes(data)
+        return hashlib.sha256(data).hexdigest()
+
+    def setup(self, tmp_path: Path) -> None:
+        (tmp_path / "src/script").mkdir(parents=True)
+        (tmp_path / "src/script/x").write_text("x")
+        with tarfile.open(tmp_path / "t", "w") as tar:
+            tar.add(tmp_path / "src/script", arcname="script")
+        assert (
+            self.call("setup", self.send((tmp_path / "t").read_bytes()), "output").stdout == "ok\n"
+        )
+
+    def report(self, command: str = "pack") -> tuple[Report, dict[str, str]]:
+        report = parse_report(self.call(command, "output").stdout)
+        data = (self.folder / "cpodfs.out").read_bytes()
+        assert (report.size, report.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+        with tarfile.open(self.folder / "cpodfs.out") as tar:
+            files = {m.name.removeprefix("./"): tar.extractfile(m) for m in tar if m.isfile()}
+            return report, {name: f.read().decode() for name, f in files.items() if f}
+
+
+@pytest.fixture(params=SHELLS, ids=lambda shell: shell[0].rpartition("/")[2])
+def box(request: pytest.FixtureRequest, tmp_path: Path) -> Box:
+    shell = request.param if shutil.which(request.param[0]) else SHELLS[0]
+    box = Box(tmp_path / "work", shell) if (tmp_path / "work").mkdir() is None else None
+    assert box is not None
+    box.setup(tmp_path)
+    return box
+
+
+def test_what_did_not_arrive_whole_is_refused(box: Box) -> None:
+    box.send(b"something")
+    done = box.call("setup", "0" * 64, "output", ok=False)
+    assert done.returncode == 91
+    assert "did not arrive whole" in done.stderr
+
+
+def test_a_program_in_the_background(box: Box) -> None:
+    gate = box.folder / "gate"
+    program = (
+        f'printf "%s|" "$@"; echo; echo a > output/a; while [ ! -e {gate} ]; do sleep 0.05; done;'
+        "echo b > output/b; echo more >> output/a; printf 'no newline'; echo oops >&2; exit 5"
+    )
+    box.call("start", "sh", "-c", program, "sh", "two words", "$HOME", "*")
+    said = ""
+    while not said.endswith("\n"):
+        said += box.call("watch", "1").stdout
+    assert said == "two words|$HOME|*|\n"
+    report, files = box.report()
+    assert (report.exit_code, report.unsaid, report.some) == (None, 0, True)
+    assert files == {"output/a": "a\n"}
+    assert not box.report()[0].some
+    gate.write_text("")
+    deadline = time.monotonic() + 20
+    out, err = "", ""
+    while True:
+        done = box.call("watch", "2")
+        out, err = out + done.stdout, err + done.stderr
+        report, files = box.report()
+        if report.exit_code is not None:
+            break
+        assert time.monotonic() < deadline
+    assert (out, err) == ("no newline", "oops\n")
+    assert (report.exit_code, report.unsaid) == (5, 0)
+    assert files == {"output/a": "a\nmore\n", "output/b": "b\n"}
+
+
+def test_much_output_comes_whole(box: Box) -> None:
+    box.call("start", "sh", "-c", "seq 200000; printf 'grüße'")
+    out = ""
+    while True:
+        out += box.call("watch", "5").stdout
+        if (report := box.report()[0]).exit_code is not None and not report.unsaid:
+            break
+    assert out == "".join(f"{n}\n" for n in range(1, 200001)) + "grüße"
+
+
+def test_files_with_old_dates_and_odd_names_come_too(box: Box) -> None:
+    program = (
+        'cp -p script/x "output/old one"; touch -d 2001-01-01 "output/old one"; touch output/-n'
+    )
+    box.call("pack", "output")
+    box.call("start", "sh", "-c", program)
+    box.call("watch", "20")
+    report, files = box.report()
+    assert report.exit_code == 0
+    assert files == {"output/old one": "x", "output/-n": ""}
+
+
+def test_a_task_starts_with_an_empty_output(box: Box) -> None:
+    digest = box.send(b"first")
+    words = ["sh", "-c", 'cat "$1" > output/r; echo did; exit 3', "sh", "payload/a b"]
+    assert box.call("task", digest, "payload/a b", "output", *words).stdout == "did\n"
+    report, files = box.report("whole")
+    assert (report.exit_code, report.some, files) == (3, True, {"output/r": "first"})
+    digest = box.send(b"second")
+    box.call("task", digest, "payload/c", "output", "true")
+    report, files = box.report("whole")
+    assert (report.exit_code, files) == (0, {})
+
+
+def test_a_missing_program(box: Box) -> None:
+    box.call("start", "no-such-program")
+    assert "no-such-program" in box.call("watch", "20").stderr
+    assert box.report()[0].exit_code == 127
+
+
+@pytest.mark.parametrize("text", ["", "cpodfs", "cpodfs - 0 0 1 abc", "x 0 0 1 5 " + "0" * 64])
+def test_not_a_report(text: str) -> None:
+    with pytest.raises(ValueError, match=r"not a report|invalid literal"):
+        parse_report(text)
+
+
+def test_the_words_for_a_file() -> None:
+    assert words_for(("x", "a={}", "{}"), "p") == ["x", "a=p", "p"]
+    assert words_for(("x", "-v", "FILE"), "p") == ["x", "-v", "p"]
+    assert words_for(("x",), "p") == ["x", "p"]
