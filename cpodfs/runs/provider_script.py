@@ -105,8 +105,15 @@ list() {  # OUTPUT: names of what has changed since the last time, for tar
         find "./$1" \( -type f $by "$state/since" -o -type d -empty \) -print0 > "$state/list"
         tar --null --no-recursion -cf "$base/cpodfs.out" -T "$state/list" 2>"$state/tar"
     else
+        # Not every busybox has a tar that takes a list of names.
         find "./$1" -type f $by "$state/since" > "$state/list"
-        tar -cf "$base/cpodfs.out" -T "$state/list" 2>"$state/tar"
+        rm -rf "$state/stage"; mkdir -p "$state/stage/$1"
+        while IFS= read -r name; do
+            mkdir -p "$state/stage/${name%/*}"
+            cp "$name" "$state/stage/$name" 2>>"$state/tar"
+        done < "$state/list"
+        tar -cf "$base/cpodfs.out" -C "$state/stage" "./$1" 2>>"$state/tar"
+        rm -rf "$state/stage"
     fi
     # What was changed or removed meanwhile comes the next time.
     return 0

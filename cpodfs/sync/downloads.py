@@ -59,6 +59,7 @@ class Download:
     pulse: Pulse
     queued: bool = True
     failure: CpodfsError | None = None
+    tried: int = 0
     moved_s: float = field(default_factory=trio.current_time)
     available: int = 0
     finished: bool = False
@@ -81,9 +82,9 @@ class Download:
         """Return when something has changed. Raises why nothing will, or has for too long."""
         if self.error is not None:
             raise self.error
-        event = self._moved
+        event, came_s = self._moved, trio.current_time()
         while not event.is_set():
-            since = self._alive_s()
+            since = max(came_s, self._alive_s())
             with trio.move_on_at(since + self.pulse.patience_s):
                 await event.wait()
             if not event.is_set() and self._alive_s() <= since:
@@ -152,6 +153,7 @@ class Downloads:
             download = Download(ino, remote.rid, self._content.create(ino, size), size, self._pulse)
             self._running[ino] = download
             self._nursery.start_soon(self._fetch, download)
+        download.tried = 0  # whoever comes late may hope as much as who came first
         return download
 
     def unwanted(self, ino: int, *, gone: bool = False) -> None:
@@ -168,7 +170,8 @@ class Downloads:
         error: CpodfsError | None = None
         try:
             with download.scope:
-                for attempt in range(self._attempts):
+                while download.tried < self._attempts:
+                    download.tried += 1
                     try:
                         async with self._limit:
                             download.start()
@@ -178,9 +181,10 @@ class Downloads:
                     except PASSING as failure:
                         error = download.failure = failure
                         log.info(
-                            "download broke ino=%d attempt=%d: %s", download.ino, attempt, failure
+                            *("download broke ino=%d attempt=%d: %s", download.ino),
+                            *(download.tried, failure),
                         )
-                        await trio.sleep(0.2 * 2**attempt)
+                        await trio.sleep(0.1 * 2**download.tried)
         except CpodfsError as failure:
             error = failure
         except OSError as failure:

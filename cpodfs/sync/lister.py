@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 READ_ONLY_DIR_MODE = 0o500
 ATTEMPTS = 3
 RESOLVE_S = 10.0
+REOPEN_TTLS = 5
+"""A pod that is looked at is opened anew after so many times the metadata TTL."""
 
 
 class Lister:
@@ -59,6 +61,7 @@ class Lister:
         self._retry_at: dict[int, float] = {}
         self._lookahead = Lookahead(store, self._begin)
         self._stopping = False
+        self._opened: dict[int, float] = {}
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -116,12 +119,27 @@ class Lister:
         if remote is not None and remote.rid != ROOT:
             pod = pod_of(self._store, remote)
             await self._locks.wait_free((pod,), moving=pod)
-            self._locks.take((pod,), moving=pod)
-            try:
-                await self._dfs.refresh_pod(self._store.remote_path(pod)[0])
-            finally:
-                self._locks.free((pod,), moving=pod)
+            await self._reopen(pod)
         await self.refresh(ino)
+
+    async def _reopen(self, pod: int) -> None:
+        """Make the server forget a pod in which nothing is being changed."""
+        self._locks.take((pod,), moving=pod)
+        try:
+            await self._dfs.refresh_pod(self._store.remote_path(pod)[0])
+            self._opened[pod] = time.monotonic()
+        finally:
+            self._locks.free((pod,), moving=pod)
+
+    async def _reopen_if_old(self, remote: Remote) -> None:
+        """The server's memory of a pod is as old as its opening; now and then, when nobody is at
+        work there, it is opened anew, so that what others changed is seen without being asked for."""
+        if remote.rid == ROOT:
+            return
+        pod = pod_of(self._store, remote)
+        age_s = time.monotonic() - self._opened.setdefault(pod, time.monotonic())
+        if age_s > REOPEN_TTLS * self._ttl_s and self._locks.blocker((pod,), moving=pod) is None:
+            await self._reopen(pod)
 
     async def list_locked(self, rid: int) -> None:
         """List a remote directory whose lock the caller holds. Raises a DfsError."""
@@ -185,6 +203,7 @@ class Lister:
         if remote is None:  # made here, and the server has not heard of it: we know it all
             return
         await self._until_known(remote.rid)
+        await self._reopen_if_old(remote)
         await self._locks.wait_free((remote.rid,))
         self._locks.take((remote.rid,))
         try:

@@ -223,3 +223,19 @@ def _until(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_the_server_is_made_to_look_again_by_and_by(tmp_path: Path, own_server: Server) -> None:
+    """It answers each session from memory, as old as the pod's opening: pods are opened anew."""
+    with mounted(tmp_path, own_server, None, *SLOW, "--attr-ttl", "0.1") as mount:
+        pod = mount.pod()
+        (pod / "f").write_text("x")
+        mount.sync()
+        own_server.reset_calls()
+
+        def reopened() -> bool:
+            os.listdir(pod)
+            return own_server.calls().get("POST /v1/pod/close", 0) > 0
+
+        _until(reopened)
+        assert (pod / "f").read_text() == "x"

@@ -258,7 +258,7 @@ def test_nothing_is_lost_on_a_bad_network(tmp_path: Path, own_server: Server, fa
         mount.sync()
         own_server.faults(seed=7, match="/v1/(file|dir|pod)", **faults)
         sh(
-            "for i in $(seq 15); do echo $i > a/$i; echo b$i > a/b/$i; done; sed -i s/3/three/ a/3",
+            "for i in $(seq 8); do echo $i > a/$i; echo b$i > a/b/$i; done; sed -i s/3/three/ a/3",
             pod,
         )
         sh("mv old/1 a/old1; mv a/b moved; rm a/5; mv a/6 a/7; rm -r old; mkdir e; mkdir e/f", pod)
