@@ -25,8 +25,6 @@ CODE_LIMIT_BYTES = 64 << 20
 CODE_LIMIT_FILES = 5000
 DEPTH_LIMIT = 64
 _IN_A_THREAD_BYTES = 1 << 20
-_PROGRAM_WORDS = 2
-"""So many words of ``exec`` may name the program: an interpreter, and what it interprets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,7 @@ class Guard:
         inode = await self._find(what.pod, script)
         if inode is not None:
             await sheet.walk(inode, what.recipe.script, len(script))
-        for word in what.recipe.exec_argv[:_PROGRAM_WORDS]:
+        for word in _programs(what.recipe.exec_argv):
             parts = [part for part in word.split("/") if part not in ("", ".")]
             if word.startswith("/") or ".." in parts or parts[: len(script)] == script:
                 continue
@@ -110,6 +108,12 @@ class Guard:
                 return None
             inode = await self._tree.lookup(inode.ino, part)
         return None if inode is pod else inode
+
+
+def _programs(argv: tuple[str, ...]) -> list[str]:
+    """The words that may name the program: the first, and what it is to interpret."""
+    interpreted = next((word for word in argv[1:] if not word.startswith("-")), None)
+    return [argv[0]] if interpreted is None else [argv[0], interpreted]
 
 
 class _Sheet:

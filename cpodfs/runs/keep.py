@@ -23,17 +23,18 @@ def prune(pod: str, logs: str, keep: int, timeout_s: float) -> None:
 
 
 def _prune(pod: str, parts: list[str], keep: int) -> None:
-    # Here, for it is slow to import, and the supervisor must start fast.
-    import shutil
-
     try:
         folder = _open(pod, parts)
     except OSError:
         return
     try:
         names = sorted(name for name in os.listdir(folder) if _RUN_FOLDER.fullmatch(name))
-        for name in names[:-keep]:
-            shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
+        if len(names) > keep:
+            # Here, for it is slow to import, and until this is gone the run goes on.
+            import shutil
+
+            for name in names[:-keep]:
+                shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
     except OSError:
         pass
     finally:

@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +134,9 @@ class RunManager:
             raise RunError(f"{pod}: the mount is being taken down")
         if pod in self._active:
             raise RunInProgress(f"{pod}: run {self._active[pod].id} is in progress")
+        if recipe.runtime is not None:
+            # What runs here is ours; the program is in the provider's sandbox.
+            how = replace(how, sandbox=None)
         try:
             run = self._journal(pod, recipe, how)
         except OSError as exc:

@@ -15,10 +15,11 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from yapapi import Golem
 from yapapi.engine import NoPaymentAccountError
@@ -42,6 +43,8 @@ from cpodfs.runs.provider_work import Job, Shop, SingleWork
 
 _CANCEL_SETTLE_S = 12.0
 _IMAGE_S = 60.0
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -78,36 +81,52 @@ class Session:
         self._runtime = runtime
         self._reporter = reporter
         self._books = Books(reporter)
-        self.cancelled = False
+        self._stop = asyncio.Event()
+
+    def stop(self) -> None:
+        """End it soon: what was begun at the market is ended and paid first."""
+        self._stop.set()
 
     async def run(self) -> Outcome:
-        """Never raises for what can go wrong at a market; cancelled, it settles and returns."""
+        """Never raises for what can go wrong at a market. Not to be cancelled: see `stop`."""
         try:
-            work = await self._work()
-            payload = await self._payload()
+            work = await self._unless_stopped(self._work())
+            payload = await self._unless_stopped(self._payload())
         except RunFailed as error:
             return Outcome(str(error), FAILED)
         golem, strategy = self._golem()
         try:
+            # To its end even when stopped: half a start leaves money set aside.
             await golem.start()
         except NoPaymentAccountError as error:
             return Outcome(str(error), FAILED)
         except Exception as error:  # noqa: BLE001 - yagna may fail in any way
             return Outcome(f"yagna cannot be used: {describe(error)}", FAILED)
+        self._reporter.status.allocation = golem._engine._budget_allocations[0].id
+        self._reporter.tell()
         failure: str | None = None
+        crew = Crew(golem, self._runtime, self._reporter, strategy, work)
         try:
-            await Crew(golem, self._runtime, self._reporter, strategy, work).run(payload)
+            await self._unless_stopped(crew.run(payload))
         except RunFailed as error:
             failure = str(error)
-        except asyncio.CancelledError:
-            self.cancelled = True
-            failure = "cancelled"
         unpaid = await self._settle(golem)
         if failure is None and unpaid:
             failure = f"payment is not settled: no invoice from {', '.join(unpaid)}"
         if failure is not None:
             return Outcome(failure, FAILED)
         return Outcome(work.error, work.exit_code if work.exit_code is not None else FAILED)
+
+    async def _unless_stopped(self, doing: Coroutine[Any, Any, _T]) -> _T:
+        """Its result; when stopped, it is cancelled and waited for. Raises RunFailed then."""
+        task, stop = asyncio.create_task(doing), asyncio.create_task(self._stop.wait())
+        await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
+            raise RunFailed("cancelled")
+        return task.result()
 
     async def _work(self) -> SingleWork | EachWork:
         pattern, retries = self._runtime.foreach, self._runtime.retries
@@ -154,8 +173,10 @@ class Session:
         return golem, strategy
 
     async def _settle(self, golem: Golem) -> list[str]:
-        """Wait for the invoices, pay, leave the market; who has sent none. Not to be cancelled."""
-        unpaid = await self._books.settle(_CANCEL_SETTLE_S if self.cancelled else SETTLE_S)
+        """Wait for the invoices, pay, leave the market; who has sent none."""
+        unpaid = await self._books.settle(
+            lambda: _CANCEL_SETTLE_S if self._stop.is_set() else SETTLE_S
+        )
         # yapapi forgets to end this when it is not to wait, and then waits for it all the same.
         golem._engine._process_invoices_job.cancel()
         with contextlib.suppress(Exception):
@@ -169,22 +190,9 @@ async def _main(data: bytes, reporter_out: Any) -> int:
     session = Session(job, runtime, reporter)
     job.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ["TMPDIR"] = str(job.scratch)
-    running = asyncio.create_task(session.run())
-    loop = asyncio.get_running_loop()
-    stopped = False
-
-    def stop() -> None:
-        # Once: a second one must not interrupt the settlement.
-        nonlocal stopped
-        if not stopped:
-            stopped = True
-            running.cancel()
-
-    loop.add_signal_handler(signal.SIGTERM, stop)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, session.stop)
     try:
-        outcome = await running
-    except asyncio.CancelledError:
-        outcome = Outcome("cancelled", FAILED)
+        outcome = await session.run()
     finally:
         shutil.rmtree(job.scratch, ignore_errors=True)
     reporter.end(outcome.error, outcome.exit_code)

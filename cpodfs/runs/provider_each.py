@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +73,8 @@ class EachWork:
         return len(self._in("waiting", "running"))
 
     def _count(self) -> None:
-        done, failed = len(self._in("done")), len(self._in("failed"))
+        states = Counter(task.state for task in self.tasks)
+        done, failed = states["done"], states["failed"]
         status, total = self._shop.reporter.status, len(self.tasks)
         left = total - done - failed
         status.tasks = {"total": total, "done": done, "failed": failed, "left": left}
@@ -107,6 +109,8 @@ class EachWork:
                 yield script
                 complete(script)
                 report = report_in(packing)
+                # Before the task is over, for with the last one the lane may be ended.
+                await log.close()
                 if report.exit_code == 0:
                     await self._shop.take(archive, report, lambda _name: None)
                 self._finish(task, hired, report.exit_code, time.monotonic() - begun)

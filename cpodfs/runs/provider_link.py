@@ -27,6 +27,41 @@ def command() -> list[str]:
     return [sys.executable, "-P", "-m", "cpodfs.runs.provider"]
 
 
+def clean_up(status: dict[str, Any], env: dict[str, str], words: int) -> None:
+    """End and pay what a process that died left at the market; ``status`` is brought up to date.
+
+    Takes `GRACE_S` at most. ``words``: a descriptor for what there is to complain of.
+    """
+    import subprocess
+
+    open_ones = [one for one in status["providers"] if one["agreement_state"] == "approved"]
+    job = {
+        "agreements": [one["agreement"] for one in open_ones],
+        "activities": [one["activity"] for one in open_ones if one["activity"]],
+        "allocation": status["allocation"],
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "cpodfs.runs.provider_cleanup"],
+            input=json.dumps(job).encode(),
+            stdout=subprocess.PIPE,
+            stderr=words,
+            env=env,
+            cwd="/",
+            timeout=GRACE_S,
+            check=False,
+        )
+        ended = json.loads(done.stdout)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        os.write(words, b"cpodfs: agreements may be open still: their providers will end them\n")
+        return
+    for one in open_ones:
+        one.update(ended.get(one["agreement"], {}))
+    for total in ("spent", "accepted"):
+        status[total] = round(sum(one[total] for one in status["providers"]), 12)
+    status["phase"] = "over"
+
+
 class Link:
     """The process's stdout. Like the supervisor's own streams: `pump` moves one chunk.
 

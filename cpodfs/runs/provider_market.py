@@ -136,11 +136,13 @@ class Crew:
         offers = asyncio.create_task(job.find_offers())
         self._reporter.phase("searching")
         try:
-            async with asyncio.timeout(self._runtime.timeout_s):
+            async with asyncio.timeout(self._runtime.timeout_s) as limit:
                 await self._hire(job, offers)
-        except TimeoutError:
-            limit = f"{self._runtime.timeout_s:g} s"
-            raise RunFailed(f"timeout: not done after {limit}") from None
+        except TimeoutError as error:
+            if not limit.expired():
+                raise RunFailed(f"the market does not answer: {describe(error)}") from None
+            seconds = f"{self._runtime.timeout_s:g} s"
+            raise RunFailed(f"timeout: not done after {seconds}") from None
         finally:
             self._reporter.phase("ending")
             offers.cancel()
@@ -155,8 +157,10 @@ class Crew:
             if self._failure is not None:
                 raise self._failure
             if offers.done():
-                raise RunFailed(f"the market does not answer: {offers.exception()!r}")
-            await job.agreements_pool.cycle()
+                error = offers.exception() or TimeoutError()
+                raise RunFailed(f"the market does not answer: {describe(error)}")
+            with contextlib.suppress(Exception):
+                await job.agreements_pool.cycle()
             wanted = min(self._runtime.workers, self._work.lanes_wanted())
             if len(self._workers) < wanted and await self._start_lane(job):
                 deadline = loop.time() + self._runtime.offer_timeout_s
@@ -418,9 +422,10 @@ class Books:
         if isinstance(event, events.InvoiceAccepted):
             hired.accepted, hired.paid = billed, True
 
-    async def settle(self, seconds: float) -> list[str]:
+    async def settle(self, limit_s: Callable[[], float]) -> list[str]:
         """Wait until all that worked for us are paid; the names of those who have sent no invoice.
 
+        ``limit_s``: how long in all; asked every second, for it may become less.
         Providers that have vanished are waited for `VANISHED_SETTLE_S` only, and not named.
         """
         self._reporter.phase("settling")
@@ -429,7 +434,7 @@ class Books:
         while owed := self._owed():
             waited = loop.time() - begun
             gone = all(one.agreement_state == "vanished" for one in owed)
-            left = (min(seconds, VANISHED_SETTLE_S) if gone else seconds) - waited
+            left = min(limit_s(), VANISHED_SETTLE_S if gone else math.inf) - waited
             if left <= 0:
                 return [one.name for one in owed if one.agreement_state != "vanished"]
             self.changed.clear()

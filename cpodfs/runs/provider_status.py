@@ -47,6 +47,7 @@ class Status:
 
     budget: Decimal
     phase: str = "starting"
+    allocation: str | None = None
     offers: int = 0
     hired: dict[str, Hired] = field(default_factory=dict)
     tasks: dict[str, int] | None = None
@@ -64,6 +65,7 @@ class Status:
             "budget": amount(self.budget),
             "spent": amount(self.spent()),
             "accepted": amount(self.accepted()),
+            "allocation": self.allocation,
             "offers": self.offers,
             "providers": [one.shown() for one in self.hired.values()],
         }

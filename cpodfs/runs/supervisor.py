@@ -93,6 +93,7 @@ class Supervisor:
         self._killed = False
         self._streams: list[_Stream | provider_link.Link] = []
         self._link: provider_link.Link | None = None
+        self._link_env: dict[str, str] = {}
         self._follower = mirror.Follower(
             mirror.Mirror(folder, job["mountpoint"], record["pod"], record["log"])
         )
@@ -170,6 +171,7 @@ class Supervisor:
         """Start the process that hires providers, hand it its job, and listen to it."""
         ours = os.environ.get("PYTHONPATH", "")
         env["PYTHONPATH"] = os.pathsep.join(p for p in (env.get("PYTHONPATH"), ours) if p)
+        self._link_env = env
         self._program = subprocess.Popen(
             provider_link.command(),
             stdin=subprocess.PIPE,
@@ -346,7 +348,11 @@ class Supervisor:
         if link.end is None:
             how = _signal_name(-self._status) if self._status < 0 else f"exit code {self._status}"
             error = f"the provider run's own process died ({how}); see stderr.log"
-            code = code or self._status if self._status > 0 else None
+            code = self._status if self._status > 0 else None
+            if self._record.get("golem"):
+                words = self._spool(state.STREAMS[1])
+                provider_link.clean_up(self._record["golem"], self._link_env, words)
+                self._follower.notify()
         if code and not cancelled:
             self._record["state"] = state.FAILED
         self._record["exit_code"] = code

