@@ -23,6 +23,7 @@ INODE_COLUMNS = (
     "ino, parent, name, kind, mode, size, atime_ns, mtime_ns, ctime_ns, target, cached, dirty, "
     "dirty_s, listed_s, used_s, error"
 )
+KNOWN_MAX = 10_000
 REMOTE_COLUMNS = (
     "rid, rparent, name, kind, size, mtime_s, slack_s, mode, readonly, ino, to_parent, to_name"
 )
@@ -100,6 +101,8 @@ class Store:
         except sqlite3.Error as error:
             raise CacheError(f"{path}: not a usable cache: {error}") from error
         self._depth = 0
+        # Rows as read, until they change: most requests of the kernel ask for one again and again.
+        self._known: dict[int, Inode] = {}
 
     def _check_version(self) -> None:
         (found,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -136,6 +139,7 @@ class Store:
             yield
             self._db.execute("COMMIT")
         except BaseException:
+            self._known.clear()
             if self._db.in_transaction:  # on a full disk SQLite has rolled back by itself
                 self._db.execute("ROLLBACK")
             raise
@@ -145,7 +149,8 @@ class Store:
     # -- the local tree ---------------------------------------------------------------------------
 
     def get(self, ino: int) -> Inode | None:
-        return self._inode("ino = ?", (ino,))
+        known = self._known.get(ino)
+        return self._inode("ino = ?", (ino,)) if known is None else known
 
     def child(self, parent: int, name: str) -> Inode | None:
         return self._inode("parent = ? AND name = ?", (parent, name))
@@ -190,6 +195,7 @@ class Store:
 
     def set(self, ino: int, **columns: Any) -> None:
         """Change columns (trusted names) of one inode."""
+        self._known.pop(ino, None)
         names = ", ".join(f"{name} = ?" for name in columns)
         self._db.execute(
             f"UPDATE inode SET {names} WHERE ino = ?",
@@ -198,12 +204,14 @@ class Store:
 
     def mark(self, ino: int, bits: int) -> None:
         """Set ``dirty`` bits and the time of the change; an earlier error no longer counts."""
+        self._known.pop(ino, None)
         self._db.execute(
             "UPDATE inode SET dirty = dirty | ?, dirty_s = ?, error = NULL WHERE ino = ?",
             (bits, time.time(), ino),
         )
 
     def unmark(self, ino: int, bits: int) -> None:
+        self._known.pop(ino, None)
         self._db.execute("UPDATE inode SET dirty = dirty & ~? WHERE ino = ?", (bits, ino))
 
     def detach(self, ino: int) -> Remote | None:
@@ -211,6 +219,7 @@ class Store:
         with self.transaction():
             self.assume_sent(ino)
             remote = self.remote_of(ino)
+            self._known.pop(ino, None)
             self._db.execute(
                 "UPDATE inode SET parent = NULL, name = NULL, dirty = 0, ctime_ns = ? WHERE ino = ?",
                 (time.time_ns(), ino),
@@ -221,6 +230,7 @@ class Store:
     def drop(self, ino: int) -> None:
         """Forget an unlinked inode for good."""
         with self.transaction():
+            self._known.pop(ino, None)
             self._db.execute("DELETE FROM xattr WHERE ino = ?", (ino,))
             self._db.execute("DELETE FROM inode WHERE ino = ? AND parent IS NULL", (ino,))
 
@@ -455,10 +465,14 @@ class Store:
 
     def _inode(self, where: str, arguments: tuple[Any, ...]) -> Inode | None:
         row = self._db.execute(
-            f"SELECT {INODE_COLUMNS} FROM inode WHERE {where}",
-            arguments,
+            f"SELECT {INODE_COLUMNS} FROM inode WHERE {where}", arguments
         ).fetchone()
-        return None if row is None else Inode._make(row)
+        if row is None:
+            return None
+        if len(self._known) >= KNOWN_MAX:
+            self._known.clear()
+        inode = self._known[row[0]] = Inode._make(row)
+        return inode
 
     def _remote(self, where: str, arguments: tuple[Any, ...]) -> Remote | None:
         row = self._db.execute(

@@ -31,7 +31,6 @@ from cpodfs.errors import (
     DfsError,
     NotEmpty,
     NotFound,
-    QuotaExceeded,
     Refused,
 )
 from cpodfs.paths import TEMP_PREFIX
@@ -113,6 +112,7 @@ class Engine:
         self._retry = Retry()
         self._unsure: dict[Item, tuple[int, ...]] = {}
         self._marked: set[int] = set()
+        self._have_failed = False
         self.on_clean: Callable[[], None] = lambda: None
         self.is_read: Callable[[int | None], bool] = lambda rid: False
         self._draining = False
@@ -437,7 +437,8 @@ class Engine:
             if not op.changed:
                 self._marked.discard(op.ino)
                 self.on_clean()
-        if self._retry.attempts.pop(op.item, None) is not None:
+        if self._retry.attempts.pop(op.item, None) is not None and self._have_failed:
+            self._have_failed = False
             self._retry_others()
         for item in work:
             self._schedule(item, 0.0)
@@ -470,7 +471,7 @@ class Engine:
         return f"{error}; {remedy.format(path=path)}" if remedy else str(error)
 
     def _fail(self, op: Op, error: Exception) -> None:
-        if isinstance(op, Upload) and _surely_not_done(error):
+        if isinstance(op, Upload) and retry.surely_not_done(error):
             op.not_done(self._store)
         if isinstance(error, ChangedDuringUpload):
             self._schedule(op.item, 0.0 if self._draining else self._delay_s)
@@ -484,6 +485,7 @@ class Engine:
             self._schedule(op.item, delay_s)
             return
         self.counters.failed += 1
+        self._have_failed = True
         self.counters.recent.append(f"{time.strftime('%H:%M:%S')} {error}")
         if isinstance(op, Move) and isinstance(error, MOVE_REFUSED):
             # It has not moved, and no earlier attempt can have: those are resolved before another.
@@ -496,12 +498,3 @@ class Engine:
             self._store.set(op.item[1], error=self._explained(op.item[1], error))
         log.warning("writeback failed item=%s retry_s=%.1f: %s", op.item, delay_s, error)
         self._schedule(op.item, delay_s)
-
-
-def _surely_not_done(error: Exception) -> bool:
-    """Whether an upload that ended so cannot have changed anything at the server."""
-    if isinstance(error, ChangedDuringUpload | Conflict | OSError):
-        return True
-    if isinstance(error, DfsError):
-        return not error.sent or isinstance(error, Refused | Denied | QuotaExceeded)
-    return False

@@ -11,8 +11,10 @@ import time
 
 from cpodfs.errors import (
     AlreadyExists,
+    ChangedDuringUpload,
     Conflict,
     Denied,
+    DfsError,
     NotEmpty,
     NotFound,
     NotLoggedIn,
@@ -70,6 +72,15 @@ class Retry:
         if isinstance(error, LOOK_FIRST) and attempt == 1:
             return 0.0
         return min(FIRST_S * 2.0 ** (attempt - 1), MAX_S) * _jitter()
+
+
+def surely_not_done(error: Exception) -> bool:
+    """Whether an upload that ended so cannot have changed anything at the server."""
+    if isinstance(error, ChangedDuringUpload | Conflict | OSError):
+        return True
+    if isinstance(error, DfsError):
+        return not error.sent or isinstance(error, Refused | Denied | QuotaExceeded)
+    return False
 
 
 def _jitter() -> float:
