@@ -38,7 +38,6 @@ CREATE TABLE inode (
     target TEXT,               -- of a symbolic link
     cached INTEGER NOT NULL,   -- file: 1 when the data file is complete
     dirty INTEGER NOT NULL,    -- what the server has not been told: bits
-    dirty_s REAL NOT NULL,     -- Unix time of the last change that the server must hear of
     listed_s REAL NOT NULL,    -- directory: Unix time of the last complete listing; 0: never
     used_s REAL NOT NULL,      -- file: Unix time of the last open, for eviction
     error TEXT,                -- why writeback last failed; NULL when it did not
@@ -73,7 +72,7 @@ CREATE TABLE remote (
 CREATE INDEX remote_moving ON remote (to_parent, to_name) WHERE to_parent IS NOT NULL;
 CREATE INDEX remote_orphan ON remote (rid) WHERE ino IS NULL;
 
-INSERT INTO inode VALUES ({ROOT}, NULL, NULL, 'd', 448, 0, 0, 0, 0, NULL, 0, 0, 0, 0, 0, NULL);
+INSERT INTO inode VALUES ({ROOT}, NULL, NULL, 'd', 448, 0, 0, 0, 0, NULL, 0, 0, 0, 0, NULL);
 INSERT INTO remote VALUES ({ROOT}, NULL, '', 'd', 0, NULL, 0, 448, 0, {ROOT}, NULL, NULL);
 PRAGMA user_version = {VERSION};
 """

@@ -21,7 +21,7 @@ from cpodfs.errors import CacheError, CacheVersion
 
 INODE_COLUMNS = (
     "ino, parent, name, kind, mode, size, atime_ns, mtime_ns, ctime_ns, target, cached, dirty, "
-    "dirty_s, listed_s, used_s, error"
+    "listed_s, used_s, error"
 )
 KNOWN_MAX = 10_000
 REMOTE_COLUMNS = (
@@ -44,7 +44,6 @@ class Inode(NamedTuple):
     target: str | None
     cached: int
     dirty: int
-    dirty_s: float
     listed_s: float
     used_s: float
     error: str | None
@@ -185,10 +184,10 @@ class Store:
         mtime = now if mtime_ns is None else mtime_ns
         row = self._db.execute(
             f"INSERT INTO inode ({INODE_COLUMNS}) VALUES "
-            "(NULL,?,?,?,?,?,?,?,?,?,?,?,?,0,?,NULL) RETURNING " + INODE_COLUMNS,
+            "(NULL,?,?,?,?,?,?,?,?,?,?,?,0,?,NULL) RETURNING " + INODE_COLUMNS,
             (
                 *(parent, name, kind, mode, size, mtime, mtime, mtime if mtime_ns else now),
-                *(target, cached, dirty, now / 1e9, now / 1e9),
+                *(target, cached, dirty, now / 1e9),
             ),
         ).fetchone()
         return Inode._make(row)
@@ -203,11 +202,10 @@ class Store:
         )
 
     def mark(self, ino: int, bits: int) -> None:
-        """Set ``dirty`` bits and the time of the change; an earlier error no longer counts."""
+        """Set ``dirty`` bits; an earlier error no longer counts."""
         self._known.pop(ino, None)
         self._db.execute(
-            "UPDATE inode SET dirty = dirty | ?, dirty_s = ?, error = NULL WHERE ino = ?",
-            (bits, time.time(), ino),
+            "UPDATE inode SET dirty = dirty | ?, error = NULL WHERE ino = ?", (bits, ino)
         )
 
     def unmark(self, ino: int, bits: int) -> None:

@@ -27,6 +27,7 @@ from yapapi.payload import Payload, vm
 from yapapi.payload.package import PackageException
 
 from cpodfs.recipe import Runtime
+from cpodfs.runs.provider_cleanup import pay
 from cpodfs.runs.provider_each import EachWork
 from cpodfs.runs.provider_files import matching
 from cpodfs.runs.provider_market import (
@@ -174,14 +175,22 @@ class Session:
 
     async def _settle(self, golem: Golem) -> list[str]:
         """Wait for the invoices, pay, leave the market; who has sent none."""
+        helper = asyncio.create_task(self._pay_ourselves(golem._engine))
         unpaid = await self._books.settle(
             lambda: _CANCEL_SETTLE_S if self._stop.is_set() else SETTLE_S
         )
+        helper.cancel()
         # yapapi forgets to end this when it is not to wait, and then waits for it all the same.
         golem._engine._process_invoices_job.cancel()
         with contextlib.suppress(Exception):
             await golem.stop(wait_for_payments=False)
         return unpaid
+
+    async def _pay_ourselves(self, engine: Any) -> None:
+        """yapapi stops paying for good when yagna does not answer once: then we see to it."""
+        await asyncio.wait([engine._process_invoices_job])
+        keys = {one.agreement for one in self._books.owed()}
+        await pay(engine._payment_api, engine._budget_allocations[0], keys, self._books.paid)
 
 
 async def _main(data: bytes, reporter_out: Any) -> int:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
@@ -31,6 +32,10 @@ async def clean_up(
     """Destroy activities, terminate agreements, pay what is billed. Waits for `INVOICES_S` at most."""
     configuration = rest.Configuration(ApiConfig())
     ended: dict[str, Any] = {}
+
+    def note(key: str, paid: Decimal) -> None:
+        ended[key] |= {"spent": float(paid), "accepted": float(paid), "paid": True}
+
     async with contextlib.AsyncExitStack() as stack:
         market = rest.Market(await stack.enter_async_context(configuration.market()))
         payment = rest.Payment(await stack.enter_async_context(configuration.payment()))
@@ -46,21 +51,29 @@ async def clean_up(
             allocation = await payment.allocation(allocation_id)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(INVOICES_S):
-                    await _pay(payment, allocation, ended)
+                    await pay(payment, allocation, set(ended), note)
             await allocation.delete()
     return ended
 
 
-async def _pay(payment: Any, allocation: Any, ended: dict[str, Any]) -> None:
-    """Accept the invoices of these agreements as they come, until there is one for each."""
-    while owed := {key for key, how in ended.items() if "paid" not in how}:
-        async for invoice in payment.invoices():
-            if invoice.agreement_id not in owed:
-                continue
-            if invoice.status == "RECEIVED":
-                await invoice.accept(amount=Decimal(invoice.amount), allocation=allocation)
-            amount = float(invoice.amount)
-            ended[invoice.agreement_id] |= {"spent": amount, "accepted": amount, "paid": True}
+async def pay(
+    payment: Any, allocation: Any, agreements: set[str], on_paid: Callable[[str, Decimal], None]
+) -> None:
+    """Accept the invoices of these agreements as they come, until there is one for each.
+
+    Goes on until cancelled, whatever yagna says: it may be about to come back. Needs no events.
+    """
+    owed = set(agreements)
+    while owed:
+        with contextlib.suppress(Exception):
+            async for invoice in payment.invoices():
+                if invoice.agreement_id not in owed:
+                    continue
+                amount = Decimal(invoice.amount)
+                if invoice.status == "RECEIVED":
+                    await invoice.accept(amount=amount, allocation=allocation)
+                owed.discard(invoice.agreement_id)
+                on_paid(invoice.agreement_id, amount)
         await asyncio.sleep(_POLL_S)
 
 

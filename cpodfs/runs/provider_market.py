@@ -431,7 +431,7 @@ class Books:
         self._reporter.phase("settling")
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        while owed := self._owed():
+        while owed := self.owed():
             waited = loop.time() - begun
             gone = all(one.agreement_state == "vanished" for one in owed)
             left = min(limit_s(), VANISHED_SETTLE_S if gone else math.inf) - waited
@@ -442,7 +442,15 @@ class Books:
                 await asyncio.wait_for(self.changed.wait(), min(left, 1.0))
         return []
 
-    def _owed(self) -> list[Hired]:
+    def paid(self, agreement: str, amount: Decimal) -> None:
+        """Somebody else than yapapi has paid an invoice."""
+        hired = self._reporter.status.hired[agreement]
+        hired.spent, hired.accepted, hired.paid = amount, amount, True
+        self._reporter.changed()
+        self.changed.set()
+
+    def owed(self) -> list[Hired]:
+        """Those who worked for us and are not paid."""
         hired = self._reporter.status.hired.values()
         return [one for one in hired if one.activity is not None and not one.paid]
 
