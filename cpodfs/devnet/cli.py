@@ -100,16 +100,12 @@ def devnet(
     import asyncio
 
     from cpodfs.devnet.faults import Faults
-    from cpodfs.devnet.misbehave import Misbehaviour
-    from cpodfs.devnet.provider import DEFAULT_PROVIDERS, numbered, parse_spec
     from cpodfs.devnet.serve import Options, serve
     from cpodfs.errors import ConfigError
 
     given = {name: value for name, value in fault_options.items() if value is not None}
-    amiss = {name: given.pop(name) for name in _MISBEHAVIOUR if name in given}
     try:
-        named = tuple(map(parse_spec, specs))
-        default = DEFAULT_PROVIDERS if providers is None else numbered(providers)
+        market = _market_options(given, providers, specs)
         options = Options(
             state=(state or default_state()).absolute(),
             faults=Faults.parse(given),
@@ -119,9 +115,7 @@ def devnet(
             stdin_eof=stdin_eof,
             strict_open=strict_open,
             token_lifetime_s=token_lifetime,
-            providers=named or default,
-            misbehave=Misbehaviour.parse(amiss),
-            seed=given.get("seed", 0),
+            **market,
         )
         asyncio.run(serve(options, click.echo))
     except (ValueError, ConfigError) as error:
@@ -132,6 +126,23 @@ _MISBEHAVIOUR = (
     *("no_offers", "reject_proposals", "fail_command", "lose_activity", "vanish"),
     *("transfer_bandwidth", "lose_invoice", "invoice_delay_s", "unknown_image"),
 )
+
+
+def _market_options(
+    given: dict[str, Any], providers: int | None, specs: tuple[str, ...]
+) -> dict[str, Any]:
+    """The market's part of the `serve.Options`, taken out of ``given``. Raises ValueError."""
+    from cpodfs.devnet.misbehave import Misbehaviour
+    from cpodfs.devnet.provider import DEFAULT_PROVIDERS, numbered, parse_spec
+
+    amiss = {name: given.pop(name) for name in _MISBEHAVIOUR if name in given}
+    named = tuple(map(parse_spec, specs))
+    default = DEFAULT_PROVIDERS if providers is None else numbered(providers)
+    return {
+        "providers": named or default,
+        "misbehave": Misbehaviour.parse(amiss),
+        "seed": given.get("seed", 0),
+    }
 
 
 @devnet.command()

@@ -34,7 +34,7 @@ SILENCE_S = 15.0
 """A provider that answers nothing for so long has vanished."""
 REFUSALS = 3
 """Or one of whom yagna says so often, a second apart, that it is not to be found."""
-SETTLE_S = 30.0
+SETTLE_S = 20.0
 VANISHED_SETTLE_S = 3.0
 """How long the invoice of a provider that has vanished is waited for."""
 FAILED = 125
