@@ -105,6 +105,7 @@ class Driver:
             *(store, cache.content, handles, self.engine, self.lister, self.downloads),
             *(merger, self._on_outcome),
         )
+        self.files = files
         tree = Tree(store, handles, self.engine, self.lister, files)
         self.engine.is_read = self.downloads.is_read
         self._status = Status(
@@ -126,6 +127,7 @@ class Driver:
             size=settings.cache_size,
             is_open=lambda ino: handles.opened(ino) is not None,
         )
+        self.evictor.on_shortage = files.sweep_now
         cache.content.make_room = self.evictor.make_room
         self.engine.on_clean = self.downloads.on_complete = self.evictor.poke
         self._operations = Operations(
@@ -148,6 +150,7 @@ class Driver:
             await nursery.start(self.lister.run)
             await nursery.start(self.downloads.run)
             await nursery.start(self.evictor.run)
+            await nursery.start(self.files.run)
             await nursery.start(self.engine.run)
             self._mount()
             try:

@@ -393,6 +393,10 @@ class Store:
         )
         return [Remote._make(row) for row in rows]
 
+    def moving_into(self, rid: int) -> Remote | None:
+        """An object of which it is not known whether the server has renamed it into a directory."""
+        return self._remote("to_parent = ?", (rid,))
+
     def moving_above(self, rid: int) -> Remote | None:
         """The object itself, or the nearest directory above it, of which it is not known whether
         the server has renamed it: until that is found out, paths through it mean nothing."""
@@ -451,13 +455,14 @@ class Store:
             self._db.execute("DELETE FROM remote WHERE rid = ?", (rid,))
 
     def remote_path(self, rid: int) -> list[str]:
-        """Components from the pod's name on down of where the server has this object."""
+        """Components from the pod's name on down of where the server has this object; none for the
+        root, and for what was in a directory that is no more."""
         parts: list[str] = []
         remote = self.remote(rid)
         while remote is not None and remote.rparent is not None:
             parts.append(remote.name)
             remote = self.remote(remote.rparent)
-        return parts[::-1]
+        return parts[::-1] if remote is not None else []
 
     # -- rows -------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import posixpath
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Self, TypeVar
 
 import httpx
@@ -308,10 +308,28 @@ class Client:
         leaving early is fine. Raises NotFound."""
         params = _text({"podName": pod, "filePath": _path(path)})
         await self.open_pod(pod)
-        async with self.session.open_stream(_DOWNLOAD, params) as response:
+        async with self._opened_stream(pod, params) as response:
             size = _announced_size(response)
             async with aclosing(self.session.chunks(response, _DOWNLOAD)) as chunks:
                 yield Download(size, chunks)
+
+    @asynccontextmanager
+    async def _opened_stream(
+        self, pod: str, params: dict[str, str]
+    ) -> AsyncIterator[httpx.Response]:
+        """The stream; once more from the start when the server had closed the pod."""
+        async with AsyncExitStack() as stack:
+            try:
+                response = await stack.enter_async_context(
+                    self.session.open_stream(_DOWNLOAD, params)
+                )
+            except PodNotOpen:
+                self._open.pop(pod, None)
+                await self.open_pod(pod)
+                response = await stack.enter_async_context(
+                    self.session.open_stream(_DOWNLOAD, params)
+                )
+            yield response
 
     async def stat_file(self, pod: str, path: str) -> models.FileStat:
         body = await self._get(pod, "/v1/file/stat", filePath=_path(path))

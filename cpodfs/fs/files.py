@@ -10,14 +10,17 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import trio
+
 from cpodfs.cache import content as data
 from cpodfs.cache.content import Content
 from cpodfs.cache.durability import Durability
-from cpodfs.cache.schema import CONTENT
+from cpodfs.cache.schema import CONTENT, SENT
 from cpodfs.cache.store import Inode, Store
 from cpodfs.errors import Conflict, CpodfsError, NotFound
 from cpodfs.fs.handles import Handles, OpenFile
@@ -28,6 +31,8 @@ from cpodfs.sync.lister import Lister
 from cpodfs.sync.merge import Merger, Outcome
 
 log = logging.getLogger(__name__)
+
+SWEEP_S = 0.5
 
 
 class Files:
@@ -53,6 +58,28 @@ class Files:
         self._durability = Durability(store, content)
         handles.on_last_close = self._closed
         handles.on_gone = self._gone
+        self._doomed = trio.Event()
+        handles.on_doomed = lambda: self._doomed.set()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Free what was deleted, in batches, until cancelled."""
+        task_status.started()
+        while True:
+            await self._doomed.wait()
+            self._doomed = trio.Event()
+            await trio.sleep(SWEEP_S)
+            try:
+                doomed = set(self._handles.doomed)
+                await self._durability.names()
+                self._handles.sweep(doomed)
+            except (OSError, sqlite3.Error):
+                log.exception("cannot free what was deleted")
+
+    def sweep_now(self) -> None:
+        """The disk is full: free what was deleted without waiting. Blocks for a sync."""
+        if self._handles.doomed:
+            self._store.sync()
+            self._handles.sweep(set(self._handles.doomed))
 
     @property
     def root(self) -> Path:
@@ -159,7 +186,7 @@ class Files:
                 os.close(self._content.create(inode.ino))
             else:
                 self._store.set(inode.ino, cached=0, size=max(0, remote.size))
-                self._store.unmark(inode.ino, CONTENT)
+                self._store.unmark(inode.ino, CONTENT | SENT)
         return inode_of(self._store, inode.ino)
 
     def _empty(self, file: OpenFile) -> None:
@@ -191,7 +218,11 @@ class Files:
                     self._store, file.ino
                 ).cached:  # else: emptied by somebody while we waited
                     raise
-        return await data.read(file.fd, offset, size)
+        found = await data.read(file.fd, offset, size)
+        now = self._store.get(file.ino)
+        if now is not None and not now.cached and len(found) < min(size, now.size - offset):
+            raise oserror(errno.EIO)  # the download failed just then; the kernel would keep zeros
+        return found
 
     async def write(self, handle: int, offset: int, buffer: bytes) -> int:
         file = self._handles.file(handle)

@@ -32,6 +32,8 @@ class Handles:
     content: Content
     on_last_close: Callable[[int], None] = lambda ino: None
     on_gone: Callable[[int], None] = lambda ino: None
+    on_doomed: Callable[[], None] = lambda: None
+    doomed: set[int] = field(default_factory=set)
     _lookups: dict[int, int] = field(default_factory=dict)
     _files: dict[int, OpenFile] = field(default_factory=dict)
     _by_handle: dict[int, OpenFile] = field(default_factory=dict)
@@ -82,6 +84,18 @@ class Handles:
             self.purge(ino)
 
     def purge(self, ino: int) -> None:
-        self.on_gone(ino)
-        self.content.remove(ino)
-        self.store.drop(ino)
+        """Free an inode soon. Its bytes go only once the journal that took its name away is on the
+        disk: else a loss of power could bring the name back without them."""
+        if ino not in self.doomed:
+            self.on_gone(ino)
+            self.doomed.add(ino)
+            self.on_doomed()
+
+    def sweep(self, inos: set[int]) -> None:
+        """Free inodes that were doomed before the last sync of the journal."""
+        for ino in inos:
+            self.content.remove(ino)
+        with self.store.transaction():
+            for ino in inos:
+                self.store.drop(ino)
+        self.doomed -= inos

@@ -59,7 +59,7 @@ class Tree:
         """A directory whose children are known."""
         inode = self._directory(ino)
         await self._lister.ensure(inode)
-        return inode
+        return self._directory(ino)  # it may have changed meanwhile
 
     async def opendir(self, ino: int) -> None:
         """A directory is about to be read: its children become known."""

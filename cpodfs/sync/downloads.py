@@ -208,6 +208,7 @@ class Downloads:
             self.on_complete()
         else:
             # Emptied, not removed: whoever has the data file open reads the next attempt's bytes.
+            download.available = 0
             os.ftruncate(download.fd, 0)
             download.error = error or BadReply("the download was given up")
         os.close(download.fd)
@@ -238,6 +239,8 @@ class Downloads:
                 if offset > download.available:
                     download.available = offset
                     download.moved()
+        # Before the journal calls it complete: else a loss of power could leave holes in it.
+        await trio.to_thread.run_sync(os.fdatasync, download.fd)
 
 
 def _write_all(fd: int, chunk: bytes, offset: int) -> None:

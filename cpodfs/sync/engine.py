@@ -38,7 +38,7 @@ from cpodfs.sync import retry
 from cpodfs.sync.lister import Lister
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
-from cpodfs.sync.ops import Item, Look, Move, Op, RemoveDir, Resolve, Upload, move_aside
+from cpodfs.sync.ops import Item, Look, Move, Op, RemoveDir, Resolve, Upload, move_aside, moved
 from cpodfs.sync.planner import Blocked, Planner
 from cpodfs.sync.retry import Retry
 from cpodfs.sync.schedule import Schedule
@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 STARTS_AT_ONCE = 8
 IN_USE_S = 0.5
+BUSY_S = 0.5
+"""While somebody waits for the end: how soon a file that is being written to is tried again."""
 MOVE_REFUSED = (NotFound, AlreadyExists, Refused, Denied)
 """Clear answers to a rename, unlike a lost connection."""
 
@@ -212,7 +214,10 @@ class Engine:
     def is_being_stored(self) -> bool:
         """Whether an upload's last byte was sent and the server is at work on it, which takes as
         long as it takes; the client knows how long it may."""
-        return any(isinstance(f.op, Upload) and f.op.all_sent for f in self._flights.values())
+        return any(
+            isinstance(f.op, Upload) and f.op.all_sent and f.op.attempt <= 1
+            for f in self._flights.values()
+        )
 
     async def push(self, ino: int) -> None:
         """Return when the server has the file. Raises EIO, with the reason, when an attempt fails."""
@@ -230,7 +235,10 @@ class Engine:
                 raise OSError(errno.EIO, inode.error or "the server did not take it")
 
     def _moved(self) -> tuple[int, int]:
-        return self.counters.done, sum(sent for sent, _ in self.uploading().values())
+        """Grows while there is progress; what was refused before and is sent again is none."""
+        flights = self._flights.values()
+        sent = sum(f.op.sent for f in flights if isinstance(f.op, Upload) and f.op.attempt <= 1)
+        return self.counters.done, sent
 
     # -- the queue --------------------------------------------------------------------------------
 
@@ -423,6 +431,10 @@ class Engine:
         # The target first: the object found there is then not missed where it came from.
         for rid in sorted(dirs, key=lambda rid: rid != target):
             await self._lister.list_locked(rid)
+        if moving is not None and await self._lister.is_at_orphan(moving):
+            assert target is not None
+            for work in moved(self._store, moving.rid, target, moving.to_name or ""):
+                self._schedule(work, 0.0)
         self._unsure.pop(item, None)
         left = self._store.remote(moving.rid) if moving is not None else None
         if left is not None and left.to_parent is not None:  # seen neither here nor there
@@ -474,7 +486,7 @@ class Engine:
         if isinstance(op, Upload) and retry.surely_not_done(error):
             op.not_done(self._store)
         if isinstance(error, ChangedDuringUpload):
-            self._schedule(op.item, 0.0 if self._draining else self._delay_s)
+            self._schedule(op.item, min(self._delay_s, BUSY_S) if self._draining else self._delay_s)
             return
         delay_s = self._retry.failed(op.item, error)
         if isinstance(error, DfsError) and error.sent and not isinstance(op, Upload):

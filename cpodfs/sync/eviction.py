@@ -34,6 +34,7 @@ class Evictor:
         self._size = size
         self._is_open = is_open
         self._wanted = trio.Event()
+        self.on_shortage: Callable[[], None] = lambda: None
 
     def poke(self) -> None:
         """The cache has grown."""
@@ -50,6 +51,8 @@ class Evictor:
     def make_room(self) -> None:
         """Evict what is too much, by the size given or by the disk; at most ``AT_ONCE`` files."""
         try:
+            if self._content.shortage():
+                self.on_shortage()
             self._make_room()
         except (OSError, sqlite3.Error):
             log.exception("eviction failed")

@@ -21,13 +21,15 @@ from cpodfs.errors import BadReply, CpodfsError, NotFound, TimedOut
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.lookahead import Lookahead
 from cpodfs.sync.merge import Merger, Outcome
-from cpodfs.sync.ops import pod_of
+from cpodfs.sync.ops import child_path, pod_of
 
 log = logging.getLogger(__name__)
 
 READ_ONLY_DIR_MODE = 0o500
 ATTEMPTS = 3
 RESOLVE_S = 10.0
+QUIET_S = 60.0
+REOPEN_MIN_S = 2.0
 REOPEN_TTLS = 5
 """A pod that is looked at is opened anew after so many times the metadata TTL."""
 
@@ -118,7 +120,10 @@ class Lister:
         remote = self._store.remote_of(ino)
         if remote is not None and remote.rid != ROOT:
             pod = pod_of(self._store, remote)
-            await self._locks.wait_free((pod,), moving=pod)
+            with trio.move_on_after(QUIET_S) as patience:
+                await self._locks.wait_free((pod,), moving=pod)
+            if patience.cancelled_caught:
+                raise TimedOut("the pod is being written to all the time; try again later")
             await self._reopen(pod)
         await self.refresh(ino)
 
@@ -138,7 +143,8 @@ class Lister:
             return
         pod = pod_of(self._store, remote)
         age_s = time.monotonic() - self._opened.setdefault(pod, time.monotonic())
-        if age_s > REOPEN_TTLS * self._ttl_s and self._locks.blocker((pod,), moving=pod) is None:
+        oldest_s = max(REOPEN_TTLS * self._ttl_s, REOPEN_MIN_S)
+        if age_s > oldest_s and self._locks.blocker((pod,), moving=pod) is None:
             await self._reopen(pod)
 
     async def list_locked(self, rid: int) -> None:
@@ -165,6 +171,21 @@ class Lister:
         outcome = self._merger.listing(current, rid, entries, readonly)
         self._on_outcome(outcome)
         await self.confirm(outcome.missing)
+
+    async def is_at_orphan(self, moving: Remote) -> bool:
+        """Whether an object that may have been renamed into a directory that nobody here has any
+        more, and whose listing shows nothing therefore, is there."""
+        target = self._store.remote(moving.to_parent) if moving.to_parent is not None else None
+        if target is None or target.ino is not None or moving.to_name is None:
+            return False
+        if (now := self._store.remote(moving.rid)) is None or now.to_parent is None:
+            return False
+        pod, path = child_path(self._store, target.rid, moving.to_name)
+        try:
+            await (self._dfs.stat_dir if moving.kind == "d" else self._dfs.stat_file)(pod, path)
+        except NotFound:
+            return False
+        return True
 
     # -- one listing at a time per directory ------------------------------------------------------
 

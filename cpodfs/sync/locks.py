@@ -24,6 +24,7 @@ class DirLocks:
         self._moving: set[int] = set()
         self._freed = trio.Event()
         self._claimed: Counter[int] = Counter()
+        self._claimed_below: Counter[int] = Counter()
         self.on_free: Callable[[int], None] = lambda rid: None
 
     def blocker(
@@ -37,7 +38,7 @@ class DirLocks:
             if rid in self._busy or (not waited and rid in self._claimed):
                 return rid
             for above in self._above(rid):
-                if above in self._moving:
+                if above in self._moving or (not waited and above in self._claimed_below):
                     return above
         if moving is not None:
             return next((b for b in self._busy if b == moving or moving in self._above(b)), None)
@@ -68,16 +69,22 @@ class DirLocks:
     async def wait_free(self, dirs: Iterable[int], moving: int | None = None) -> None:
         """Return when ``dirs`` could be taken; take them before the next await."""
         wanted = tuple(dirs)
+        below = () if moving is None else (moving,)
         self._claimed.update(wanted)
+        self._claimed_below.update(below)
         try:
             while self.blocker(wanted, moving, waited=True) is not None:
                 await self._freed.wait()
         except BaseException:
-            self._claimed -= Counter(wanted)
-            for rid in wanted:  # whoever stood back for us need not
+            self._unclaim(wanted, below)
+            for rid in {*wanted, *below}:  # whoever stood back for us need not
                 self.on_free(rid)
             raise
-        self._claimed -= Counter(wanted)
+        self._unclaim(wanted, below)
+
+    def _unclaim(self, dirs: tuple[int, ...], below: tuple[int, ...]) -> None:
+        self._claimed -= Counter(dirs)
+        self._claimed_below -= Counter(below)
 
     def _above(self, rid: int) -> list[int]:
         found: list[int] = []

@@ -18,6 +18,7 @@ from typing import Any
 from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import DOOMED, Entry
+from cpodfs.errors import Conflict
 from cpodfs.paths import FILE_NAME_MAX, RUN_NAME, is_safe_remote_name
 from cpodfs.sync.ops import Item, left_behind, moved
 
@@ -57,14 +58,17 @@ class Merger:
     def __init__(self, store: Store, discard: Callable[[int], None]) -> None:
         self._store = store
         self._discard = discard
-        self.replaced: dict[int, tuple[int, str]] = {}
+        self.replaced: dict[int, tuple[tuple[int, ...], str]] = {}
 
     def revive(self, ino: int, outcome: Outcome) -> None:
         """Somebody writes to a version that another from the server has replaced under its name,
-        through a handle that is still open: it becomes a conflict copy."""
-        parent, name = self.replaced.pop(ino)
-        if self._store.get(parent) is None:
-            return
+        through a handle that is still open: it becomes a conflict copy, in the nearest directory
+        above that is still there. Raises Conflict when there is none."""
+        above, name = self.replaced.pop(ino)
+        named = (self._store.get(directory) for directory in above)
+        parent = next((d.ino for d in named if d is not None and d.parent is not None), None)
+        if parent is None:
+            raise Conflict(f"{name}: deleted at the server, with the pod that it was in")
         log.warning("conflict: %r is written to here and was changed at the server", name)
         with self._store.transaction():
             name = self._free_name(parent, name)
@@ -162,6 +166,8 @@ class Merger:
             )
             outcome.work.append(("rid", orphan))
             return
+        if self._store.remote_at(rid, entry.name) is not None:
+            return  # supposed to be there since this merge began: ours, or on its way out
         on_its_way = self._store.remote_moving_to(rid, entry.name)
         if on_its_way is not None:
             outcome.work += moved(self._store, on_its_way.rid, rid, entry.name)
@@ -180,6 +186,16 @@ class Merger:
                 if elsewhere is not None:
                     # Its new home, made by us or not: the children will follow.
                     outcome.work += left_behind(self._store, elsewhere)
+            elif ours:
+                # Our upload to its new name, whose answer was lost: the next one goes over it.
+                self._store.add_remote(
+                    *(rid, entry.name, FILE),
+                    size=UNKNOWN,
+                    mtime_s=None,
+                    mode=entry.mode,
+                    ino=None,
+                )
+                return
             else:
                 self._set_aside(local, outcome)
         if ino is None:
@@ -289,5 +305,6 @@ class Merger:
         assert inode.name is not None
         self._store.detach(inode.ino)
         if inode.is_file:
-            self.replaced[inode.ino] = (inode.parent, inode.name)
+            above = tuple(a.ino for a in self._store.ancestors(inode.parent))
+            self.replaced[inode.ino] = (above, inode.name)
         self._discard(inode.ino)

@@ -13,6 +13,8 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import trio
+
 from cpodfs.cache import content as data
 from cpodfs.cache.content import Content
 from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
@@ -32,8 +34,7 @@ UNKNOWN_ATTEMPTS = 3
 
 def pod_and_path(store: Store, rid: int) -> tuple[str, str]:
     """The pod and the absolute path inside it of a remote object."""
-    pod, *rest = store.remote_path(rid)
-    return pod, join(rest)
+    return _split(store.remote_path(rid))
 
 
 def pod_of(store: Store, remote: Remote) -> int:
@@ -47,8 +48,14 @@ def pod_of(store: Store, remote: Remote) -> int:
 
 def child_path(store: Store, rparent: int, name: str) -> tuple[str, str]:
     """The pod and path of the name ``name`` in a remote directory."""
-    pod, *rest = [*store.remote_path(rparent), name]
-    return pod, join(rest)
+    above = store.remote_path(rparent)
+    return _split([*above, name] if above or rparent == ROOT else [])
+
+
+def _split(parts: list[str]) -> tuple[str, str]:
+    if not parts:
+        raise NotFound("the directory that it was in is gone at the server")
+    return parts[0], join(parts[1:])
 
 
 @dataclass(slots=True)
@@ -108,6 +115,8 @@ def _made_dir(store: Store, ino: int, rparent: int, name: str) -> list[Item]:
     with store.transaction():
         inode = store.get(ino)
         alive = inode is not None and inode.parent is not None
+        if store.remote(rparent) is None:  # found to be gone meanwhile, with all that was in it
+            return []
         there = store.remote_at(rparent, name)
         if there is not None:  # it left this name meanwhile, and was supposed to have arrived
             rid = there.rid
@@ -222,6 +231,9 @@ class Move(Op):
 
 def moved(store: Store, rid: int, to_parent: int, to_name: str) -> list[Item]:
     """Record that the server has renamed an object."""
+    if store.remote(to_parent) is None:  # gone meanwhile, with all that was in it
+        store.drop_remote(rid)
+        return []
     with store.transaction():
         store.set_remote(rid, rparent=to_parent, name=to_name, to_parent=None, to_name=None)
         remote = store.remote(rid)
@@ -233,9 +245,10 @@ def moved(store: Store, rid: int, to_parent: int, to_name: str) -> list[Item]:
 
 def _mtimes_move(store: Store, rid: int) -> None:
     """The server gives what is renamed, and all below it, the present as modification time."""
-    store.set_remote(rid, mtime_s=None)
-    for child in store.remote_children(rid):
-        _mtimes_move(store, child.rid)
+    with store.transaction():
+        store.set_remote(rid, mtime_s=None)
+        for child in store.remote_children(rid):
+            _mtimes_move(store, child.rid)
 
 
 @dataclass(slots=True)
@@ -405,6 +418,8 @@ class Upload(Op):
                 self.size,
                 on_progress=self._progress,
             )
+            # From now on the content counts as clean, which only what is on the disk may.
+            await trio.to_thread.run_sync(os.fdatasync, fd)
         finally:
             os.close(fd)
         skew_s = dfs.session.clock_skew_s
@@ -442,6 +457,8 @@ class Upload(Op):
             inode, mine = store.get(self.ino), store.remote_of(self.ino)
             there = store.remote_at(self.rparent, self.name)
             alive = inode is not None and inode.parent is not None
+            if store.remote(self.rparent) is None:  # gone meanwhile, with all that was in it
+                return []
             earlier = there or mine
             before = earlier.mode if earlier else SERVER_FILE_MODE
             work: list[Item] = []

@@ -192,6 +192,9 @@ class Planner:
             return RemoveFile(("rid", rid), (remote.rparent,), rid)
         for child in self._store.remote_children(rid, limit=1):
             return Blocked(_owner(child))
+        arriving = self._store.moving_into(rid)
+        if arriving is not None:
+            return Blocked(_owner(arriving))
         dirs = tuple({remote.rparent, rid, pod_of(self._store, remote)})
         return RemoveDir(("rid", rid), dirs, rid)
 

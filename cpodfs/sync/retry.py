@@ -63,15 +63,16 @@ class Retry:
 
     def failed(self, item: Item, error: Exception) -> float:
         """Count a failure; returns the seconds until the next attempt."""
-        attempt = self.attempts[item] = self.attempts.get(item, 0) + 1
         if isinstance(error, Unreachable | NotLoggedIn):
+            self.attempts.setdefault(item, 0)  # not the object's fault, however often
             self.went_offline()
             return self.gate_s()
+        attempt = self.attempts[item] = self.attempts.get(item, 0) + 1
         if isinstance(error, FOR_GOOD) and attempt > 1:
             return MAX_S * _jitter()
         if isinstance(error, LOOK_FIRST) and attempt == 1:
             return 0.0
-        return min(FIRST_S * 2.0 ** (attempt - 1), MAX_S) * _jitter()
+        return min(FIRST_S * 2.0 ** min(attempt - 1, 10), MAX_S) * _jitter()
 
 
 def surely_not_done(error: Exception) -> bool:

@@ -16,11 +16,14 @@ from sync_helpers import World
 from cpodfs.cache import content as content_module
 from cpodfs.cache.content import Content
 from cpodfs.cache.durability import Durability
-from cpodfs.cache.schema import DIR, ROOT, VERSION
+from cpodfs.cache.schema import CONTENT, DIR, FILE, ROOT, SENT, VERSION
 from cpodfs.cache.store import Store
+from cpodfs.dfs import Entry
 from cpodfs.errors import CacheVersion, NotFound, QuotaExceeded, Unreachable
+from cpodfs.fs.handles import Handles
 from cpodfs.sync import retry
 from cpodfs.sync.locks import DirLocks
+from cpodfs.sync.merge import Merger, Outcome
 from cpodfs.sync.retry import Retry
 from cpodfs.sync.schedule import Schedule
 from cpodfs.sync.waits import Waits
@@ -205,3 +208,69 @@ def test_the_schedule_follows_what_was_said_last() -> None:
     schedule.put(C, 0)
     schedule.drop(C)
     assert schedule.pop() is None
+
+
+def test_offline_time_does_not_count_against_an_object() -> None:
+    again = Retry()
+    for _ in range(2000):
+        again.open_gate()
+        again.failed(A, Unreachable("x"))
+    assert again.failed(A, NotFound("x")) == 0
+    for _ in range(2000):
+        assert again.failed(A, OSError()) <= retry.MAX_S * 1.2
+
+
+def test_what_was_deleted_keeps_its_bytes_until_the_journal_is_on_the_disk(tmp_path: Path) -> None:
+    store, content = Store(tmp_path / "meta.db"), Content(tmp_path / "content")
+    handles = Handles(store, content)
+    pod = store.create(ROOT, "pod", DIR, 0o700)
+    ino = store.create(pod.ino, "f", FILE, 0o600, cached=1).ino
+    os.close(content.create(ino))
+    store.detach(ino)
+    handles.discard(ino)
+    assert content.path(ino)
+    assert os.path.exists(content.path(ino)), "a loss of power could bring the name back"
+    assert store.unlinked() == [ino], "and the next driver knows what to free"
+    store.sync()
+    handles.sweep(set(handles.doomed))
+    assert not os.path.exists(content.path(ino))
+    assert store.unlinked() == []
+
+
+def test_a_lost_upload_to_a_new_name_is_taken_for_ours(tmp_path: Path) -> None:
+    """mv O N; edit N; the upload arrives, its answer does not; then the directory is listed."""
+    world = World(tmp_path)
+    pod = world.pod()
+    ino = world.make(pod, "O")
+    world.settle()
+    world.move(ino, pod, "N")
+    world.store.mark(ino, CONTENT | SENT)
+    home = world.store.remote_of(pod)
+    directory = world.store.get(pod)
+    assert home is not None
+    assert directory is not None
+    entries = [Entry(name, False, size, 0o600, 5, 5, 5) for name, size in (("O", 0), ("N", 3))]
+    outcome = Merger(world.store, lambda ino: None).listing(directory, home.rid, entries, set())
+    assert not outcome.changes
+    assert [c.name for c in world.store.children(pod)] == ["N"]
+    world.calls.clear()
+    assert world.settle() == ["Upload N", "RemoveFile pod/O"]
+
+
+def test_a_write_to_what_was_deleted_with_its_directory_is_kept_above(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    pod = world.pod()
+    folder = world.make(pod, "d", DIR)
+    file = world.make(folder, "f")
+    world.settle()
+    merger = Merger(world.store, lambda ino: None)
+    remote = world.store.remote_of(folder)
+    assert remote is not None
+    merger.gone(remote, Outcome())
+    assert world.local_tree() == {"pod"}
+    merger.revive(file, Outcome())
+    world.store.mark(file, CONTENT)
+    (kept,) = world.store.children(pod)
+    assert (kept.name or "").startswith("f (conflict ")
+    world.settle()
+    assert world.remote_tree() == world.local_tree()
