@@ -37,6 +37,9 @@ RECIPE_LIMIT_BYTES = 1024 * 1024
 DEPTH_LIMIT = 32
 """Levels of nesting; far below what makes ``json.dumps`` of the same value overflow the stack."""
 
+COMMAND_LIMIT_CHARS = 64 * 1024
+"""Longest ``golem.exec``: shlex takes time in proportion to the square of it."""
+
 _NAME_LIMIT_BYTES = 255
 _WARNINGS_LIMIT = 10
 
@@ -261,6 +264,8 @@ def _folder(value: str) -> str:
 def _command(value: str) -> str:
     if not value.strip():
         raise ValueError("must not be empty")
+    if len(value) > COMMAND_LIMIT_CHARS:
+        raise ValueError(f"is longer than {COMMAND_LIMIT_CHARS // 1024} KiB")
     _text(value)
     try:
         words = shlex.split(value)
@@ -371,6 +376,8 @@ class _Golem(BaseModel):
         for field, folder in (("output", self.output), ("log", self.log)):
             if folder == self.script or folder.startswith(f"{self.script}/"):
                 raise ValueError(f"{field} must not be the script folder or lie inside it")
+            if self.script.startswith(f"{folder}/"):
+                raise ValueError(f"script must not lie inside the {field} folder")
         return self
 
 

@@ -2,24 +2,33 @@
 
 Standard library only, and little of it: yapapi starts this program with every run, and waits.
 A URL is a random token; the file behind it is named only in a 0700 registry folder that tasks
-cannot see. A provider can thus reach what the requestor's gftp published, and nothing else.
+cannot see. A provider can thus reach what the requestor's gftp published, and nothing else. A
+sandboxed requestor has a registry of its own (`runs.box`), where it may write what it likes: what
+is read there is checked, and its files are opened without following a link.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import secrets
+import stat
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from cpodfs.runs import box
 
 GFTP_DIR_VARIABLE = "CPODFS_GFTP_DIR"
 URL_PREFIX = "gftp://local/"
 VERSION = "0.7.3"
 """What real gftp says from this version on lets yapapi withdraw what it has published."""
+
+_ENTRY_LIMIT_BYTES = 32 << 10
 
 _INVALID_REQUEST, _NO_SUCH_METHOD, _INVALID_PARAMS, _SERVER_ERROR = -32600, -32601, -32602, -32000
 
@@ -30,17 +39,56 @@ class GftpError(Exception):
 
 @dataclass(frozen=True)
 class Link:
-    """What is behind a URL: ``path`` may be read (``publish``) or replaced (``receive``)."""
+    """What is behind a URL: ``path`` may be read (``publish``) or replaced (``receive``).
+
+    ``folders``: a path of a sandboxed requestor's must be in one of these; None: it is ours.
+    """
 
     path: Path
     mode: str
+    folders: tuple[Path, ...] | None = None
+
+    def open_to_read(self) -> int:
+        """A descriptor of the file. Raises OSError or GftpError."""
+        if self.folders is None:
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        with self.parent() as parent:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            handle = os.open(self.path.name, flags, dir_fd=parent)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise GftpError(f"{self.path.name}: not a regular file")
+        return handle
+
+    @contextlib.contextmanager
+    def parent(self) -> Iterator[int]:
+        """A descriptor of the folder that the file is in. Raises OSError or GftpError."""
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        inner: tuple[str, ...] = ()
+        if self.folders is None:
+            at = os.open(self.path.parent, flags)
+        else:
+            flags |= os.O_NOFOLLOW
+            folder = next((f for f in self.folders if self.path.is_relative_to(f)), None)
+            if folder is None or ".." in self.path.parts or folder == self.path:
+                raise GftpError("a sandboxed program may offer files of its own pod only")
+            at, inner = os.open(folder, flags), self.path.relative_to(folder).parts[:-1]
+        try:
+            for name in inner:
+                below = os.open(name, flags, dir_fd=at)
+                os.close(at)
+                at = below
+            yield at
+        finally:
+            os.close(at)
 
 
 class Registry:
     """The folder of published files: one JSON file for each URL, named by its token.
 
     A publisher holds a lock on a file of its own, ``<random>.alive``, while it lives: unlike a
-    process id, that can be tested from another pid namespace. Tokens never contain a dot.
+    process id, that can be tested from another pid namespace. Tokens never contain a dot; the URLs
+    of a box are its name, a dot, and the token.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -73,44 +121,80 @@ class Registry:
         handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(handle, "w") as file:
             json.dump(entry, file)
-        return URL_PREFIX + token
+        name = self.folder.name
+        return f"{URL_PREFIX}{name}.{token}" if box.is_box(name) else URL_PREFIX + token
 
     def remove(self, url: str) -> bool:
         """Withdraw a URL; whether there was one."""
         try:
-            (self.folder / _token(url)).unlink()
+            home, token = self._place(url)
+            (home / token).unlink()
         except (FileNotFoundError, GftpError):
             return False
         return True
 
     def resolve(self, url: str) -> Link:
         """What a URL stands for. Raises GftpError when it was never published or is withdrawn."""
-        entry_path = self.folder / _token(url)
+        home, token = self._place(url)
+        folders = None
+        if home != self.folder:
+            folders = tuple(map(Path, box.folders(str(home))))
+            if not folders:
+                raise GftpError(f"{url}: its requestor is gone")
         try:
-            entry = json.loads(entry_path.read_text())
-        except (FileNotFoundError, ValueError):
+            path, mode, publisher = _read_entry(home / token)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise GftpError(f"{url}: not published") from None
-        if not _locked(self.folder / entry["publisher"]):
-            entry_path.unlink(missing_ok=True)
+        if not _locked(home / publisher):
+            (home / token).unlink(missing_ok=True)
             raise GftpError(f"{url}: its requestor is gone")
-        return Link(Path(entry["path"]), entry["mode"])
+        return Link(path, mode, folders)
+
+    def _place(self, url: str) -> tuple[Path, str]:
+        """The folder that a URL's entry is in, and the entry's name."""
+        rest = url.removeprefix(URL_PREFIX)
+        name, dot, token = rest.rpartition(".")
+        known = not dot or (box.is_box(name) and _is_token(name))
+        if rest == url or not known or not _is_token(token) or box.is_box(token):
+            raise GftpError(f"{url}: not a URL of this gftp")
+        home = self.folder / name if dot and name != self.folder.name else self.folder
+        return home, token
 
 
-def _token(url: str) -> str:
-    token = url.removeprefix(URL_PREFIX)
-    if token == url or not token or not all(char.isalnum() or char in "-_" for char in token):
-        raise GftpError(f"{url}: not a URL of this gftp")
-    return token
+def _is_token(text: str) -> bool:
+    return bool(text) and all(char.isalnum() or char in "-_" for char in text)
+
+
+def _open_entry(path: Path) -> int:
+    """What is in a box may be anything, of any size: a link, a pipe without a writer."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise FileNotFoundError(path)
+    return handle
+
+
+def _read_entry(path: Path) -> tuple[Path, str, str]:
+    with os.fdopen(_open_entry(path), "rb") as file:
+        entry = json.loads(file.read(_ENTRY_LIMIT_BYTES))
+    target, mode, publisher = entry["path"], entry["mode"], entry["publisher"]
+    if not all(isinstance(text, str) for text in (target, mode, publisher)):
+        raise TypeError(path)
+    if not publisher.endswith(".alive") or not _is_token(publisher.removesuffix(".alive")):
+        raise ValueError(publisher)
+    if b"\0" in os.fsencode(target) or not os.path.isabs(target):
+        raise ValueError(target)
+    return Path(target), mode, publisher
 
 
 def _locked(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with os.fdopen(_open_entry(path), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
     except BlockingIOError:
         return True
+    except OSError:
+        return False
     path.unlink(missing_ok=True)
     return False
 

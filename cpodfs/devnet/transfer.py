@@ -12,7 +12,6 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 
 import aiohttp
 from yarl import URL
@@ -73,7 +72,7 @@ class Transfers:
             link = self._registry.resolve(url)
             if link.mode != "publish":
                 raise ContainerError(f"{url}: cannot be read")
-            handle = os.open(link.path, os.O_RDONLY | os.O_CLOEXEC)
+            handle = link.open_to_read()
             return _read(handle), os.fstat(handle).st_size
         response = await self._session().get(_loopback(url), allow_redirects=False)
         if response.status != 200:
@@ -93,7 +92,8 @@ class Transfers:
             link = self._registry.resolve(url)
             if link.mode != "receive":
                 raise ContainerError(f"{url}: cannot be written to")
-            await _replace(link.path, chunks, size, bytes_s, on_progress)
+            with link.parent() as parent:
+                await _replace(parent, link.path.name, chunks, size, bytes_s, on_progress)
             return
         paced = _paced(chunks, size, bytes_s, on_progress)
         async with self._session().put(_loopback(url), data=paced) as response:
@@ -115,21 +115,23 @@ def _loopback(url: str) -> URL:
 
 
 async def _replace(
-    path: Path,
+    parent: int,
+    name: str,
     chunks: AsyncIterator[bytes],
     size: int,
     bytes_s: float | None,
     on_progress: Progress | None,
 ) -> None:
-    """Write beside ``path`` and move over it: nobody sees half a file there."""
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    """Write beside the file and move over it: nobody sees half a file there."""
+    draft = f".{name}.{secrets.token_hex(6)}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    handle = os.open(draft, flags, 0o644, dir_fd=parent)
     try:
         await _copy(chunks, handle, size, bytes_s, on_progress)
-        await asyncio.to_thread(draft.replace, path)
+        await asyncio.to_thread(os.replace, draft, name, src_dir_fd=parent, dst_dir_fd=parent)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            draft.unlink()
+            os.unlink(draft, dir_fd=parent)
         raise
 
 

@@ -7,6 +7,7 @@ reads through the tree. What it reads was written by strangers, so all of it is 
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 
 import trio
@@ -62,7 +63,7 @@ class Guard:
                 )
             if (await self.fingerprint(what)).hexdigest() != trusted:
                 raise NotTrusted(
-                    f"{what.name}: its recipe or script has changed since it was trusted; look "
+                    f"{what.name}: its code has changed since it was trusted; look "
                     f"again: cpodfs trust {what.name}"
                 )
         return await self._sandbox(what, own=own)
@@ -84,58 +85,78 @@ class Guard:
         return None
 
     async def fingerprint(self, what: PodRecipe) -> Fingerprint:
-        """What trust in a pod is bound to: its recipe, its script folder, and the program that
-        ``exec`` names where that is elsewhere in the pod. Raises NotTrusted if it is too much."""
-        sheet = _Sheet(self._tree, what.name)
+        """What trust in a pod is bound to: all that is in it but the folders for payload, output
+        and logs, and those too that ``exec`` speaks of. Raises NotTrusted if it is too much, or
+        has a link, behind which there can be another thing at any time."""
+        sheet = _Sheet(self._tree, what.name, _not_code(what.recipe))
         await sheet.add("recipe", what.recipe.file, what.raw)
-        script = what.recipe.script.split("/")
-        inode = await self._find(what.pod, script)
-        if inode is not None:
-            await sheet.walk(inode, what.recipe.script, len(script))
-        for word in _programs(what.recipe.exec_argv):
-            parts = [part for part in word.split("/") if part not in ("", ".")]
-            if word.startswith("/") or ".." in parts or parts[: len(script)] == script:
-                continue
-            program = await self._find(what.pod, parts)
-            if program is not None and not program.is_dir:
-                await sheet.walk(program, "/".join(parts), 0)
+        await sheet.folder(what.pod, "", 0)
+        # It counts even inside a folder that does not.
+        await sheet.script(what.pod, what.recipe.script)
         return sheet.print
 
-    async def _find(self, pod: Inode, parts: list[str]) -> Inode | None:
-        inode: Inode | None = pod
-        for part in parts:
-            if inode is None or not inode.is_dir:
-                return None
-            inode = await self._tree.lookup(inode.ino, part)
-        return None if inode is pod else inode
+
+def _not_code(recipe: Recipe) -> frozenset[str]:
+    """The folders on which trust does not depend. A word of exec may name one as a path, a module
+    (``payload.main``) or in a line for a shell: whatever speaks of it makes it code."""
+    folders = {recipe.payload, recipe.output, recipe.log} - {recipe.script}
+    return frozenset(
+        folder
+        for folder in folders
+        if not any(_speaks_of(word, folder) for word in recipe.exec_argv)
+    )
 
 
-def _programs(argv: tuple[str, ...]) -> list[str]:
-    """The words that may name the program: the first, and what it is to interpret."""
-    interpreted = next((word for word in argv[1:] if not word.startswith("-")), None)
-    return [argv[0]] if interpreted is None else [argv[0], interpreted]
+def _speaks_of(word: str, folder: str) -> bool:
+    # The last name is enough: the program may be told to start from the folder above it.
+    name = re.escape(folder.rpartition("/")[2])
+    return re.search(rf"(?<!\w){name}(?!\w)", word) is not None
 
 
 class _Sheet:
     """A fingerprint in the making, within its limits."""
 
-    def __init__(self, tree: Tree, pod: str) -> None:
+    def __init__(self, tree: Tree, pod: str, not_code: frozenset[str]) -> None:
         self.print = Fingerprint()
         self._tree = tree
         self._pod = pod
+        self._not_code = not_code
+        self._seen: set[int] = set()
         self._left = CODE_LIMIT_BYTES
+
+    async def folder(self, inode: Inode, path: str, depth: int) -> None:
+        """All that is in a folder; ``path``: relative to the pod, with a slash at its end."""
+        await self._tree.directory(inode.ino)
+        for child in sorted(self._tree.store.children(inode.ino), key=lambda c: c.name or ""):
+            below = f"{path}{child.name}"
+            if not (child.is_dir and below in self._not_code):
+                await self.walk(child, below, depth + 1)
+
+    async def script(self, pod: Inode, path: str) -> None:
+        """The script folder, if `folder` passed it over."""
+        inode = pod
+        for part in path.split("/"):
+            found = await self._tree.lookup(inode.ino, part)
+            if found is None:
+                return
+            inode = found
+            if not inode.is_dir:
+                break
+        if inode.ino not in self._seen:
+            await self.walk(inode, path, path.count("/") + 1)
 
     async def walk(self, inode: Inode, path: str, depth: int) -> None:
         if depth > DEPTH_LIMIT:
             raise self._too_much()
+        self._seen.add(inode.ino)
         if inode.is_dir:
             await self.add("folder", path, b"")
-            await self._tree.directory(inode.ino)
-            for child in sorted(self._tree.store.children(inode.ino), key=lambda c: c.name or ""):
-                await self.walk(child, f"{path}/{child.name}", depth + 1)
+            await self.folder(inode, f"{path}/", depth)
         elif inode.kind == LINK:
-            target = (inode.target or "").encode("utf-8", "surrogateescape")
-            await self.add("link", path, target)
+            raise NotTrusted(
+                f"{self._pod}: {path!a} is a link, and what is behind it cannot be vouched for; "
+                f"put a file there, or say that the pod is your own: cpodfs trust --own {self._pod}"
+            )
         else:
             if self._tree.files.size(inode) > self._left:
                 raise self._too_much()
@@ -156,5 +177,6 @@ class _Sheet:
     def _too_much(self) -> NotTrusted:
         return NotTrusted(
             f"{self._pod}: too much code to vouch for: more than {CODE_LIMIT_FILES} files, "
-            f"{CODE_LIMIT_BYTES >> 20} MiB or {DEPTH_LIMIT} levels in its script folder"
+            f"{CODE_LIMIT_BYTES >> 20} MiB or {DEPTH_LIMIT} levels outside of "
+            "its payload, output and log folders, or in one that golem.exec speaks of"
         )

@@ -9,12 +9,10 @@ only the holder of a run's lock writes its record. All of it belongs to one trio
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,14 +23,9 @@ import trio
 from cpodfs.errors import CpodfsError, RunError, RunInProgress
 from cpodfs.recipe import Recipe
 from cpodfs.runs import state
+from cpodfs.runs.launch import end_agreements, hand_over, open_supervisor, pidfd_of_child
 from cpodfs.runs.provider_link import GRACE_S
-from cpodfs.runs.spawn import (
-    AS_EVER,
-    How,
-    program_start,
-    supervisor_command,
-    supervisor_environment,
-)
+from cpodfs.runs.spawn import AS_EVER, How, program_start
 
 if TYPE_CHECKING:
     from cpodfs.runs.state import Record
@@ -41,6 +34,7 @@ log = logging.getLogger(__name__)
 
 _UNIDENTIFIED_POLL_S = 0.1
 _LOCK_WAIT_S = 5.0
+_LOCK_RETRY_S = 0.5
 _KILL_WAIT_S = 5.0
 _QUICK_PUBLISH_S = 5.0
 _NEW = ".new-"
@@ -57,9 +51,12 @@ class _Run:
     # Set once the supervisor listens to signals.
     pidfd: int | None = None
     cancelled: bool = False
-    # A provider run.
-    hires: bool = False
     ended: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def hires(self) -> bool:
+        """Whether it is a provider run."""
+        return bool(self.record["private"].get("hires"))
 
 
 class RunManager:
@@ -120,7 +117,8 @@ class RunManager:
         for run in alive:
             self._active[run.pod] = run
             log.info("run adopted pod=%r run=%s", run.pod, run.id)
-            nursery.start_soon(self._adopt, run)
+            # With the lock in our hands it is over, but has agreements to be ended.
+            nursery.start_soon(self._adopt if run.lock is None else self._settle, run)
         nursery.start_soon(self._publish_all, unpublished)
 
     def begin(self, pod: str, recipe: Recipe, how: How = AS_EVER) -> str:
@@ -181,22 +179,24 @@ class RunManager:
         """End every run and begin no other (until `reopen`). After ``deadline_s`` s, kill the rest.
 
         Call it while the mount is served (the last logs go through it), with a deadline longer
-        than the grace. Killing takes at most `_KILL_WAIT_S` more.
+        than the grace. Killing takes at most `_KILL_WAIT_S` more. Provider runs get a longer one.
         """
         self._closing = True
         runs = list(self._active.values())
         for run in runs:
             self.cancel(run.pod)
+        kill_wait_s = _KILL_WAIT_S
         if any(run.hires for run in runs):
-            # Agreements that nobody ends cost money.
-            deadline_s = max(deadline_s, GRACE_S + _KILL_WAIT_S)
+            # Agreements that nobody ends cost money: grace for the process, then to clean up.
+            deadline_s = max(deadline_s, 2 * GRACE_S + _KILL_WAIT_S)
+            kill_wait_s += GRACE_S
         with trio.move_on_after(deadline_s):
             for run in runs:
                 await run.ended.wait()
             return
         for run in runs:
             _signal(run, signal.SIGKILL)
-        with trio.move_on_after(_KILL_WAIT_S):
+        with trio.move_on_after(kill_wait_s):
             for run in runs:
                 await run.ended.wait()
 
@@ -231,6 +231,7 @@ class RunManager:
             run_id = state.new_run_id()
         record = state.new_record(run_id, pod, recipe.exec_argv, f"{recipe.log}/{run_id}")
         record.update(recipe_file=recipe.file, recipe=recipe.raw, warnings=list(recipe.warnings))
+        record["private"]["hires"] = recipe.runtime is not None
         record.update(set=dict(how.changes), sandbox=how.sandbox is not None)
         draft = parent / f"{_NEW}{run_id}"
         draft.mkdir(mode=0o700)
@@ -244,8 +245,7 @@ class RunManager:
             if lock is not None:
                 os.close(lock)
             raise
-        hires = recipe.runtime is not None
-        return _Run(pod, run_id, parent / run_id, record, lock, hires=hires)
+        return _Run(pod, run_id, parent / run_id, record, lock)
 
     async def _drive(self, run: _Run, recipe: Recipe, how: How) -> None:
         """A run of our own, from its journal entry to its end."""
@@ -278,22 +278,24 @@ class RunManager:
             "publish_s": self._publish_s,
         }
         assert run.lock is not None
-        process = await _open_supervisor(run.folder, run.lock, [])
+        process = await open_supervisor(run.folder, run.lock, [])
         os.close(run.lock)
         run.lock = None
         # A job half sent is a run lost, so a cancelled driver still hands over what it has begun.
         with trio.move_on_after(_LOCK_WAIT_S, shield=True):
-            await _hand_over(process, job)
-        run.pidfd = _pidfd_of_child(process)
+            await hand_over(process, job)
+        run.pidfd = pidfd_of_child(process)
         _pass_on_cancel(run)
         await process.wait()
 
     async def _adopt(self, run: _Run) -> None:
         """A run of an earlier driver: its supervisor is not our child."""
-        while (lock := state.take_lock(run.folder)) is None:
+        while (lock := await _try_lock(run)) is None:
             record = state.read_record(run.folder) or run.record
             run.pidfd = state.open_pidfd(record["private"].get("supervisor"))
             if run.pidfd is None:
+                if not run.folder.exists():
+                    break
                 # It has just been started and has not said who it is, or has just ended.
                 await trio.sleep(_UNIDENTIFIED_POLL_S)
                 continue
@@ -313,12 +315,16 @@ class RunManager:
                     if run.lock is None:
                         await trio.sleep(_UNIDENTIFIED_POLL_S)
             await trio.to_thread.run_sync(self._close_record, run)
-            # False is the supervisor's: it has tried for long enough, `recover` will again.
-            if run.lock is not None and run.record["private"].get("published") is None:
-                await self._publish(run.folder, run.lock, _QUICK_PUBLISH_S)
+            # Even when the supervisor has tried: it may hang in a mount that is no more. A process
+            # that starts now finds the one there is; later ones are `recover`'s.
+            if run.lock is not None and not run.record["private"].get("published"):
+                limit_s = min(_QUICK_PUBLISH_S, self._publish_s)
+                await self._publish(run.folder, run.lock, limit_s)
             await trio.to_thread.run_sync(self._prune, run.folder.parent)
         except OSError:
             log.exception("run could not be closed pod=%r run=%s", run.pod, run.id)
+            if run.record["state"] not in state.ENDED:
+                state.end_record(run.record, state.LOST, "its record cannot be used")
         finally:
             _let_go(run)
         self._forget(run)
@@ -328,7 +334,7 @@ class RunManager:
         log.info(
             "run ended pod=%r run=%s state=%s exit_code=%s signal=%s error=%r",
             *(run.pod, run.id),
-            *(run.record[key] for key in ("state", "exit_code", "signal", "error")),
+            *(run.record.get(key) for key in ("state", "exit_code", "signal", "error")),
         )
         run.ended.set()
         try:
@@ -342,6 +348,12 @@ class RunManager:
         if run.record["state"] in state.ENDED or run.lock is None:
             return
         state.kill_leftovers(run.id)
+        if run.record.get("golem"):
+            try:
+                end_agreements(run.folder, run.record, self._environment())
+            except Exception:
+                # Of any kind: the record may be half written, the settings may lack the app-key.
+                log.exception("agreements may be open pod=%r run=%s", run.pod, run.id)
         if run.cancelled:
             self._write_end(run, state.CANCELLED, "killed: it did not end in time")
         else:
@@ -380,6 +392,9 @@ class RunManager:
                 if run.lock is None:
                     alive.append(run)
                     continue
+                if record.get("golem") and record["state"] not in state.ENDED:
+                    alive.append(run)
+                    continue
                 self._close_record(run)
                 os.close(run.lock)
                 if not run.record["private"].get("published"):
@@ -388,19 +403,20 @@ class RunManager:
 
     async def _publish_all(self, folders: list[Path]) -> None:
         for folder in folders:
-            lock = state.take_lock(folder)
-            if lock is None:
-                continue
+            lock = None
             try:
-                await self._publish(folder, lock, self._publish_s)
+                lock = state.take_lock(folder)
+                if lock is not None:
+                    await self._publish(folder, lock, self._publish_s)
             except OSError:
                 log.exception("run not copied to its pod folder=%s", folder)
             finally:
-                os.close(lock)
+                if lock is not None:
+                    os.close(lock)
 
     async def _publish(self, folder: Path, lock: int, timeout_s: float) -> None:
         arguments = [str(self._mountpoint), str(timeout_s)]
-        process = await _open_supervisor(folder, lock, arguments)
+        process = await open_supervisor(folder, lock, arguments)
         if await process.wait():
             log.warning("run not copied to its pod yet folder=%s", folder)
 
@@ -414,6 +430,16 @@ class RunManager:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+async def _try_lock(run: _Run) -> int | None:
+    """The lock of a run; None when somebody minds it, or when it cannot be told now."""
+    try:
+        return state.take_lock(run.folder)
+    except OSError as exc:
+        log.warning("run's lock cannot be looked at pod=%r run=%s: %s", run.pod, run.id, exc)
+        await trio.sleep(_LOCK_RETRY_S)
+        return None
+
+
 def _run_folders(parent: Path) -> list[Path]:
     """The run folders of a pod, the newest first."""
     try:
@@ -421,50 +447,6 @@ def _run_folders(parent: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     return [parent / name for name in names]
-
-
-async def _open_supervisor(folder: Path, lock: int, publish: list[str]) -> trio.Process:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    words = os.open(folder / "supervisor.log", flags, 0o600)
-    try:
-        pipe = subprocess.DEVNULL if publish else subprocess.PIPE
-        return await trio.lowlevel.open_process(
-            supervisor_command(folder, lock, publish),
-            stdin=pipe,
-            stdout=pipe,
-            stderr=words,
-            pass_fds=[lock],
-            start_new_session=True,
-            cwd="/",
-            env=supervisor_environment(os.environ),
-        )
-    finally:
-        os.close(words)
-
-
-async def _hand_over(process: trio.Process, job: dict[str, Any]) -> None:
-    """Send the job, wait until the supervisor listens to signals (or is dead)."""
-
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        await process.stdin.send_all(json.dumps(job).encode())
-        await process.stdin.aclose()
-        await process.stdout.receive_some(16)
-    except trio.BrokenResourceError:
-        # It died; that the record has no end says so.
-        log.warning("supervisor died at its start pid=%d", process.pid)
-    finally:
-        await process.stdin.aclose()
-        await process.stdout.aclose()
-
-
-def _pidfd_of_child(process: trio.Process) -> int | None:
-    # Not reaped before process.wait(), so the pid is surely its own.
-    try:
-        return os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        return None
 
 
 def _signal(run: _Run, number: signal.Signals) -> None:

@@ -161,7 +161,7 @@ class Session:
 
     def _golem(self) -> tuple[Golem, Strategy]:
         runtime, status = self._runtime, self._reporter.status
-        strategy = Strategy(runtime, lambda: status.budget - status.spent())
+        strategy = Strategy(runtime, lambda: status.budget - status.committed())
         golem = Golem(
             budget=status.budget,
             strategy=strategy,
@@ -197,6 +197,8 @@ async def _main(data: bytes, reporter_out: Any) -> int:
     job, runtime = read_job(data)
     reporter = Reporter(Status(Decimal(str(runtime.budget))), reporter_out)
     session = Session(job, runtime, reporter)
+    # Nobody would mind the run any more, so it is brought to its end.
+    reporter.on_unheard = session.stop
     job.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.environ["TMPDIR"] = str(job.scratch)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, session.stop)

@@ -45,7 +45,7 @@ async def clean_up(
                 await (await activity.use_activity(key)).destroy()
         for key in agreements:
             agreement = rest.market.Agreement(market._api, key)
-            if await agreement.terminate(_REASON):
+            if await agreement.terminate(_REASON) or await _is_over(agreement):
                 ended[key] = {"agreement_state": "terminated"}
         if allocation_id is not None:
             allocation = await payment.allocation(allocation_id)
@@ -54,6 +54,14 @@ async def clean_up(
                     await pay(payment, allocation, set(ended), note)
             await allocation.delete()
     return ended
+
+
+async def _is_over(agreement: Any) -> bool:
+    """Whether somebody else has ended it: it is to be paid all the same."""
+    with contextlib.suppress(Exception):
+        details = await agreement.get_details()
+        return str(details.raw_details.state) in ("Terminated", "Expired")
+    return False
 
 
 async def pay(

@@ -8,6 +8,7 @@ and blocks, so call it from a thread.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -20,9 +21,17 @@ from typing import IO
 from cpodfs.runs.mirror import make_folder
 
 MAX_BYTES = 64 << 30
-"""Of all results of a run together; more is refused."""
+"""Of all files that a run returns, together, each at its largest; more is refused."""
 MAX_FILES = 100_000
 """In one archive."""
+AWAY = frozenset(
+    {
+        *(errno.ENOTCONN, errno.EIO, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.ESTALE),
+        *(errno.ENOENT, errno.EINTR, errno.EAGAIN, errno.EBUSY, errno.ENOSPC, errno.EDQUOT),
+        *(errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    }
+)
+"""What a mount says that is away, or full, for a while. Any other errno is the entry's own."""
 _CHUNK_BYTES = 1 << 20
 _NAME_LIMIT_BYTES = 255
 _DEPTH_LIMIT = 64
@@ -88,13 +97,14 @@ class Unpacker:
         self._root = root
         self._output = output.split("/")
         self._left = max_bytes
+        self._counted: dict[str, int] = {}
 
     def unpack(self, archive: Path, on_file: Callable[[str], None] = lambda _name: None) -> int:
         """Write what is new or changed; returns how many files the archive had.
 
         ``on_file`` is told of each. A file that has only grown is only appended to, one that is
         the same is not touched. Raises BadArchive, before which earlier entries were written, and
-        OSError from the mount.
+        OSError (of `AWAY`) from the mount; it may then be called again.
         """
         count = 0
         try:
@@ -103,7 +113,12 @@ class Unpacker:
                     count += 1
                     if count > MAX_FILES:
                         raise BadArchive(f"more than {MAX_FILES} files in one archive")
-                    self._take(members, member)
+                    try:
+                        self._take(members, member)
+                    except OSError as error:
+                        if error.errno in AWAY:
+                            raise
+                        raise BadArchive(f"{member.name!a}: {error.strerror}") from None
                     if member.isreg():
                         on_file(member.name)
         except (tarfile.TarError, ValueError, EOFError) as error:
@@ -137,7 +152,11 @@ class Unpacker:
             raise BadArchive(f"{name!a}: not in the output folder, or too deep in it")
         if any(len(os.fsencode(p)) > _NAME_LIMIT_BYTES or not p.isprintable() for p in parts):
             raise BadArchive(f"{name!a}: not a name for a file")
-        self._left -= member.size
+        # A file that grows comes again and again, and so may all of an archive.
+        key = "/".join(parts)
+        counted = self._counted.get(key, 0)
+        self._left -= max(0, member.size - counted)
+        self._counted[key] = max(counted, member.size)
         if self._left < 0:
             raise BadArchive("the results are larger than a run may return")
         return parts

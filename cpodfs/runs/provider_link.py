@@ -30,11 +30,14 @@ def command() -> list[str]:
 def clean_up(status: dict[str, Any], env: dict[str, str], words: int) -> None:
     """End and pay what a process that died left at the market; ``status`` is brought up to date.
 
-    Takes `GRACE_S` at most. ``words``: a descriptor for what there is to complain of.
+    Takes `GRACE_S` at most. ``words``: a descriptor for what there is to complain of. ``env``: with
+    the app-key. Nothing to do when the ``phase`` is "over".
     """
     import subprocess
 
-    open_ones = [one for one in status["providers"] if one["agreement_state"] == "approved"]
+    if status["phase"] == "over":
+        return
+    open_ones = [one for one in status["providers"] if _is_open(one)]
     job = {
         "agreements": [one["agreement"] for one in open_ones],
         "activities": [one["activity"] for one in open_ones if one["activity"]],
@@ -60,6 +63,12 @@ def clean_up(status: dict[str, Any], env: dict[str, str], words: int) -> None:
     for total in ("spent", "accepted"):
         status[total] = round(sum(one[total] for one in status["providers"]), 12)
     status["phase"] = "over"
+
+
+def _is_open(hired: dict[str, Any]) -> bool:
+    """Whether an agreement is to be ended, or to be paid."""
+    worked = hired["activity"] is not None and hired["agreement_state"] != "vanished"
+    return hired["agreement_state"] == "approved" or (worked and not hired["paid"])
 
 
 class Link:

@@ -26,6 +26,7 @@ from yapapi.rest.activity import BatchError, CommandExecutionError
 from yapapi.strategy import SCORE_REJECTED, LeastExpensiveLinearPayuMS
 
 from cpodfs.recipe import Runtime
+from cpodfs.runs.provider_pool import Pool, affordable, start_price
 from cpodfs.runs.provider_status import Hired, Reporter, Status
 
 STRIKES = 3
@@ -94,9 +95,8 @@ class Strategy(LeastExpensiveLinearPayuMS):  # type: ignore[misc]
         strikes = self.strikes.get(offer.issuer, 0)
         if strikes >= STRIKES:
             return float(SCORE_REJECTED)
-        fixed = Decimal(str(ComLinear.from_properties(offer.props).fixed_price))
         score = float(await super().score_offer(offer))
-        if score < 0 or fixed > self._budget_left():
+        if score < 0 or not affordable(start_price(offer.props), self._budget_left()):
             self.too_dear += 1
             return float(SCORE_REJECTED)
         return score / (1 + 10 * strikes)
@@ -132,6 +132,7 @@ class Crew:
         """See the work through. Raises RunFailed; cancelled, it still ends everything it began."""
         expires = datetime.now(UTC) + timedelta(seconds=self._runtime.timeout_s) + _EXPIRY_MARGIN
         job = Job(self._engine, expires, payload)
+        job.agreements_pool = Pool(job, self._status)
         self._engine.add_job(job)
         offers = asyncio.create_task(job.find_offers())
         self._reporter.phase("searching")
@@ -212,6 +213,9 @@ class Crew:
             return f"no offers within max_price and budget in {limit} ({dear} were too dear)"
         if not job.proposals_confirmed:
             return f"proposals rejected: {offers} offers in {limit}, and no provider agreed"
+        if not self._strategy.strikes and job.agreements_pool.too_dear():
+            left = self._status.budget - self._status.committed()
+            return f"no offers within budget in {limit}: {left:f} GLM are left"
         if self._strategy.strikes:
             return f"no other provider in {limit} ({self._last_error()})"
         return f"no provider signed an agreement in {limit}"
@@ -350,7 +354,7 @@ class Crew:
         )
         ahead = Decimal(str(a_second)) * Decimal(str(2 * _WATCH_S)) * max(1, self._lanes)
         spent, budget = self._status.spent(), self._status.budget
-        if spent + ahead > budget:
+        if self._status.committed() + ahead > budget:
             raise RunFailed(f"budget exhausted: {spent:f} of {budget:f} GLM are spent")
 
     # -- the end ----------------------------------------------------------------------------------

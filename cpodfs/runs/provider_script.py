@@ -27,6 +27,7 @@ base=$(pwd)
 state=$base/cpodfs.state
 nap() { sleep 0.1 2>/dev/null || sleep 1; }
 hash() { set -- $(sha256sum < "$1"); echo "$1"; }
+gone() { ! kill -0 "$1" 2>/dev/null || grep -q ") Z " "/proc/$1/stat" 2>/dev/null; }
 
 check() {
     [ "$(hash cpodfs.in)" = "$1" ] || { echo "what was sent did not arrive whole" >&2; exit 91; }
@@ -46,9 +47,19 @@ setup() {  # HASH OUTPUT: unpack what was sent, forget what was there before
 
 start() {  # WORDS: run the program in the background
     cd pod || exit 94
-    ( "$@" </dev/null >>"$state/out" 2>>"$state/err"
+    # exec knows no builtins and no functions: "exit" or "eval" is a program here, or missing.
+    ( ( exec "$@" ) </dev/null >>"$state/out" 2>>"$state/err"
       echo $? > "$state/exit.new"; mv "$state/exit.new" "$state/exit" ) </dev/null >/dev/null 2>&1 &
     echo $! > "$state/pid"
+}
+
+mourn() {  # whoever was to write down the program's end may have been killed with it
+    [ -e "$state/pid" ] && [ ! -e "$state/exit" ] || return 0
+    read -r pid < "$state/pid"
+    if gone "$pid" && [ ! -e "$state/exit" ]; then
+        echo "cpodfs: the program was killed" >> "$state/err"
+        echo 137 > "$state/exit"
+    fi
 }
 
 emit() {  # NAME ALL: print what NAME has got since the last time, whole lines only unless ALL
@@ -69,6 +80,7 @@ emit() {  # NAME ALL: print what NAME has got since the last time, whole lines o
 watch() {  # TENTHS: stream what the program prints, for so long or until it has ended
     left=$1
     while :; do
+        mourn
         all=; [ -e "$state/exit" ] && all=1
         more=
         emit out "$all" && more=1
@@ -86,11 +98,12 @@ watch() {  # TENTHS: stream what the program prints, for so long or until it has
 
 task() {  # HASH PATH OUTPUT WORDS: put the file there, run the program, with an empty output folder
     check "$1"
+    rm -f "$state/exit"
     rm -rf "pod/$3"; mkdir -p "pod/$3" || exit 92
     case $2 in */*) [ -d "pod/${2%/*}" ] || mkdir -p "pod/${2%/*}" || exit 92;; esac
     mv -f cpodfs.in "pod/$2" || exit 93
     shift 3; cd pod || exit 94
-    "$@" </dev/null
+    ( exec "$@" ) </dev/null
     echo $? > "$state/exit"
 }
 
@@ -124,6 +137,7 @@ report() {  # DONE UNSAID SOME
 }
 
 whole() {  # OUTPUT: archive all of it, say what is to be known
+    [ -s "$state/exit" ] || exit 97
     tar -cf cpodfs.out -C pod "./$1" || exit 96
     read -r done < "$state/exit"
     report "$done" 0 1
@@ -131,6 +145,7 @@ whole() {  # OUTPUT: archive all of it, say what is to be known
 
 pack() {  # OUTPUT: archive what is new in it, say what is to be known
     done=-
+    mourn
     [ -e "$state/exit" ] && done=$(cat "$state/exit")
     : > "$state/next"
     # File times are coarse: only what is written from now on is surely newer than that.

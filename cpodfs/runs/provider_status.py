@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any, BinaryIO
@@ -52,9 +53,24 @@ class Status:
     hired: dict[str, Hired] = field(default_factory=dict)
     tasks: dict[str, int] | None = None
     failed: list[dict[str, Any]] = field(default_factory=list)
+    start_prices: dict[str, Decimal] = field(default_factory=dict)
+    """By agreement, from the moment it is signed: what it costs at least."""
 
     def spent(self) -> Decimal:
         return sum((one.spent for one in self.hired.values()), Decimal(0))
+
+    def committed(self) -> Decimal:
+        """What is spent, and what is sure to be: the start prices of all that are not over."""
+        total = Decimal(0)
+        for key in self.hired.keys() | self.start_prices.keys():
+            one, start = self.hired.get(key), self.start_prices.get(key, Decimal(0))
+            if one is None:
+                total += start
+            elif one.paid or (one.activity is None and one.agreement_state != "approved"):
+                total += one.spent
+            else:
+                total += max(one.spent, start)
+        return total
 
     def accepted(self) -> Decimal:
         return sum((one.accepted for one in self.hired.values()), Decimal(0))
@@ -80,10 +96,14 @@ def amount(value: Decimal) -> float:
 
 
 class Reporter:
-    """Speaks to the supervisor. One event loop; `changed` may be called as often as one likes."""
+    """Speaks to the supervisor. One event loop; `changed` may be called as often as one likes.
+
+    ``on_unheard`` is called when the supervisor is gone; nothing here raises for that.
+    """
 
     def __init__(self, status: Status, out: BinaryIO) -> None:
         self.status = status
+        self.on_unheard: Callable[[], None] = lambda: None
         self._out = out
         self._due: asyncio.TimerHandle | None = None
 
@@ -120,5 +140,8 @@ class Reporter:
         self._say({"end": {"error": error, "exit_code": exit_code}})
 
     def _say(self, message: dict[str, Any]) -> None:
-        self._out.write(json.dumps(message).encode() + b"\n")
-        self._out.flush()
+        try:
+            self._out.write(json.dumps(message).encode() + b"\n")
+            self._out.flush()
+        except BrokenPipeError:
+            self.on_unheard()

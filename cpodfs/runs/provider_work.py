@@ -16,7 +16,7 @@ from typing import Any
 from yapapi import events
 from yapapi.script.command import Run
 
-from cpodfs.runs.provider_files import BadArchive, Packed, Unpacker, pack, sha256_of
+from cpodfs.runs.provider_files import AWAY, BadArchive, Packed, Unpacker, pack, sha256_of
 from cpodfs.runs.provider_market import LaneFailed, RunFailed
 from cpodfs.runs.provider_script import (
     HELPER,
@@ -89,7 +89,7 @@ class Shop:
             return self._packed
 
     async def in_pod(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call what reads or writes the mount, in a thread; while that fails, again for a while.
+        """Call what reads or writes the mount, in a thread; while the mount is away, again for a while.
 
         Raises RunFailed, and BadArchive unchanged.
         """
@@ -99,7 +99,7 @@ class Shop:
             try:
                 return await asyncio.to_thread(function, *arguments)
             except OSError as error:
-                if loop.time() >= deadline:
+                if error.errno not in AWAY or loop.time() >= deadline:
                     raise RunFailed(f"the pod cannot be used: {error}") from None
             await asyncio.sleep(_MOUNT_RETRY_S)
 

@@ -1,6 +1,6 @@
 """Runs behind bubblewrap: only the pod can be written, only the system and Python can be read.
 
-Imports nothing of ours but the package's place. The network stays the machine's, for the program
+Imports `box` and the package's place. The network stays the machine's, for the program
 talks to yagna on localhost. Secrets reach the program by inheriting the environment: bwrap's
 arguments, which every user of the machine can read, name paths only.
 """
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import cpodfs
+from cpodfs.runs import box
 
 MODES = ("auto", "on", "off")
 PROBE_S = 10.0
@@ -35,8 +36,6 @@ _ETC = (
 )
 _YAGNA_SOCKET = f"{_TMP}/yagna.sock"
 """Through which the real gftp talks to yagna."""
-_REGISTRY_VARIABLE = "CPODFS_GFTP_DIR"
-"""The folder by which the local market's gftp and its providers find each other's files."""
 
 
 def broken(bwrap: str | None = None) -> str | None:
@@ -69,14 +68,14 @@ def program() -> str | None:
 
 
 def wrapper(bwrap: str, pod: Path, env: Mapping[str, str]) -> list[str]:
-    """What goes before a program's argv. ``env``: what it will inherit, from which the folders are
+    """What goes before a program's argv. ``env``: its `environment`, from which the folders are
     taken that it cannot do without. Touches no file below ``pod``, which is in the mount."""
     arguments = [bwrap, *_ISOLATION, *_system()]
     for path in _readable(env):
         arguments += ["--ro-bind-try", path, path]
-    for path in (_YAGNA_SOCKET, env.get(_REGISTRY_VARIABLE, "")):
-        if path:
-            arguments += ["--bind-try", path, path]
+    arguments += ["--bind-try", _YAGNA_SOCKET, _YAGNA_SOCKET]
+    if own := box.named(env):
+        arguments += ["--bind", own, own]
     # Over the mount point, in case it lies in one of those folders: nothing shows the other pods.
     arguments += ["--tmpfs", str(pod.parent), "--bind", str(pod), str(pod)]
     arguments += ["--remount-ro", str(pod.parent), "--remount-ro", "/"]
@@ -84,8 +83,13 @@ def wrapper(bwrap: str, pod: Path, env: Mapping[str, str]) -> list[str]:
 
 
 def environment(env: Mapping[str, str]) -> dict[str, str]:
-    """``env`` with the places that are other ones inside."""
-    return {**env, "HOME": _HOME, "TMPDIR": _TMP}
+    """``env`` with the places that are other ones inside. Names a new box at each call."""
+    inside = {**env, "HOME": _HOME, "TMPDIR": _TMP}
+    if registry := env.get(box.VARIABLE):
+        own = box.new(registry)
+        # The market must find a temporary file that gftp offers under the name it has inside.
+        inside |= {box.VARIABLE: own, "TMPDIR": os.path.join(own, box.TMP)}
+    return inside
 
 
 def _system() -> list[str]:

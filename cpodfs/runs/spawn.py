@@ -39,10 +39,8 @@ def program_start(
     env = run_environment({**extra, **how.env}, ours)
     if how.sandbox is None:
         return {"env": env, "wrap": []}
-    return {
-        "env": sandbox.environment(env),
-        "wrap": sandbox.wrapper(how.sandbox, pod, env),
-    }
+    inside = sandbox.environment(env)
+    return {"env": inside, "wrap": sandbox.wrapper(how.sandbox, pod, inside)}
 
 
 def run_environment(extra: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:

@@ -45,6 +45,8 @@ ENDED = frozenset({FINISHED, FAILED, CANCELLED, LOST})
 STREAMS = ("stdout.log", "stderr.log")
 RECORD_FILE = "run.json"
 
+TEXT_LIMIT = 500
+
 _KEY_LIMIT = 200
 _KILL_ROUNDS = 20
 _TEXTS = ("id", "pod", "state", "log")
@@ -99,6 +101,18 @@ def new_record(run_id: str, pod: str, argv: Sequence[str], log: str) -> Record:
         "pid": None,
         "private": {"supervisor": None, "published": None},
     }
+
+
+def bounded(value: Any) -> Any:
+    """A JSON value, each text in it one line of `TEXT_LIMIT` at most: strangers wrote them."""
+    if isinstance(value, str):
+        line = " ".join(value[: 2 * TEXT_LIMIT].split()) if "\n" in value else value
+        return line if len(line) <= TEXT_LIMIT else f"{line[: TEXT_LIMIT - 1]}…"
+    if isinstance(value, dict):
+        return {key: bounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [bounded(inner) for inner in value]
+    return value
 
 
 def end_record(record: Record, state: str, error: str | None = None) -> None:

@@ -2,7 +2,7 @@
 
 ``python -m cpodfs.runs.supervisor RUN_FOLDER LOCK_FD`` with a job on stdin (`read_job`), or
 ``… --publish RUN_FOLDER LOCK_FD MOUNTPOINT TIMEOUT_S`` to complete the pod's copy of a run that
-is over. Outlives the driver. Imports `state`, `mirror` and the standard library only: its start is
+is over. Outlives the driver. Imports its neighbours that import as little, and the standard library: its start is
 part of the time from ``touch .run`` to the program. Holds the run's lock, so it alone writes
 ``run.json``. Blocking is fine here, except in the main thread on the mount once a program runs.
 """
@@ -18,7 +18,8 @@ import subprocess
 import sys
 import time
 
-from cpodfs.runs import keep, mirror, provider_link, state
+from cpodfs.runs import box, keep, mirror, provider_link, state
+from cpodfs.runs.stream import LOG_LIMIT_BYTES, Stream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
     from cpodfs.runs.state import Record
 
-_CHUNK_BYTES = 64 * 1024
 _KILL_LIMIT_S = 5.0
 _PRUNE_LIMIT_S = 10.0
 _SANDBOX_PROCESSES = 2
@@ -51,33 +51,6 @@ def read_job(data: bytes) -> dict[str, Any] | None:
     return job if isinstance(job, dict) else None
 
 
-class _Stream:
-    """One of the program's outputs: a pipe, and the spool file that it goes to."""
-
-    def __init__(self, pipe: int, spool: int) -> None:
-        self.pipe = pipe
-        self.spool = spool
-        self.pending = b""
-        os.set_blocking(pipe, False)
-
-    def pump(self) -> bool | None:
-        """Move one chunk. True: moved; False: nothing now, or the spool is full; None: closed."""
-        if not self.pending:
-            try:
-                self.pending = os.read(self.pipe, _CHUNK_BYTES)
-            except BlockingIOError:
-                return False
-            if not self.pending:
-                return None
-        try:
-            while self.pending:
-                self.pending = self.pending[os.write(self.spool, self.pending) :]
-        except OSError:
-            # The disk is full: keep the chunk and let the program wait.
-            return False
-        return True
-
-
 class Supervisor:
     """One run, from the record in state ``starting`` to its end."""
 
@@ -91,7 +64,9 @@ class Supervisor:
         self._status: int | None = None
         self._grace_ends: float | None = None
         self._killed = False
-        self._streams: list[_Stream | provider_link.Link] = []
+        self._beyond_us = False
+        self._box: box.Box | None = None
+        self._streams: list[Stream | provider_link.Link] = []
         self._link: provider_link.Link | None = None
         self._link_env: dict[str, str] = {}
         self._follower = mirror.Follower(
@@ -100,6 +75,13 @@ class Supervisor:
 
     def run(self) -> None:
         """See the run through. Returns when the copy in the pod is complete or given up."""
+        try:
+            self._see_through()
+        finally:
+            if self._box is not None:
+                self._box.close()
+
+    def _see_through(self) -> None:
         spools = [self._spool(name) for name in state.STREAMS]
         try:
             self._start(spools)
@@ -150,6 +132,8 @@ class Supervisor:
         if self._job.get("provider"):
             self._start_link(env, spools)
             return
+        if self._job["wrap"] and (own := box.named(env)):
+            self._box = box.Box(own, [self._pod])
         self._program = subprocess.Popen(
             [*self._job["wrap"], *self._record["exec"]],
             stdin=subprocess.DEVNULL,
@@ -162,7 +146,7 @@ class Supervisor:
         # The thread that copies started later, so that nothing but this thread was forked.
         pipes = (self._program.stdout, self._program.stderr)
         self._streams = [
-            _Stream(pipe.fileno(), spool)
+            Stream(pipe.fileno(), spool)
             for pipe, spool in zip(pipes, spools, strict=True)
             if pipe is not None
         ]
@@ -187,7 +171,7 @@ class Supervisor:
         assert pipes[2] is not None
         by_name = dict(zip(("stdout", "stderr"), spools, strict=True))
         self._link = provider_link.Link(pipes[1].fileno(), by_name, self._take_status)
-        self._streams = [self._link, _Stream(pipes[2].fileno(), spools[1])]
+        self._streams = [self._link, Stream(pipes[2].fileno(), spools[1])]
         job = {
             "runtime": self._job["provider"],
             "argv": self._record["exec"],
@@ -204,7 +188,7 @@ class Supervisor:
             pass
 
     def _take_status(self, status: dict[str, Any]) -> None:
-        self._record["golem"] = status
+        self._record["golem"] = state.bounded(status)
         self._save(durable=False)
 
     def _mind(self) -> None:
@@ -214,7 +198,7 @@ class Supervisor:
         by_pipe = {stream.pipe: stream for stream in self._streams}
         for pipe in by_pipe:
             poll.register(pipe, select.POLLIN)
-        full: list[_Stream | provider_link.Link] = []
+        full: list[Stream | provider_link.Link] = []
         while not self._over():
             for fd, _ in poll.poll(self._timeout_ms(bool(full))):
                 if fd == self._wake:
@@ -234,8 +218,8 @@ class Supervisor:
                 self._kill()
 
     def _retry(
-        self, full: list[_Stream | provider_link.Link], poll: select.poll
-    ) -> list[_Stream | provider_link.Link]:
+        self, full: list[Stream | provider_link.Link], poll: select.poll
+    ) -> list[Stream | provider_link.Link]:
         left = []
         for stream in full:
             if stream.pump():
@@ -249,11 +233,15 @@ class Supervisor:
         waits = [mirror.RETRY_S] if spool_full else []
         if self._grace_ends is not None and not self._killed:
             waits.append(max(0.0, self._grace_ends - time.monotonic()))
+        if self._killed and self._grace_ends is not None:
+            waits.append(_KILL_LIMIT_S / 5)
         return int(min(waits) * 1000) + 1 if waits else None
 
     def _over(self) -> bool:
         if self._status is None:
-            return False
+            # It may have become another user, whom we may not kill.
+            late = self._killed and self._grace_ends is not None
+            return late and time.monotonic() >= (self._grace_ends or 0) + _KILL_LIMIT_S
         # Cancelled: what the program started may still be putting its affairs in order.
         return self._grace_ends is None or self._killed or not state.children(os.getpid())
 
@@ -268,7 +256,7 @@ class Supervisor:
     def _terminate(self) -> None:
         if self._link is not None:
             # Not to its gftp, which it needs to come to an end.
-            _kill_quietly(self._pid, signal.SIGTERM)
+            self._send(self._pid, signal.SIGTERM)
             return
         if not self._job["wrap"]:
             self._signal_group(signal.SIGTERM)
@@ -279,13 +267,23 @@ class Supervisor:
             self._kill()
         # Not to the sandbox's own process: it would die of it, and the exit code would be lost.
         for pid in inside:
-            _kill_quietly(pid, signal.SIGTERM)
+            self._send(pid, signal.SIGTERM)
 
     def _signal_group(self, number: int) -> None:
         try:
             os.killpg(self._pid, number)
         except ProcessLookupError:
             pass
+        except PermissionError:
+            self._beyond_us = True
+
+    def _send(self, pid: int, number: int) -> None:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass
+        except PermissionError:
+            self._beyond_us = True
 
     def _kill(self) -> None:
         self._killed = True
@@ -317,7 +315,7 @@ class Supervisor:
         # Those in a session of their own did not get the group's SIGTERM.
         for pid in state.children(os.getpid()):
             if pid != leader:
-                os.kill(pid, signal.SIGTERM)
+                self._send(pid, signal.SIGTERM)
 
     def _end(self) -> None:
         """Kill what is left, take in the last output, write down how it ended."""
@@ -328,32 +326,46 @@ class Supervisor:
                 pass
             lost += len(stream.pending)
         self._follower.notify()
-        assert self._status is not None
         cancelled = self._grace_ends is not None
         outcome = state.FINISHED if self._status == 0 else state.FAILED
-        error = f"{lost} bytes or more of output were lost: no space for the log" if lost else None
+        error = self._complaint(lost)
         state.end_record(self._record, state.CANCELLED if cancelled else outcome, error)
         if self._link is not None:
             self._end_link(self._link, cancelled)
+        elif self._status is None:
+            # Beyond us: nobody will tell how it ends.
+            return
         elif self._status < 0:
             self._record["signal"] = _signal_name(-self._status)
         else:
             self._record["exit_code"] = self._status
 
+    def _complaint(self, lost: int) -> str | None:
+        """What did not go as it should, other than the program itself, in one line."""
+        if self._beyond_us and (self._status is None or state.children(os.getpid())):
+            return "it could not be ended: processes of it belong to another user, and go on"
+        if lost:
+            return f"{lost} bytes or more of output were lost: no space for the log"
+        over = sum(stream.thrown_away for stream in self._streams if isinstance(stream, Stream))
+        if over:
+            return f"{over} bytes of output were thrown away: a log is {LOG_LIMIT_BYTES} at most"
+        return None
+
     def _end_link(self, link: provider_link.Link, cancelled: bool) -> None:
         """What the process said last, or that it said nothing."""
-        assert self._status is not None
-        last = link.end or {}
+        last = state.bounded(link.end or {})
         error, code = last.get("error"), last.get("exit_code")
         if link.end is None:
-            how = _signal_name(-self._status) if self._status < 0 else f"exit code {self._status}"
+            # Its own exit code says nothing: a last word that was lost may have told of a failure.
+            status = self._status or 0
+            how = _signal_name(-status) if status < 0 else f"exit code {status}"
             error = f"the provider run's own process died ({how}); see stderr.log"
-            code = self._status if self._status > 0 else None
+            code = status if status > 0 else None
             if self._record.get("golem"):
                 words = self._spool(state.STREAMS[1])
                 provider_link.clean_up(self._record["golem"], self._link_env, words)
                 self._follower.notify()
-        if code and not cancelled:
+        if (code or link.end is None) and not cancelled:
             self._record["state"] = state.FAILED
         self._record["exit_code"] = code
         if error is not None and self._record["error"] is None and error != "cancelled":
@@ -368,7 +380,7 @@ class Supervisor:
             if not pids:
                 return
             for pid in pids:
-                os.kill(pid, signal.SIGKILL)
+                self._send(pid, signal.SIGKILL)
             if select.select([self._wake], [], [], 0.05)[0]:
                 os.read(self._wake, 4096)
 
@@ -387,13 +399,6 @@ class Supervisor:
                 time.sleep(mirror.RETRY_S)
             else:
                 return
-
-
-def _kill_quietly(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _signal_name(number: int) -> str:

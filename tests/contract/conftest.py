@@ -42,12 +42,12 @@ def devnet_server(state_dir: Path, port: int = 0) -> Iterator[str]:
     thread = threading.Thread(target=loop.run_forever, name="devnet")
     thread.start()
     try:
-        bound = asyncio.run_coroutine_threadsafe(start(), loop).result(timeout=10)
+        bound = asyncio.run_coroutine_threadsafe(start(), loop).result(timeout=30)
         yield f"http://127.0.0.1:{bound}"
     finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(timeout=10)
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(timeout=30)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(timeout=10)
+        thread.join(timeout=30)
         loop.close()
 
 

@@ -20,7 +20,7 @@ from tests.mount.harness import CPODFS, Mount, sh
 
 SCRIPTS = Path(__file__).with_name("run_scripts")
 WAIT = "while [ -e .run ]; do sleep 0.05; done"
-DEADLINE_S = 30.0
+DEADLINE_S = 60.0
 SECRET = "8c1f-only-the-driver-knows"
 IN_MODIFY, IN_DELETE_SELF = 0x2, 0x400
 

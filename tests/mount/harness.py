@@ -22,7 +22,7 @@ from typing import Any
 from cpodfs import mountpoint
 from cpodfs.devnet import launch
 
-READY_S = 30.0
+READY_S = 60.0
 END_S = 300.0
 CPODFS = [sys.executable, "-m", "cpodfs"]
 
@@ -66,7 +66,7 @@ class Server:
             {"Content-Type": "application/json"},
             method="POST",
         )
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return json.loads(answer.read() or b"{}")
 
     def faults(self, **faults: Any) -> None:
@@ -74,7 +74,7 @@ class Server:
 
     def stats(self) -> Any:
         """The server's own counters since the last reset."""
-        with urllib.request.urlopen(self.url + "/devnet/stats", timeout=10) as answer:
+        with urllib.request.urlopen(self.url + "/devnet/stats", timeout=30) as answer:
             return json.loads(answer.read())
 
     def calls(self) -> dict[str, int]:

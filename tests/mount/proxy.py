@@ -29,6 +29,7 @@ class Line(Server):
         self._lock = threading.Lock()
         self._every = {"up": 0, "down": 0}
         self._seen = {"up": 0, "down": 0}
+        self._live: set[socket.socket] = set()
         self.resets = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -40,6 +41,13 @@ class Line(Server):
         with self._lock:
             self._every = {"up": up, "down": down}
             self._seen = {"up": 0, "down": 0}
+
+    def hang_up(self) -> None:
+        """End the connections that there are: who waits for an answer need not any more."""
+        with self._lock:
+            for end in self._live:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
 
     def stop(self) -> None:
         self._listener.close()
@@ -58,8 +66,19 @@ class Line(Server):
 
     def _pass_on(self, client: socket.socket, server: socket.socket) -> None:
         """One connection, in one thread: a socket that another thread reads from sends no reset."""
+        with self._lock:
+            self._live |= {client, server}
+        try:
+            self._copy(client, server)
+        finally:
+            with self._lock:
+                self._live -= {client, server}
+            client.close()
+            server.close()
+
+    def _copy(self, client: socket.socket, server: socket.socket) -> None:
         ways = {client: ("up", server), server: ("down", client)}
-        with contextlib.suppress(OSError), client, server:
+        with contextlib.suppress(OSError):
             while True:
                 for source in select.select([client, server], [], [])[0]:
                     way, sink = ways[source]

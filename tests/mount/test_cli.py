@@ -36,7 +36,7 @@ def refused(mount: Mount, *options: str, point: Path | None = None) -> str:
     if point is not None:
         command[command.index("mount") + 1] = str(point)
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=mount.env, timeout=30
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=mount.env, timeout=60
     )
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
@@ -89,7 +89,7 @@ def test_password_file_that_others_may_read(ready: Mount) -> None:
 def test_no_password_and_no_terminal(ready: Mount) -> None:
     command = [*CPODFS, "mount", str(ready.point), "--user", ready.user]
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ready.env, timeout=30
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ready.env, timeout=60
     )
     assert done.returncode == 1
     assert done.stderr == (
@@ -272,7 +272,7 @@ def test_umount_while_in_use(mount: Mount) -> None:
 
 def test_daemon_returns_when_the_mount_answers(ready: Mount) -> None:
     command = [*ready.command(), "--daemon"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ready.env, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, env=ready.env, timeout=60)
     try:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         assert os.path.ismount(ready.point)

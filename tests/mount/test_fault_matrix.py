@@ -26,10 +26,11 @@ KB, MB = 1000, 1_000_000
 BIG = 400 * KB
 TIMEOUT_S = 1.0
 QUICK = ("--writeback-delay", "0.1", "--timeout", str(TIMEOUT_S))
-AT_ONCE_S = 2.0
-"""For what needs no server. On a quiet machine these are milliseconds."""
-PATIENCE_S = 4 * TIMEOUT_S
-"""For what needs one: opening, reading and listing may each wait for ``--timeout``."""
+NO_HANG_S = 15.0
+"""For anything at all. What needs no server takes milliseconds on a quiet machine, and what needs one
+some times ``--timeout``; a loaded machine is slower, but a hang is longer still."""
+NEVER_S = 2 * NO_HANG_S
+"""Longer than anybody waits for an answer here."""
 EVERYTHING = "/v[12]/"
 
 
@@ -43,6 +44,7 @@ class Broken:
     def mend(self) -> None:
         self.server.faults()
         self.line.cut()
+        self.line.hang_up()
 
 
 Act = Callable[[Broken], None]
@@ -70,7 +72,7 @@ REFUSED = (errno.EIO, errno.ETIMEDOUT)
 FAULTS = {
     "every answer is 500": Fault(injected(error_rate=1.0), REFUSED, REFUSED),
     "every answer is 429": Fault(injected(error_rate=1.0, status=429), REFUSED, REFUSED),
-    "answers come too late": Fault(injected(latency_s=3 * TIMEOUT_S), TOO_LATE, TOO_LATE),
+    "answers come too late": Fault(injected(latency_s=NEVER_S), TOO_LATE, TOO_LATE),
     "the server is frozen": Fault(
         lambda broken: broken.server.freeze(),
         *(TOO_LATE, TOO_LATE),
@@ -100,8 +102,8 @@ def test_no_hang_no_lie_no_loss(tmp_path: Path, own_server: Server, fault: Fault
         fault.begin(broken)
         try:
             _what_is_here_works(pod)
-            _within(PATIENCE_S, lambda: _read_uncached(pod, fault.reads))
-            _within(PATIENCE_S, lambda: _list_unknown(pod, fault.lists))
+            _in_time(lambda: _read_uncached(pod, fault.reads))
+            _in_time(lambda: _list_unknown(pod, fault.lists))
             if fault.reads and fault.lists:
                 assert mount.status()["pending"], "nothing can have been uploaded"
         finally:
@@ -135,14 +137,14 @@ def _what_is_here_works(pod: Path) -> None:
         (pod / "made/inside/f").write_text("inside")
         assert not (pod / "d/none").exists()
 
-    _within(AT_ONCE_S, work)
+    _in_time(work)
 
 
-def _within(limit_s: float, act: Callable[[], None]) -> None:
+def _in_time(act: Callable[[], None]) -> None:
     started = time.monotonic()
     act()
     took = time.monotonic() - started
-    assert took < limit_s, f"{took:.1f} s"
+    assert took < NO_HANG_S, f"{took:.1f} s"
 
 
 def _expecting(codes: tuple[int, ...], act: Callable[[], None]) -> None:
@@ -212,7 +214,7 @@ def test_a_server_killed_in_the_middle_of_a_download(slow: Mount, own_server: Se
         assert file.read(1) == b"1"
         own_server.kill()
         file.seek(BIG - 1)
-        _within(PATIENCE_S, lambda: _expecting(UNREACHABLE + TOO_LATE, lambda: file.read(1)))
+        _in_time(lambda: _expecting(UNREACHABLE + TOO_LATE, lambda: file.read(1)))
     own_server.start_again()
     _until(lambda: not _fails(lambda: (pod / "big").read_bytes()))
     assert (pod / "big").read_bytes() == b"1" * BIG
@@ -276,7 +278,7 @@ def _fails(act: Callable[[], object]) -> bool:
     return False
 
 
-def _until(condition: Callable[[], bool], deadline_s: float = 20) -> None:
+def _until(condition: Callable[[], bool], deadline_s: float = 60) -> None:
     """Wait for something of which there is no event to wait for."""
     deadline = time.monotonic() + deadline_s
     while not condition():

@@ -57,7 +57,7 @@ def test_kill_at_random_instants(tmp_path: Path, own_server: Server) -> None:
     with mounted(tmp_path, own_server, None, "--writeback-delay", "0.02") as mount:
         pod = mount.pod()
         expected: dict[str, str] = {}
-        for _ in range(10):
+        for _ in range(6):
             _work_until_killed(mount, pod, expected, dice)
             mount.start()
             found = {p.name: p.read_text() for p in pod.iterdir()}
@@ -107,23 +107,24 @@ def test_first_bytes_come_while_the_rest_is_downloading(tmp_path: Path, own_serv
             file.seek(-4096, os.SEEK_END)
             assert file.read() == data[-4096:]
             last = time.monotonic() - started
-        assert first < middle / 2 < last / 2, (first, middle, last)
+        # Had the first waited for all, the others would have come within milliseconds.
+        assert min(middle - first, last - middle) > 0.3, (first, middle, last)
 
 
 def test_memory_does_not_grow_with_file_size(tmp_path: Path, own_server: Server) -> None:
     with mounted(tmp_path, own_server, None, *QUICK) as mount:
         pod = mount.pod()
-        run("dd", "if=/dev/zero", f"of={pod}/big", "bs=1M", "count=2048")
+        run("dd", "if=/dev/zero", f"of={pod}/big", "bs=1M", "count=512")
         with (pod / "big").open("r+b") as file:
-            file.seek(1_999_999_999)
+            file.seek(499_999_999)
             file.write(b"needle")
         mount.sync()
         up = _peak_mib(mount.pid)
         mount.remount(wipe=True)
         with (pod / "big").open("rb") as file:
-            file.seek(1_999_999_999)
+            file.seek(499_999_999)
             assert file.read(6) == b"needle"
-        assert (pod / "big").stat().st_size == 2 << 30
+        assert (pod / "big").stat().st_size == 512 << 20
         down = _peak_mib(mount.pid)
         print(f"peak MiB: up {up}, down {down}")
         assert max(up, down) < 200

@@ -27,7 +27,7 @@ from tests.mount.model import EXCHANGE, NOREPLACE, Twin
 from tests.mount.world import World
 
 SEED = int(os.environ.get("CPODFS_TEST_SEED", "1"))
-EXAMPLES, STEPS = map(int, os.environ.get("CPODFS_TEST_MODEL", "18x40").split("x"))
+EXAMPLES, STEPS = map(int, os.environ.get("CPODFS_TEST_MODEL", "12x40").split("x"))
 
 NAMES = st.sampled_from("abc")
 SIZES = st.sampled_from([0, 1, 100, 4095, 4096, 5000, 70_000, 300_000])

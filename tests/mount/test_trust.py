@@ -87,7 +87,8 @@ def test_trust_ends_when_the_code_changes(theirs: Mount) -> None:
         "mkdir script/folder",
         "mv script/x.sh script/y.sh",
         "mv script/y.sh script/x.sh",
-        "ln -s /etc/passwd script/link",
+        "touch beside.py",
+        "mkdir tools; touch tools/new",
         "printf ' ' >> a.recipe",
         "cp a.recipe recipe.json",
     ):
@@ -103,7 +104,7 @@ def test_trust_outlasts_changes_of_other_things(theirs: Mount) -> None:
     vouch(pod)
     run_to_end(pod)
     for change in (
-        "touch payload.txt; mkdir payload; touch payload/x output/x",
+        "mkdir payload; touch payload/x output/x",
         "chmod 600 script/x.sh; touch script/x.sh",
         "cp script/x.sh y; mv y script/x.sh",
     ):
@@ -119,17 +120,62 @@ def test_a_change_is_pointed_out(theirs: Mount) -> None:
     assert DENIED in touch(pod)
 
 
-def test_a_program_outside_of_the_script_folder_counts_too(theirs: Mount) -> None:
-    files = recipe_files("sh -e tools/x.sh payload.txt") | {
-        "tools/x.sh": "cat $1",
-        "payload.txt": "1",
-    }
-    pod = forked(theirs, "elsewhere", files)
-    assert "tools/x.sh" in theirs.cli("trust", "--yes", str(pod)).stdout
-    (pod / "payload.txt").write_text("2")
-    assert (run_to_end(pod) / "stdout.log").read_text() == "2"
-    (pod / "tools/x.sh").write_text("echo evil")
+@pytest.mark.parametrize(
+    ("number", "command"),
+    [
+        *enumerate(("python3 -m payload.main", "python3 -W ignore payload/main.py")),
+        *enumerate(("python3 payload", "sh -c 'cd payload; python3 main.py'"), 2),
+        *enumerate(("env A=1 python3 ./payload//main.py", "python3 tools/main.py"), 4),
+    ],
+)
+def test_a_program_outside_of_the_script_folder_counts_too(
+    theirs: Mount, number: int, command: str
+) -> None:
+    folder = "tools" if "tools" in command else "payload"
+    names = [f"{folder}/main.py", f"{folder}/__main__.py"]
+    pod = forked(theirs, f"elsewhere {number}", recipe_files(command) | dict.fromkeys(names, "1"))
+    shown = theirs.cli("trust", "--yes", str(pod)).stdout
+    for name in names:
+        assert name in shown
+        (pod / name).write_text("2")
+        assert DENIED in touch(pod)
+        assert "has changed since it was trusted" in reason(pod)
+        vouch(pod)
+    run_to_end(pod)
+
+
+def test_what_stands_beside_the_program_can_take_the_place_of_a_module(theirs: Mount) -> None:
+    files = recipe_files("python3 -m script.main") | {"script/main.py": "import json"}
+    pod = forked(theirs, "beside", files)
+    vouch(pod)
+    (pod / "json.py").write_text("print('evil')")
     assert DENIED in touch(pod)
+
+
+def test_nobody_can_vouch_for_what_is_behind_a_link(theirs: Mount) -> None:
+    pod = forked(theirs, "linked", recipe_files() | {"payload/x.sh": "echo evil"})
+    vouch(pod)
+    sh("mv script own; ln -s payload script", pod)
+    for change in ("true", "rm script; mv own script; ln -sf ../payload/x.sh script/x.sh"):
+        sh(change, pod)
+        assert DENIED in touch(pod)
+        assert "is a link" in reason(pod)
+        refused = theirs.cli("trust", "--yes", str(pod), check=False)
+        assert (refused.returncode, "is a link" in refused.stderr) == (1, True)
+
+
+def test_a_script_folder_in_the_payload_is_code(theirs: Mount) -> None:
+    golem = {"exec": "sh payload/code/x.sh", "payload": "payload", "script": "payload/code"}
+    for number, command in enumerate((golem["exec"], "sh -c 'sh $CPODFS_SCRIPT/x.sh'")):
+        files = {
+            "a.recipe": json.dumps({"golem": golem | {"exec": command}}),
+            "payload/data": "1",
+            "payload/code/x.sh": "1",
+        }
+        pod = forked(theirs, f"inside {number}", files)
+        vouch(pod)
+        (pod / "payload/code/x.sh").write_text("2")
+        assert DENIED in touch(pod)
 
 
 def test_a_run_cannot_vouch_for_what_it_makes_of_itself(theirs: Mount) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -11,8 +12,12 @@ from typing import Any
 
 import pytest
 
+from cpodfs.devnet.container import Container, ContainerError, Isolation
 from cpodfs.devnet.gftp import URL_PREFIX, GftpError, Registry, Server, main, serve
 from cpodfs.devnet.run_env import HOOK_DIR, run_environment
+from cpodfs.devnet.transfer import Transfers
+from cpodfs.runs import box, sandbox
+from cpodfs.runs.spawn import How, program_start
 
 
 @pytest.fixture
@@ -191,3 +196,152 @@ def test_hook_imports_nothing_and_chains_to_the_next_sitecustomize(tmp_path: Pat
     )
     expected = str(tmp_path / "sitecustomize.py")
     assert run_python(code, env) == f"{expected} False False {expected}"
+
+
+# -- requestors in a sandbox ----------------------------------------------------------------------
+
+
+class Boxed:
+    """A sandboxed run: its pod, its box, and what it plants there."""
+
+    def __init__(self, base: Path) -> None:
+        self.market = Registry(base / "gftp")
+        self.pod = base / "mount" / "pod"
+        self.pod.mkdir(parents=True)
+        self.path = Path(box.new(str(self.market.folder)))
+        self.box = box.Box(str(self.path), [str(self.pod)])
+        alive = os.open(self.path / "evil.alive", os.O_RDWR | os.O_CREAT)
+        fcntl.flock(alive, fcntl.LOCK_EX)
+        self.container = Container(base / "activity", Isolation(None), "x")
+        self.container.create()
+        self.container.path("/golem/work/in").write_text("from the provider")
+
+    def plant(self, path: Path | str, mode: str, /, **more: Any) -> str:
+        entry = {"path": str(path), "mode": mode, "publisher": "evil.alive", **more}
+        (self.path / "token").write_text(json.dumps(entry))
+        return f"{URL_PREFIX}{self.path.name}.token"
+
+    async def read(self, path: Path | str) -> str:
+        async with Transfers(self.market) as transfers:
+            url = self.plant(path, "publish")
+            await transfers.transfer(self.container, url, "container:/golem/work/out")
+        return self.container.path("/golem/work/out").read_text()
+
+    async def write(self, path: Path | str) -> None:
+        async with Transfers(self.market) as transfers:
+            url = self.plant(path, "receive")
+            await transfers.transfer(self.container, "container:/golem/work/in", url)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def boxed(tmp_path: Path) -> Iterator[Boxed]:
+    found = Boxed(tmp_path)
+    yield found
+    found.box.close()
+
+
+@pytest.mark.anyio
+async def test_a_sandboxed_program_may_offer_what_is_in_its_pod(boxed: Boxed) -> None:
+    (boxed.pod / "payload").mkdir()
+    for place in (boxed.pod / "payload" / "data", boxed.path / "tmp" / "data"):
+        place.write_text("mine")
+        assert await boxed.read(place) == "mine"
+        await boxed.write(place)
+        assert place.read_text() == "from the provider"
+
+
+@pytest.mark.anyio
+async def test_a_sandboxed_program_reaches_nothing_else(boxed: Boxed, tmp_path: Path) -> None:
+    outside = tmp_path / "home"
+    outside.mkdir()
+    (outside / "secret").write_text("secret")
+    (boxed.pod / "folder").symlink_to(outside)
+    (boxed.pod / "file").symlink_to(outside / "secret")
+    os.mkfifo(boxed.pod / "pipe")
+    ways = [
+        *(outside / "secret", boxed.pod / ".." / ".." / "home" / "secret", boxed.pod),
+        *(boxed.pod / "folder" / "secret", boxed.pod.parent / "pod2" / "x", "home/secret", "a\0b"),
+        *(boxed.market.folder / "x", boxed.path / "token", f"{boxed.path}.note", "/", "\ud800"),
+    ]
+    for way in ways:
+        with pytest.raises(ContainerError):
+            await boxed.read(way)
+        with pytest.raises(ContainerError):
+            await boxed.write(way)
+    for way in (boxed.pod / "file", boxed.pod / "pipe"):
+        with pytest.raises(ContainerError):
+            await boxed.read(way)
+    await boxed.write(boxed.pod / "file")
+    assert not (boxed.pod / "file").is_symlink()
+    assert (outside / "secret").read_text() == "secret"
+    assert [path.name for path in outside.iterdir()] == ["secret"]
+
+
+def test_what_is_in_a_box_may_be_anything(boxed: Boxed) -> None:
+    url = boxed.plant(boxed.pod / "x", "publish")
+    entry = boxed.path / "token"
+    assert boxed.market.resolve(url).path == boxed.pod / "x"
+    for more in ({"publisher": "../x.alive"}, {"publisher": 1}, {"path": 1}, {"mode": []}):
+        boxed.plant("/x", "publish", **more)
+        with pytest.raises(GftpError, match="not published"):
+            boxed.market.resolve(url)
+    for text in ("[" * 20000, "[]", "", '{"path": "' + "x" * 40000):
+        entry.write_text(text)
+        with pytest.raises(GftpError, match="not published"):
+            boxed.market.resolve(url)
+    entry.unlink()
+    entry.symlink_to("/etc/passwd")
+    with pytest.raises(GftpError, match="not published"):
+        boxed.market.resolve(url)
+    entry.unlink()
+    os.mkfifo(entry)
+    with pytest.raises(GftpError, match="not published"):
+        boxed.market.resolve(url)
+
+
+def test_gftp_in_a_box_makes_urls_that_the_market_finds(boxed: Boxed) -> None:
+    (boxed.pod / "x").write_text("x")
+    server = Server(Registry(boxed.path))
+    [link] = ask(server, "publish", files=[str(boxed.pod / "x")])
+    assert boxed.market.resolve(link["url"]).path == boxed.pod / "x"
+    assert ask(server, "close", urls=[link["url"]]) == ["ok"]
+    with pytest.raises(GftpError, match="not published"):
+        boxed.market.resolve(link["url"])
+
+
+def test_a_box_ends_with_its_run(boxed: Boxed) -> None:
+    url = boxed.plant(boxed.pod / "x", "publish")
+    boxed.box.close()
+    with pytest.raises(GftpError, match="gone"):
+        boxed.market.resolve(url)
+    assert list(boxed.market.folder.iterdir()) == []
+    boxed.box = box.Box(str(boxed.path), [])
+
+
+def test_boxes_of_supervisors_that_died_are_swept_away(boxed: Boxed) -> None:
+    dead = Path(box.new(str(boxed.market.folder)))
+    code = (
+        f"import os; from cpodfs.runs import box; b = box.Box({str(dead)!r}, ['/x']); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert dead.exists()
+    box.Box(box.new(str(boxed.market.folder)), ["/x"]).close()
+    assert sorted(boxed.market.folder.iterdir()) == [boxed.path, Path(f"{boxed.path}.note")]
+
+
+def test_the_sandbox_shows_a_box_and_not_the_registry(tmp_path: Path) -> None:
+    registry = str(tmp_path / "gftp")
+    start = program_start(
+        How(sandbox="bwrap"), tmp_path / "mount/pod", {"CPODFS_GFTP_DIR": registry}, {}
+    )
+    own = start["env"]["CPODFS_GFTP_DIR"]
+    assert box.named(start["env"]) == own
+    assert start["env"]["TMPDIR"] == f"{own}/tmp"
+    assert own in start["wrap"]
+    assert registry not in start["wrap"]
+    assert sandbox.environment({"CPODFS_GFTP_DIR": registry})["CPODFS_GFTP_DIR"] != own

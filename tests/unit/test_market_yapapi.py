@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,8 @@ async def test_streamed_output(tmp_path: Path) -> None:
 
 
 async def test_killed_requestor_leaves_nothing(tmp_path: Path) -> None:
-    mark = "98705.75"
+    # Another run of the tests on this machine has another.
+    mark = f"98705.{os.getpid()}"
     async with served(tmp_path, providers=ONE, requestor_idle_s=1.0) as market:
         process = await market.start_script("hang.py", mark)
         assert process.stdout

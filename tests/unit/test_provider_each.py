@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from decimal import Decimal
 from pathlib import Path
 
+import anyio
 import pytest
 
 from cpodfs.runs import provider_each
@@ -120,6 +122,14 @@ async def test_providers_that_only_fail_end_the_run(work: EachWork) -> None:
         work.lane_ended(lane("one"), "no")
     with pytest.raises(RunFailed, match="8 providers in a row failed; the last: no"):
         work.lane_ended(lane("one"), "no")
+
+
+async def test_what_waiting_does_not_mend_ends_the_run_at_once(work: EachWork) -> None:
+    def refused() -> None:
+        raise OSError(errno.EACCES, "no")
+
+    with anyio.fail_after(5), pytest.raises(RunFailed, match="the pod cannot be used"):
+        await work._shop.in_pod(refused)
 
 
 class Offer:

@@ -129,9 +129,38 @@ def test_links_in_the_pod_are_not_followed(pod: Path, tmp_path: Path) -> None:
     (pod / "output/d").symlink_to(outside)
     (pod / "output/f").symlink_to(outside / "f")
     for name in ("output/d/x", "output/f"):
-        with pytest.raises(OSError, match=r"symbolic links|Not a directory"):
+        with pytest.raises(BadArchive, match=r"symbolic links|Not a directory"):
             Unpacker(pod, "output").unpack(archive(tmp_path / "t", [(name, b"x", {})]))
     assert list(outside.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["output/there/x", "output/folder"])
+def test_an_entry_that_the_pod_refuses_is_the_archives_fault(
+    pod: Path, tmp_path: Path, name: str
+) -> None:
+    (pod / "output/there").write_text("a file")
+    (pod / "output/folder").mkdir()
+    with pytest.raises(BadArchive, match=f"'{name}': (Not a|Is a) directory"):
+        Unpacker(pod, "output").unpack(archive(tmp_path / "t", [(name, b"x", {})]))
+
+
+def test_a_pod_that_is_away_is_no_fault_of_the_archive(pod: Path, tmp_path: Path) -> None:
+    results = archive(tmp_path / "t", [("output/x", b"x" * 60, {})])
+    unpacker = Unpacker(pod, "output", max_bytes=100)
+    pod.rename(tmp_path / "away")
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            unpacker.unpack(results)
+    (tmp_path / "away").rename(pod)
+    assert unpacker.unpack(results) == 1
+
+
+def test_a_file_that_comes_again_counts_once(pod: Path, tmp_path: Path) -> None:
+    unpacker = Unpacker(pod, "output", max_bytes=100)
+    for size in range(10, 101, 10):
+        unpacker.unpack(archive(tmp_path / "t", [("output/grows", b"x" * size, {})]))
+    with pytest.raises(BadArchive, match="larger than a run may return"):
+        unpacker.unpack(archive(tmp_path / "t", [("output/other", b"x", {})]))
 
 
 def test_no_archive_at_all(pod: Path, tmp_path: Path) -> None:

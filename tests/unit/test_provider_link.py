@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cpodfs.runs import provider_link
 from cpodfs.runs.provider_link import Link
 from cpodfs.runs.provider_market import Books
 from cpodfs.runs.provider_status import Hired, Reporter, Status
@@ -109,3 +110,35 @@ async def test_whose_invoice_is_missing() -> None:
     status.hired["owed"] = Hired("owed", "0x2", "owed", activity="2")
     status.hired["gone"] = Hired("gone", "0x3", "gone", "vanished", activity="3")
     assert await books.settle(lambda: 0.1) == ["owed"]
+
+
+async def test_a_supervisor_that_is_gone_is_told_nothing(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    unheard: list[bool] = []
+    with os.fdopen(writer, "wb", buffering=0) as out:
+        reporter = Reporter(Status(Decimal(1)), out)
+        reporter.on_unheard = lambda: unheard.append(True)
+        reporter.note("x")
+        reporter.tell()
+    assert unheard == [True, True]
+
+
+def status_of(**hired: object) -> dict:
+    one = {"agreement": "a", "activity": "1", "agreement_state": "approved", "paid": False}
+    return {"phase": "running", "allocation": None, "providers": [one | hired]}
+
+
+@pytest.mark.parametrize(
+    ("hired", "tidied"),
+    [
+        ({}, True),
+        ({"activity": None}, True),
+        ({"agreement_state": "terminated"}, True),
+        ({"agreement_state": "terminated", "paid": True}, False),
+        ({"agreement_state": "terminated", "activity": None}, False),
+        ({"agreement_state": "vanished"}, False),
+    ],
+)
+def test_what_is_to_be_ended_or_paid(hired: dict, tidied: bool) -> None:
+    assert provider_link._is_open(status_of(**hired)["providers"][0]) == tidied

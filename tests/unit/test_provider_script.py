@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import signal
 import subprocess
 import tarfile
 import time
@@ -84,7 +86,7 @@ def test_a_program_in_the_background(box: Box) -> None:
     assert files == {"output/a": "a\n"}
     assert not box.report()[0].some
     gate.write_text("")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     out, err = "", ""
     while True:
         done = box.call("watch", "2")
@@ -136,6 +138,34 @@ def test_a_missing_program(box: Box) -> None:
     box.call("start", "no-such-program")
     assert "no-such-program" in box.call("watch", "20").stderr
     assert box.report()[0].exit_code == 127
+
+
+@pytest.mark.parametrize("words", [["exit", "3"], ["eval", "echo seen"], ["pack", "output"]])
+def test_a_builtin_of_the_shell_is_no_program(box: Box, words: list[str]) -> None:
+    box.call("start", *words)
+    done = box.call("watch", "20")
+    assert (done.stdout, words[0] in done.stderr) == ("", True)
+    assert box.report()[0].exit_code == 127
+    box.call("task", box.send(b"a"), "payload/a", "output", "true")
+    box.call("task", box.send(b"b"), "payload/b", "output", *words)
+    assert box.report("whole")[0].exit_code == 127
+
+
+def test_who_waits_for_the_program_is_killed(box: Box) -> None:
+    box.call("start", "sleep", "60")
+    pid = int((box.folder / "cpodfs.state/pid").read_text())
+    subprocess.run(["pkill", "-KILL", "-P", str(pid)], check=True)
+    os.kill(pid, signal.SIGKILL)
+    assert "killed" in box.call("watch", "50").stderr
+    assert box.report()[0].exit_code in (137, 128 + signal.SIGKILL)
+
+
+def test_no_exit_code_is_taken_from_an_earlier_task(box: Box) -> None:
+    box.call("task", box.send(b"a"), "payload/a", "output", "true")
+    # The program's parent is the script itself.
+    words = ["sh", "-c", "kill -KILL $PPID"]
+    box.call("task", box.send(b"b"), "payload/b", "output", *words, ok=False)
+    assert box.call("whole", "output", ok=False).returncode == 97
 
 
 @pytest.mark.parametrize("text", ["", "cpodfs", "cpodfs - 0 0 1 abc", "x 0 0 1 5 " + "0" * 64])

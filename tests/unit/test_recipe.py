@@ -150,6 +150,17 @@ def test_results_stay_out_of_the_script_folder(field, folder):
     assert f"golem: {field} must not be the script folder" in golem_refusal(**{field: folder})
 
 
+@pytest.mark.parametrize("field", ["output", "log"])
+def test_the_script_folder_stays_out_of_the_results(field):
+    text = golem_refusal(**{field: "out", "script": "out/code"})
+    assert f"script must not lie inside the {field} folder" in text
+
+
+def test_a_command_that_would_take_long_to_split_is_refused_before():
+    assert parse({"exec": "x" * 65536}).exec_argv == ("x" * 65536,)
+    assert "golem.exec: is longer than 64 KiB" in golem_refusal(exec="x" * 65537)
+
+
 def runtime(**block):
     return parse({"runtime": {"image": "golem/x:latest", "budget": 1} | block}).runtime
 

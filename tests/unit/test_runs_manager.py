@@ -409,6 +409,21 @@ async def test_an_environment_that_cannot_be_passed_on(bench):
     assert record["error"] == "golem.exec: 'true': cannot be started (ValueError)"
 
 
+async def test_what_the_supervisor_could_not_copy_is_copied_once_more(bench, monkeypatch):
+    async with bench.managed(publish_s=0.05) as manager:
+        close_record = manager._close_record
+
+        def back_again(run):
+            (bench.base / "hidden").rename(bench.mount / "pod")
+            manager._publish_s = 5
+            close_record(run)
+
+        monkeypatch.setattr(manager, "_close_record", back_again)
+        record = await bench.run(recipe(f"mv {bench.mount}/pod {bench.base}/hidden"))
+    assert record["state"] == "finished"
+    assert json.loads(bench.published(record, "run.json"))["state"] == "finished"
+
+
 async def test_only_the_last_runs_are_remembered(bench):
     async with bench.managed(keep=2) as manager:
         ids = [(await bench.run(recipe("true")))["id"] for _ in range(4)]

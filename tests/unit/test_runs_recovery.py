@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,8 @@ import trio
 import trio.testing
 from runs_helpers import APP_KEY, Bench, Fifo, recipe, until
 
-from cpodfs.runs import state
+from cpodfs.runs import launch, state
+from cpodfs.runs.provider_link import GRACE_S
 
 pytestmark = pytest.mark.anyio
 
@@ -223,6 +225,115 @@ async def test_cancelling_the_manager_leaves_the_run_alone(bench, told, gate):
         await bench.ended()
         assert manager.history("pod")[0]["state"] == "finished"
     assert (bench.base / "count").read_text() == "ran\n"
+
+
+async def test_an_adopted_runs_folder_is_removed(bench, told, gate, start_driver):
+    driver, run_id = start_driver(counting(bench, told, gate))
+    await told.line()
+    kill(driver)
+    async with bench.managed() as manager:
+        await trio.testing.wait_all_tasks_blocked()
+        folder = bench.runs_dir / "pod" / run_id
+        private = state.read_record(folder)["private"]
+        shutil.rmtree(folder)
+        os.kill(private["supervisor"]["pid"], signal.SIGKILL)
+        assert await bench.ended() == "pod"
+        assert manager.current("pod") is None
+        state.kill_leftovers(run_id)
+        assert (await bench.run(recipe("true")))["state"] == "finished"
+
+
+async def test_a_lock_that_cannot_be_looked_at_is_looked_at_again(
+    bench, told, gate, start_driver, monkeypatch
+):
+    driver, _ = start_driver(counting(bench, told, gate))
+    await told.line()
+    kill(driver)
+    async with bench.managed() as manager:
+        take_lock, tries = state.take_lock, []
+
+        def fails(folder):
+            tries.append(folder)
+            if len(tries) <= 2:
+                raise OSError(errno.EMFILE, "too many open files")
+            return take_lock(folder)
+
+        monkeypatch.setattr(state, "take_lock", fails)
+        await gate.release()
+        await bench.ended()
+        assert len(tries) > 2
+        assert manager.history("pod")[0]["state"] == "finished"
+
+
+GOLEM = {"phase": "running", "allocation": "x", "providers": [], "spent": 0, "accepted": 0}
+
+
+def tidied(monkeypatch):
+    """Stands in for the process that talks to the market; tells what it was given."""
+    calls = []
+
+    def clean_up(status, env, words):
+        assert status == GOLEM
+        assert env["YAGNA_APPKEY"] == APP_KEY
+        os.write(words, b"tidied\n")
+        status["phase"] = "over"
+        calls.append(True)
+
+    monkeypatch.setattr(launch, "clean_up", clean_up)
+    return calls
+
+
+def hire(folder):
+    """Make a record say that the run has providers."""
+    record = state.read_record(folder)
+    record["golem"] = dict(GOLEM)
+    state.write_record(folder, record, durable=False)
+    return record
+
+
+async def test_the_supervisor_of_a_provider_run_dies(bench, told, gate, monkeypatch):
+    calls = tidied(monkeypatch)
+    async with bench.managed() as manager:
+        run_id = manager.begin("pod", recipe(counting(bench, told, gate)))
+        await told.line()
+        folder = bench.runs_dir / "pod" / run_id
+        await until(lambda: state.read_record(folder)["state"] == "running")
+        private = hire(folder)["private"]
+        os.kill(private["supervisor"]["pid"], signal.SIGKILL)
+        await bench.ended()
+        (record,) = manager.history("pod")
+    assert calls == [True]
+    assert (record["state"], record["golem"]["phase"]) == ("lost", "over")
+    assert b"tidied\n" in bench.published(record, "stderr.log")
+
+
+async def test_a_provider_run_that_nobody_minds_is_tidied_up_after_the_start(bench, monkeypatch):
+    calls = tidied(monkeypatch)
+    record = state.new_record("20261124T000000.000Z-abcd", "pod", ["x"], "logs/x")
+    folder = bench.folder(record)
+    folder.mkdir(parents=True)
+    state.write_record(folder, record, durable=False)
+    hire(folder)
+    async with bench.managed() as manager:
+        assert await bench.ended() == "pod"
+        (record,) = manager.history("pod")
+        assert (await bench.run(recipe("true")))["state"] == "finished"
+    assert calls == [True]
+    assert (record["state"], record["golem"]["phase"]) == ("lost", "over")
+
+
+async def test_provider_runs_get_the_time_to_tidy_up(bench, told, gate, monkeypatch):
+    async with bench.managed() as manager:
+        manager.begin("pod", recipe(counting(bench, told, gate)))
+        await told.line()
+        manager._active["pod"].record["private"]["hires"] = True
+        waits = []
+        move_on_after = trio.move_on_after
+        monkeypatch.setattr(
+            trio, "move_on_after", lambda s, **k: waits.append(s) or move_on_after(s, **k)
+        )
+        await manager.cancel_all(1)
+    assert waits[0] > 2 * GRACE_S
 
 
 async def published(folder: Path) -> None:

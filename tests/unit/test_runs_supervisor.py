@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
 from cpodfs.runs import state
+from cpodfs.runs import supervisor as supervisor_module
 from cpodfs.runs.spawn import run_environment, supervisor_command, supervisor_environment
-from cpodfs.runs.supervisor import _Stream, read_job
+from cpodfs.runs.stream import Stream
+from cpodfs.runs.supervisor import Supervisor, read_job
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def pipe():
 def test_a_full_disk_holds_the_program_up_and_loses_nothing(pipe, tmp_path):
     reader, writer = pipe
     full = os.open("/dev/full", os.O_WRONLY)
-    stream = _Stream(reader, full)
+    stream = Stream(reader, full)
     assert stream.pump() is False
     assert not stream.pending
     os.write(writer, b"hello")
@@ -41,6 +44,66 @@ def test_a_full_disk_holds_the_program_up_and_loses_nothing(pipe, tmp_path):
     assert (tmp_path / "log").read_bytes() == b"hello world"
     os.close(stream.spool)
     os.close(full)
+
+
+def test_a_log_has_a_limit(pipe, tmp_path):
+    reader, writer = pipe
+    spool = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    stream = Stream(reader, spool, limit=7)
+    for text in (b"12345", b"6789", b"0"):
+        os.write(writer, text)
+        assert stream.pump() is True
+    assert (tmp_path / "log").read_bytes() == b"1234567"
+    assert stream.thrown_away == 3
+    os.close(spool)
+
+
+def supervisor(tmp_path, **job):
+    record = state.new_record("id", "pod", ["x"], "logs/id")
+    job = {"mountpoint": str(tmp_path), "wrap": [], "grace_s": 0.0, **job}
+    wake, _ = os.pipe()
+    return Supervisor(str(tmp_path), record, job, wake), record
+
+
+def test_a_provider_run_without_a_last_word_has_failed(tmp_path):
+    minder, record = supervisor(tmp_path)
+    minder._status = 0
+    state.end_record(record, state.FINISHED)
+    minder._end_link(types.SimpleNamespace(end=None), False)
+    assert record["state"] == state.FAILED
+    assert "died (exit code 0)" in record["error"]
+
+
+def test_what_became_another_user_cannot_be_ended_and_is_told(tmp_path, monkeypatch):
+    """As ``sudo`` does: signals to it are refused."""
+
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(supervisor_module, "_KILL_LIMIT_S", 0.2)
+    monkeypatch.setattr(os, "kill", refuse)
+    monkeypatch.setattr(os, "killpg", refuse)
+    minder, record = supervisor(tmp_path)
+    with subprocess.Popen(["sleep", "60"]) as child:
+        minder._program = child
+        minder._grace_ends = 0.0
+        try:
+            minder._pass_on_term(0)
+            minder._mind()
+            minder._end()
+        finally:
+            monkeypatch.undo()
+            child.kill()
+    assert record["state"] == state.CANCELLED
+    assert "could not be ended" in record["error"]
+
+
+def test_texts_of_strangers_are_short_lines():
+    long = {"a": ["x\n y " * 1000, 1, None, "two\nlines"], "b": "short"}
+    cut = state.bounded(long)
+    assert len(cut["a"][0]) == state.TEXT_LIMIT
+    assert "\n" not in cut["a"][0]
+    assert (cut["a"][1:], cut["b"]) == ([1, None, "two lines"], "short")
 
 
 @pytest.mark.parametrize("data", [b"", b'{"env": {', b"[]", b"\xff"])

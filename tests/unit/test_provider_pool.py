@@ -1,0 +1,96 @@
+"""Start prices are money: no agreement is signed that the budget cannot bear."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from yapapi.agreements_pool import BufferedAgreement
+
+from cpodfs.runs.provider_pool import Pool
+from cpodfs.runs.provider_status import Hired, Status
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def properties(start: float) -> dict[str, Any]:
+    return {
+        "golem.com.scheme": "payu",
+        "golem.com.pricing.model": "linear",
+        "golem.com.pricing.model.linear.coeffs": [0.0, 0.0, start],
+        "golem.com.usage.vector": ["golem.usage.cpu_sec", "golem.usage.duration_sec"],
+        "golem.node.id.name": "one",
+    }
+
+
+class Agreement:
+    def __init__(self, name: str, start: float) -> None:
+        self.id = f"agreement {name}"
+        view = SimpleNamespace(
+            properties=properties(start), extract=lambda what: what.from_properties(properties(0))
+        )
+        self.details = SimpleNamespace(provider_view=view, requestor_view=view)
+
+    async def get_details(self) -> Any:
+        return self.details
+
+    async def confirm(self) -> bool:
+        return True
+
+
+class Proposal:
+    def __init__(self, name: str, start: float) -> None:
+        self.issuer, self.props, self._start = name, properties(start), start
+
+    async def create_agreement(self) -> Agreement:
+        return Agreement(self.issuer, self._start)
+
+
+def pool(status: Status) -> Pool:
+    engine = SimpleNamespace(recycle_offer=lambda _offer: None, _market_api=None)
+    return Pool(SimpleNamespace(engine=engine, emit=lambda *_, **__: None), status)  # type: ignore[arg-type]
+
+
+async def sign(offers: Pool) -> str | None:
+    agreement = await offers._get_agreement()
+    if agreement is None:
+        return None
+    held: BufferedAgreement = offers._agreements[agreement.id]
+    held.worker_task = object()  # type: ignore[assignment]
+    return str(agreement.id)
+
+
+async def test_start_prices_are_set_aside_from_the_signature_on() -> None:
+    status = Status(Decimal(1))
+    offers = pool(status)
+    for name in ("a", "b", "c", "d"):
+        await offers.add_proposal(1.0, Proposal(name, 0.4))  # type: ignore[arg-type]
+    assert await sign(offers) is not None
+    second = await sign(offers)
+    assert second is not None
+    assert status.committed() == Decimal("0.8")
+    assert await sign(offers) is None
+    assert offers.too_dear() == 2
+    # One that nothing became of costs nothing: the offers are still there.
+    status.hired[second] = Hired("x", "0x", second, "terminated")
+    assert await sign(offers) is not None
+    await offers.add_proposal(0.1, Proposal("free", 0.0))  # type: ignore[arg-type]
+    assert await sign(offers) == "agreement free"
+
+
+def test_what_is_committed() -> None:
+    status = Status(Decimal(1), start_prices={"a": Decimal("0.4")})
+    assert status.committed() == Decimal("0.4")
+    hired = status.hired["a"] = Hired("x", "0x", "a", activity="1")
+    assert status.committed() == Decimal("0.4")
+    hired.spent = Decimal("0.5")
+    assert status.committed() == Decimal("0.5")
+    hired.spent, hired.paid = Decimal("0.3"), True
+    assert status.committed() == Decimal("0.3")
