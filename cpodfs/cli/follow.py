@@ -21,6 +21,7 @@ from cpodfs.cli.pods import Pod, printable
 from cpodfs.errors import RecipeError
 
 POLL_S = 0.05
+LOOKS = 40
 RUN_ID = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{4}")
 _PROGRESS_S = 0.5
 _CHUNK_BYTES = 256 * 1024
@@ -63,16 +64,17 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def in_progress(pod: Pod) -> dict[str, Any] | None:
     """What ``.run`` says, or None when there is no run (or no mount) any more."""
-    for _ in range(3):
+    for _ in range(LOOKS):
         try:
             state = json.loads(pod.control.read_bytes())
             return state if isinstance(state, dict) else None
         except OSError as error:
-            # ESTALE: it went between the look and the opening.
-            if error.errno != errno.ESTALE:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENOTCONN):
                 return None
+            # ESTALE, EIO: it was taken away between the kernel's look and the opening.
         except ValueError:
-            continue
+            pass
+        time.sleep(POLL_S)
     return None
 
 
