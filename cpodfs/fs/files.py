@@ -210,18 +210,21 @@ class Files:
         """At most ``size`` bytes; waits for no more of the file than that."""
         file = self._handles.file(handle)
         inode = inode_of(self._store, file.ino)
+        download = None
         if not inode.cached and inode.size:
             try:
-                await self._downloads.get(file.ino, inode.size).wait_for(offset + size)
+                download = self._downloads.get(file.ino, inode.size)
+                await download.wait_for(offset + size)
             except CpodfsError:
-                if not inode_of(
-                    self._store, file.ino
-                ).cached:  # else: emptied by somebody while we waited
+                # Unless somebody emptied the file while we waited.
+                if not inode_of(self._store, file.ino).cached:
                     raise
         found = await data.read(file.fd, offset, size)
         now = self._store.get(file.ino)
         if now is not None and not now.cached and len(found) < min(size, now.size - offset):
-            raise oserror(errno.EIO)  # the download failed just then; the kernel would keep zeros
+            # The download failed just then; the kernel would keep zeros.
+            failed = download.error if download is not None else None
+            raise failed or oserror(errno.EIO)
         return found
 
     async def write(self, handle: int, offset: int, buffer: bytes) -> int:
