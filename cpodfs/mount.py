@@ -25,7 +25,7 @@ from cpodfs.cache.schema import ROOT
 from cpodfs.config import Settings
 from cpodfs.dfs import Client, Session, Timeouts
 from cpodfs.errors import LoginRefused, MountError, Unreachable
-from cpodfs.fs.control import RUN_INO_BIT, Attributes, RunFiles
+from cpodfs.fs.control import Attributes, RunFiles
 from cpodfs.fs.files import Files
 from cpodfs.fs.guard import Guard
 from cpodfs.fs.handles import Handles
@@ -290,7 +290,7 @@ class Driver:
             pyfuse3.invalidate_entry_async(
                 pyfuse3.InodeT(inode.ino),
                 RUN_NAME.encode(),
-                pyfuse3.InodeT(RUN_INO_BIT | inode.ino),
+                pyfuse3.InodeT(self._run_files.ino(inode.ino)),
                 ignore_enoent=True,
             )
 

@@ -1,7 +1,8 @@
 """Pods as things that run: the control file ``.run`` and the ``user.cpodfs.*`` attributes.
 
 Imports the tree, recipes and runs. ``.run`` is never stored anywhere: it exists exactly while a run
-is in progress. Its inode number is the pod's with ``RUN_INO_BIT`` set, which no stored inode has.
+is in progress. Its inode number (`RunFiles.ino`) has ``RUN_INO_BIT``, which no stored inode has, and
+is never used for another ``.run``, which the kernel would take for the one it has seen deleted.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ from cpodfs.runs.spawn import How
 log = logging.getLogger(__name__)
 
 RUN_INO_BIT = 1 << 62
+_POD_BITS = 40
+_TURNS = 1 << (62 - _POD_BITS)
+RM_WAIT_S = 1.0
+"""``rm .run`` waits so long for the run's end, so that a script may go on at once (touch it again,
+remove the pod). No longer: the kernel holds the pod's directory meanwhile."""
 CONTROL_HANDLE_BIT = 1 << 62
 XATTR_PREFIX = b"user.cpodfs."
 REQUEST = b"request."
@@ -44,6 +50,11 @@ class _Starter:
     pid: int
 
 
+def pod_of(ino: int) -> int:
+    """The inode number of the pod whose ``.run`` has, or had, this one."""
+    return ino & ((1 << _POD_BITS) - 1)
+
+
 class RunFiles:
     """The ``.run`` of every pod, and what is known of whose they are."""
 
@@ -54,6 +65,7 @@ class RunFiles:
         self._starting: set[int] = set()
         self._starters: dict[int, _Starter] = {}
         self._snapshots: dict[int, bytes] = {}
+        self._turns: dict[int, int] = {}
         self._next_handle = CONTROL_HANDLE_BIT
         self.errors: dict[int, str] = {}
 
@@ -63,6 +75,13 @@ class RunFiles:
             return False
         inode = self._tree.store.get(parent)
         return inode is not None and inode.parent == ROOT
+
+    def ino(self, pod: int) -> int:
+        """The inode number of the pod's ``.run``, another one after each start and each ``rm``."""
+        return RUN_INO_BIT | self._turns.get(pod, 0) << _POD_BITS | pod
+
+    def _turn(self, pod: int) -> None:
+        self._turns[pod] = (self._turns.get(pod, 0) + 1) % _TURNS
 
     def exists(self, pod: int) -> bool:
         return self._runs.in_progress(self._pod_name(pod))
@@ -97,6 +116,7 @@ class RunFiles:
             for warning in recipe.warnings:
                 log.warning("recipe pod=%r: %s", name, warning)
             run_id = self._runs.begin(name, recipe, How(env, changed, sandbox))
+            self._turn(pod)
         except CpodfsError as error:
             self._refused(pod, str(error))
             raise
@@ -157,10 +177,13 @@ class RunFiles:
         recipe = parse_recipe(raw, file=chosen[0], others=chosen[1:])
         return PodRecipe(inode_of(self._tree.store, pod), recipe, raw)
 
-    def cancel(self, pod: int) -> None:
-        """``rm .run``: the file goes when the run has ended."""
-        if not self._runs.cancel(self._pod_name(pod)):
+    async def cancel(self, pod: int) -> None:
+        """``rm .run``: the file goes when the run has ended, which is waited for a little."""
+        name = self._pod_name(pod)
+        if not self._runs.cancel(name):
             raise oserror(errno.ENOENT, RUN_NAME)
+        self._turn(pod)
+        await self._runs.wait_end(name, RM_WAIT_S)
 
     def open(self, pod: int, *, writing: bool) -> int:
         """A handle for reading a snapshot of the state; to write is to touch again."""

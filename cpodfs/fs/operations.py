@@ -29,6 +29,7 @@ from cpodfs.fs.control import (
     XATTR_PREFIX,
     Attributes,
     RunFiles,
+    pod_of,
 )
 from cpodfs.fs.pods import check_writable, inode_of, oserror
 from cpodfs.fs.tree import Times, Tree
@@ -111,7 +112,7 @@ class Operations(pyfuse3.Operations):
         """Attributes of ``.run``, never remembered by the kernel: it comes and goes by itself."""
         entry = EntryAttributes()
         inode = inode_of(self._tree.store, pod)
-        entry.st_ino = RUN_INO_BIT | pod
+        entry.st_ino = pyfuse3.InodeT(self._runs.ino(pod))
         entry.st_mode = stat.S_IFREG | 0o600
         entry.st_nlink = 1
         entry.st_uid, entry.st_gid = self._uid, self._gid
@@ -161,7 +162,7 @@ class Operations(pyfuse3.Operations):
     @_answer
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         if inode & RUN_INO_BIT:
-            return self._run_entry(inode ^ RUN_INO_BIT)
+            return self._run_entry(pod_of(inode))
         return self._entry(inode_of(self._tree.store, inode))
 
     @_answer
@@ -174,7 +175,7 @@ class Operations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> EntryAttributes:
         if inode & RUN_INO_BIT:
-            pod = inode ^ RUN_INO_BIT
+            pod = pod_of(inode)
             if not self._runs.may_touch(pod, ctx.pid):
                 raise oserror(errno.EBUSY, RUN_NAME)
             return self._run_entry(pod)
@@ -245,7 +246,7 @@ class Operations(pyfuse3.Operations):
     async def unlink(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         text = decode_name(name)
         if self._runs.is_run_name(parent_inode, text):
-            self._runs.cancel(parent_inode)
+            await self._runs.cancel(parent_inode)
             return
         await self._tree.unlink(parent_inode, text)
 
@@ -300,7 +301,7 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
         if inode & RUN_INO_BIT:
             writing = flags & os.O_ACCMODE != os.O_RDONLY
-            return _control_info(self._runs.open(inode ^ RUN_INO_BIT, writing=writing))
+            return _control_info(self._runs.open(pod_of(inode), writing=writing))
         if flags & os.O_ACCMODE != os.O_RDONLY:
             check_writable(self._tree.store, inode)
         # A content that is here changes only through this mount: the kernel's pages may stay. What
@@ -350,7 +351,14 @@ class Operations(pyfuse3.Operations):
 
     @_answer
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
-        """Entries in the order of inode numbers, which serve as cookies that changes do not move."""
+        """Entries in the order of inode numbers, which serve as cookies that changes do not move.
+
+        ``.run`` comes first: ``rm -r`` ends the run before it deletes what the run works on.
+        """
+        if start_id < ROOT and self._runs.is_run_name(fh, RUN_NAME) and self._runs.exists(fh):
+            start_id = ROOT
+            if not pyfuse3.readdir_reply(token, RUN_NAME.encode(), self._run_entry(fh), start_id):
+                return
         while children := self._tree.store.children(fh, start_id, READDIR_BATCH):
             for child in children:
                 name = os.fsencode(child.name or "")
@@ -358,9 +366,6 @@ class Operations(pyfuse3.Operations):
                     return
                 self._tree.handles.looked_up(child.ino)
                 start_id = child.ino
-        run_ino = RUN_INO_BIT | fh
-        if start_id < run_ino and self._runs.is_run_name(fh, RUN_NAME) and self._runs.exists(fh):
-            pyfuse3.readdir_reply(token, RUN_NAME.encode(), self._run_entry(fh), run_ino)
 
     @_answer
     async def releasedir(self, fh: int) -> None:

@@ -22,7 +22,7 @@ import trio
 
 from cpodfs.errors import CpodfsError, RunError, RunInProgress
 from cpodfs.recipe import Recipe
-from cpodfs.runs import state
+from cpodfs.runs import debts, state
 from cpodfs.runs.launch import end_agreements, hand_over, open_supervisor, pidfd_of_child
 from cpodfs.runs.provider_link import GRACE_S
 from cpodfs.runs.spawn import AS_EVER, How, program_start
@@ -113,13 +113,15 @@ class RunManager:
         Does not wait for the mount; copies that are missing there are completed in the background.
         """
         nursery = self._started()
-        alive, unpublished = await trio.to_thread.run_sync(self._scan)
+        alive, unpublished, owing = await trio.to_thread.run_sync(self._scan)
         for run in alive:
             self._active[run.pod] = run
             log.info("run adopted pod=%r run=%s", run.pod, run.id)
             # With the lock in our hands it is over, but has agreements to be ended.
             nursery.start_soon(self._adopt if run.lock is None else self._settle, run)
         nursery.start_soon(self._publish_all, unpublished)
+        for folder in owing:
+            nursery.start_soon(self._settle_debts, folder)
 
     def begin(self, pod: str, recipe: Recipe, how: How = AS_EVER) -> str:
         """Start a run; returns its id once it is on disk (some fsyncs, some ms), not once it runs.
@@ -174,6 +176,12 @@ class RunManager:
         run.cancelled = True
         _signal(run, signal.SIGTERM)
         return True
+
+    async def wait_end(self, pod: str, limit_s: float) -> None:
+        """Wait until the pod has no run in progress, ``limit_s`` at most."""
+        if (run := self._active.get(pod)) is not None:
+            with trio.move_on_after(limit_s):
+                await run.ended.wait()
 
     async def cancel_all(self, deadline_s: float) -> None:
         """End every run and begin no other (until `reopen`). After ``deadline_s`` s, kill the rest.
@@ -318,8 +326,7 @@ class RunManager:
             # Even when the supervisor has tried: it may hang in a mount that is no more. A process
             # that starts now finds the one there is; later ones are `recover`'s.
             if run.lock is not None and not run.record["private"].get("published"):
-                limit_s = min(_QUICK_PUBLISH_S, self._publish_s)
-                await self._publish(run.folder, run.lock, limit_s)
+                await self._publish_quickly(run.folder, run.lock)
             await trio.to_thread.run_sync(self._prune, run.folder.parent)
         except OSError:
             log.exception("run could not be closed pod=%r run=%s", run.pod, run.id)
@@ -327,7 +334,12 @@ class RunManager:
                 state.end_record(run.record, state.LOST, "its record cannot be used")
         finally:
             _let_go(run)
+        if debts.owes(run.record):
+            self._started().start_soon(self._settle_debts, run.folder)
         self._forget(run)
+
+    async def _settle_debts(self, folder: Path) -> None:
+        await debts.settle(folder, self._environment, self._publish_quickly)
 
     def _forget(self, run: _Run) -> None:
         del self._active[run.pod]
@@ -374,11 +386,13 @@ class RunManager:
         except OSError:
             log.exception("record not written pod=%r run=%s", run.pod, run.id)
 
-    def _scan(self) -> tuple[list[_Run], list[Path]]:
-        """The runs that somebody minds, and the folders of those not yet copied to their pods."""
+    def _scan(self) -> tuple[list[_Run], list[Path], list[Path]]:
+        """The runs that somebody minds, the folders of those not yet copied to their pods, and of
+        those that may have left agreements open."""
         self._runs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         alive: list[_Run] = []
         unpublished: list[Path] = []
+        owing: list[Path] = []
         for parent in sorted(p for p in self._runs_dir.iterdir() if p.is_dir()):
             for draft in parent.glob(f"{_NEW}*"):
                 shutil.rmtree(draft, ignore_errors=True)
@@ -399,7 +413,9 @@ class RunManager:
                 os.close(run.lock)
                 if not run.record["private"].get("published"):
                     unpublished.append(folder)
-        return alive, unpublished
+                if debts.owes(run.record) and debts.is_recent(folder):
+                    owing.append(folder)
+        return alive, unpublished, owing
 
     async def _publish_all(self, folders: list[Path]) -> None:
         for folder in folders:
@@ -414,11 +430,17 @@ class RunManager:
                 if lock is not None:
                     os.close(lock)
 
+    async def _publish_quickly(self, folder: Path, lock: int) -> None:
+        await self._publish(folder, lock, min(_QUICK_PUBLISH_S, self._publish_s))
+
     async def _publish(self, folder: Path, lock: int, timeout_s: float) -> None:
         arguments = [str(self._mountpoint), str(timeout_s)]
         process = await open_supervisor(folder, lock, arguments)
         if await process.wait():
-            log.warning("run not copied to its pod yet folder=%s", folder)
+            private = (state.read_record(folder) or {}).get("private", {})
+            log.warning(
+                "run not copied to its pod yet folder=%s: %s", folder, private.get("problem")
+            )
 
     def _prune(self, parent: Path) -> None:
         for age, folder in enumerate(_run_folders(parent)):

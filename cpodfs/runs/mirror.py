@@ -139,7 +139,10 @@ class Mirror:
 
 
 class Follower(threading.Thread):
-    """Keeps a `Mirror` up to date until `finish`. Its own thread: the mount may hang."""
+    """Keeps a `Mirror` up to date until `finish`. Its own thread: the mount may hang.
+
+    ``complete``: whether the copy is. ``problem``: why it is not, as far as the mount has told.
+    """
 
     def __init__(self, mirror: Mirror) -> None:
         super().__init__(name="mirror", daemon=True)
@@ -148,6 +151,7 @@ class Follower(threading.Thread):
         self._news = True
         self._deadline: float | None = None
         self.complete = False
+        self.problem: str | None = None
 
     def notify(self) -> None:
         """There is something new in the spool."""
@@ -175,14 +179,16 @@ class Follower(threading.Thread):
                 self._mirror.step()
                 if last:
                     self._mirror.close()
-                    self.complete = True
+                    self.complete, self.problem = True, None
                     return
             except PodGone:
+                self.problem = "there is no such pod"
                 self._mirror.drop()
                 if last:
                     return
                 self._pause()
-            except OSError:
+            except OSError as error:
+                self.problem = str(error)
                 self._mirror.drop()
                 if not self._pause():
                     return

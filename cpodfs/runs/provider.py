@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -29,7 +30,7 @@ from yapapi.payload.package import PackageException
 from cpodfs.recipe import Runtime
 from cpodfs.runs.provider_cleanup import pay
 from cpodfs.runs.provider_each import EachWork
-from cpodfs.runs.provider_files import matching
+from cpodfs.runs.provider_files import MAX_BYTES, matching
 from cpodfs.runs.provider_market import (
     FAILED,
     SETTLE_S,
@@ -193,6 +194,15 @@ class Session:
         await pay(engine._payment_api, engine._budget_allocations[0], keys, self._books.paid)
 
 
+def limit_files(scratch: Path) -> None:
+    """From now on no file that this process or its gftp writes may fill more than half of what is
+    free where ``scratch`` is: how much a provider sends is for the provider to say."""
+    free = shutil.disk_usage(scratch).free
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limits = [MAX_BYTES, free // 2] + ([] if hard == resource.RLIM_INFINITY else [hard])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (min(limits), hard))
+
+
 async def _main(data: bytes, reporter_out: Any) -> int:
     job, runtime = read_job(data)
     reporter = Reporter(Status(Decimal(str(runtime.budget))), reporter_out)
@@ -200,6 +210,7 @@ async def _main(data: bytes, reporter_out: Any) -> int:
     # Nobody would mind the run any more, so it is brought to its end.
     reporter.on_unheard = session.stop
     job.scratch.mkdir(mode=0o700, parents=True, exist_ok=True)
+    limit_files(job.scratch)
     os.environ["TMPDIR"] = str(job.scratch)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, session.stop)
     try:

@@ -21,6 +21,8 @@ from typing import Any
 from yapapi import rest
 from yapapi.config import ApiConfig
 
+from cpodfs.runs.provider_market import describe
+
 INVOICES_S = 15.0
 _POLL_S = 0.5
 _REASON = {"message": "The requestor's process died", "golem.requestor.code": "Cancelled"}
@@ -90,7 +92,11 @@ def main() -> int:
     os.dup2(2, 1)
     logging.basicConfig(level=logging.CRITICAL)
     job = json.loads(sys.stdin.read())
-    ended = asyncio.run(clean_up(job["agreements"], job["activities"], job["allocation"]))
+    try:
+        ended = asyncio.run(clean_up(job["agreements"], job["activities"], job["allocation"]))
+    except Exception as error:  # noqa: BLE001 - yagna may fail in any way
+        print(f"cpodfs: yagna cannot be used: {describe(error)}")
+        return 1
     json.dump(ended, out)
     out.close()
     return 0

@@ -183,7 +183,7 @@ class _Log:
         self._writer = asyncio.create_task(self._write())
 
     def add(self, _stream: str, text: str) -> None:
-        self._pending += text.encode(errors="backslashreplace")
+        self._pending += self._shop.within_limit(text.encode(errors="backslashreplace"))
         self._news.set()
 
     async def close(self) -> None:

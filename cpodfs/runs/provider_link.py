@@ -1,6 +1,6 @@
 """The supervisor's end of the line to a provider run's process: JSON lines to record and spools.
 
-Imports `state` and the standard library only, like all that the supervisor loads. The process is
+Imports `stream` and the standard library only, like all that the supervisor loads. The process is
 ours, but what it passes on is not: a line that is not understood is text for the log.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+
+from cpodfs.runs.stream import Spool
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ def clean_up(status: dict[str, Any], env: dict[str, str], words: int) -> None:
     """End and pay what a process that died left at the market; ``status`` is brought up to date.
 
     Takes `GRACE_S` at most. ``words``: a descriptor for what there is to complain of. ``env``: with
-    the app-key. Nothing to do when the ``phase`` is "over".
+    the app-key. Nothing to do when the ``phase`` is "over"; it is not if something may be open still.
     """
     import subprocess
 
@@ -56,13 +58,16 @@ def clean_up(status: dict[str, Any], env: dict[str, str], words: int) -> None:
         )
         ended = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
-        os.write(words, b"cpodfs: agreements may be open still: their providers will end them\n")
-        return
+        ended = {}
+        done = None
     for one in open_ones:
         one.update(ended.get(one["agreement"], {}))
     for total in ("spent", "accepted"):
         status[total] = round(sum(one[total] for one in status["providers"]), 12)
-    status["phase"] = "over"
+    if done is not None and ended.keys() >= set(job["agreements"]):
+        status["phase"] = "over"
+    else:
+        os.write(words, b"cpodfs: agreements may be open: yagna did not end them all\n")
 
 
 def _is_open(hired: dict[str, Any]) -> bool:
@@ -74,49 +79,48 @@ def _is_open(hired: dict[str, Any]) -> bool:
 class Link:
     """The process's stdout. Like the supervisor's own streams: `pump` moves one chunk.
 
-    ``spools``: descriptors by stream name (``stdout``, ``stderr``). ``on_status`` gets each status.
+    ``spools``: by stream name (``stdout``, ``stderr``). ``on_status`` gets each status.
     ``end``: the last word, {error, exit_code}, or None when there was none (yet).
     """
 
     def __init__(
-        self, pipe: int, spools: dict[str, int], on_status: Callable[[dict[str, Any]], None]
+        self, pipe: int, spools: dict[str, Spool], on_status: Callable[[dict[str, Any]], None]
     ) -> None:
         self.pipe = pipe
-        self.pending = b""
         self.end: dict[str, Any] | None = None
         self._spools = spools
         self._on_status = on_status
         self._line = b""
-        self._waiting: list[tuple[int, bytes]] = []
         os.set_blocking(pipe, False)
 
+    @property
+    def full(self) -> bool:
+        """Whether the process has to wait, for the disk is full."""
+        return any(spool.pending for spool in self._spools.values())
+
     def pump(self) -> bool | None:
-        """Move one chunk. True: moved; False: nothing now, or a spool is full; None: closed."""
-        if not self._write():
+        """Move one chunk. True: moved; False: nothing now, or the disk is full; None: closed."""
+        if not self._flush():
             return False
         try:
             chunk = os.read(self.pipe, _CHUNK_BYTES)
         except BlockingIOError:
             return False
-        if not chunk:
-            if self._line:
-                self._take(self._line)
-                self._line = b""
-                return self._write()
+        if not chunk and not self._line:
             return None
         *lines, self._line = (self._line + chunk).split(b"\n")
-        if len(self._line) > _LINE_LIMIT_BYTES:
+        if self._line and (not chunk or len(self._line) > _LINE_LIMIT_BYTES):
             lines, self._line = [*lines, self._line], b""
         for line in lines:
             self._take(line)
-        return self._write()
+        return self._flush()
 
     def _take(self, line: bytes) -> None:
         try:
             message = json.loads(line)
             if "log" in message:
                 text = message["text"].encode(errors="backslashreplace")
-                self._waiting.append((self._spools[message["log"]], text))
+                self._spools[message["log"]].write(text)
             elif "status" in message:
                 self._on_status(dict(message["status"]))
             elif "end" in message:
@@ -124,17 +128,7 @@ class Link:
             else:
                 raise KeyError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            self._waiting.append((self._spools["stderr"], line + b"\n"))
+            self._spools["stderr"].write(line + b"\n")
 
-    def _write(self) -> bool:
-        """Write what waits for the spools; False when the disk is full."""
-        try:
-            while self._waiting:
-                spool, data = self._waiting[0]
-                written = os.write(spool, data)
-                self._waiting[:1] = [(spool, data[written:])] if data[written:] else []
-        except OSError:
-            self.pending = self._waiting[0][1]
-            return False
-        self.pending = b""
-        return True
+    def _flush(self) -> bool:
+        return all(spool.flush() for spool in self._spools.values())

@@ -27,6 +27,7 @@ from cpodfs.runs.provider_script import (
     parse_report,
 )
 from cpodfs.runs.provider_status import Hired, Reporter
+from cpodfs.runs.stream import LOG_LIMIT_BYTES
 
 MOUNT_WAIT_S = 60.0
 """How long a mount that does not answer is waited for."""
@@ -78,6 +79,7 @@ class Shop:
         self._unpacking = asyncio.Lock()
         self._unpacker = Unpacker(job.pod, job.output)
         self._fetches = 0
+        self._log_room = LOG_LIMIT_BYTES
 
     async def packed(self) -> Packed:
         """The archive of script and payload, made once. Raises RunFailed."""
@@ -87,6 +89,15 @@ class Shop:
                 target = self.job.scratch / "sent.tar"
                 self._packed = await self.in_pod(pack, self.job.pod, names, target, self._leave_out)
             return self._packed
+
+    def within_limit(self, text: bytes) -> bytes:
+        """As much of a task's output as the logs of all tasks together have room for."""
+        kept = text[: self._log_room]
+        if len(kept) < len(text) and self._log_room:
+            self.reporter.note(f"the logs of the tasks are cut: {LOG_LIMIT_BYTES} bytes at most")
+            self._log_room = 0
+        self._log_room = max(0, self._log_room - len(kept))
+        return kept
 
     async def in_pod(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call what reads or writes the mount, in a thread; while the mount is away, again for a while.

@@ -17,8 +17,9 @@ Record: version, id, pod, state, host, created, started, ended (UTC, ISO 8601, o
 run in the pod), recipe_file, recipe (as run), warnings, set (what was changed for this run, by
 key), sandbox (whether it runs in one), pid (the program's, or null), golem (of a provider run:
 the providers, costs and tasks so far, `provider_status.Status.shown`; else missing), and
-``private``, never shown: supervisor {pid, start_ticks} or null, and published (is the
-copy in the pod complete? null: nobody has tried since the end).
+``private``, never shown: supervisor {pid, start_ticks} or null; hires (whether it is a provider
+run); published (is the copy in the pod complete? null: nobody has tried since the end) and problem
+(why it is not, or null).
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def new_record(run_id: str, pod: str, argv: Sequence[str], log: str) -> Record:
         "set": {},
         "sandbox": False,
         "pid": None,
-        "private": {"supervisor": None, "published": None},
+        "private": {"supervisor": None, "hires": False, "published": None, "problem": None},
     }
 
 

@@ -1,4 +1,4 @@
-"""One of a program's outputs on its way from the pipe to the spool file.
+"""A program's output on its way from a pipe to the spool file.
 
 Imports only `os`, for the supervisor. A spool has a limit, because what goes on writing for ever
 would fill the disk of the cache, twice: the pod gets a copy.
@@ -10,37 +10,56 @@ import os
 
 _CHUNK_BYTES = 64 * 1024
 LOG_LIMIT_BYTES = 1 << 30
-"""Of one stream, kept in the spool and copied into the pod; what comes after it is thrown away."""
+"""Of one spool, and so of its copy in the pod; what comes after it is thrown away."""
 
 
-class Stream:
-    """A pipe, and the spool file that it goes to. ``thrown_away``: bytes beyond the limit."""
+class Spool:
+    """A file that only grows. ``pending``: what the disk has no room for now. ``thrown_away``: bytes
+    beyond the limit."""
 
-    def __init__(self, pipe: int, spool: int, limit: int = LOG_LIMIT_BYTES) -> None:
-        self.pipe = pipe
-        self.spool = spool
+    def __init__(self, fd: int, limit: int = LOG_LIMIT_BYTES) -> None:
+        self.fd = fd
         self.pending = b""
         self.thrown_away = 0
         self._room = limit
-        os.set_blocking(pipe, False)
 
-    def pump(self) -> bool | None:
-        """Move one chunk. True: moved; False: nothing now, or the spool is full; None: closed."""
-        if not self.pending:
-            try:
-                self.pending = os.read(self.pipe, _CHUNK_BYTES)
-            except BlockingIOError:
-                return False
-            if not self.pending:
-                return None
-            self.thrown_away += max(0, len(self.pending) - self._room)
-            self.pending = self.pending[: self._room]
+    def write(self, data: bytes) -> bool:
+        """Take it, and write what there is room for; whether nothing is left pending."""
+        kept = data[: self._room]
+        self._room -= len(kept)
+        self.thrown_away += len(data) - len(kept)
+        self.pending += kept
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Try again to write what is pending; whether all of it is written."""
         try:
             while self.pending:
-                written = os.write(self.spool, self.pending)
-                self._room -= written
-                self.pending = self.pending[written:]
+                self.pending = self.pending[os.write(self.fd, self.pending) :]
         except OSError:
-            # The disk is full: keep the chunk and let the program wait.
             return False
         return True
+
+
+class Stream:
+    """One of the program's pipes and the spool that it goes to."""
+
+    def __init__(self, pipe: int, spool: Spool) -> None:
+        self.pipe = pipe
+        self._spool = spool
+        os.set_blocking(pipe, False)
+
+    @property
+    def full(self) -> bool:
+        """Whether the program has to wait, for the disk is full."""
+        return bool(self._spool.pending)
+
+    def pump(self) -> bool | None:
+        """Move one chunk. True: moved; False: nothing now, or the disk is full; None: closed."""
+        if not self._spool.flush():
+            return False
+        try:
+            chunk = os.read(self.pipe, _CHUNK_BYTES)
+        except BlockingIOError:
+            return False
+        return self._spool.write(chunk) if chunk else None

@@ -19,7 +19,7 @@ import sys
 import time
 
 from cpodfs.runs import box, keep, mirror, provider_link, state
-from cpodfs.runs.stream import LOG_LIMIT_BYTES, Stream
+from cpodfs.runs.stream import LOG_LIMIT_BYTES, Spool, Stream
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ class Supervisor:
         self._killed = False
         self._beyond_us = False
         self._box: box.Box | None = None
+        self._spools: list[Spool] = []
         self._streams: list[Stream | provider_link.Link] = []
         self._link: provider_link.Link | None = None
         self._link_env: dict[str, str] = {}
@@ -82,12 +83,12 @@ class Supervisor:
                 self._box.close()
 
     def _see_through(self) -> None:
-        spools = [self._spool(name) for name in state.STREAMS]
+        self._spools = [Spool(self._spool(name)) for name in state.STREAMS]
         try:
-            self._start(spools)
+            self._start()
         except (OSError, ValueError) as exc:
             error = _why_not(exc, self._record["exec"][0], self._pod)
-            os.write(spools[1], f"cpodfs: {error}\n".encode(errors="backslashreplace"))
+            self._spools[1].write(f"cpodfs: {error}\n".encode(errors="backslashreplace"))
             state.end_record(self._record, state.FAILED, error)
             self._follower.start()
         else:
@@ -97,7 +98,7 @@ class Supervisor:
             self._mind()
             self._end()
         self._save(durable=True)
-        self._record["private"]["published"] = self._follower.finish(self._job["publish_s"])
+        _finish_copy(self._follower, self._record, self._job["publish_s"])
         self._save(durable=False)
         logs = os.path.dirname(self._record["log"])
         keep.prune(self._pod, logs, self._job["keep"], _PRUNE_LIMIT_S)
@@ -111,7 +112,7 @@ class Supervisor:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
         return os.open(os.path.join(self._folder, name), flags, 0o600)
 
-    def _start(self, spools: list[int]) -> None:
+    def _start(self) -> None:
         folders = self._job["folders"]
         if not os.path.isdir(os.path.join(self._pod, folders["output"])):
             os.close(mirror.make_folder(self._pod, folders["output"].split("/")))
@@ -130,7 +131,7 @@ class Supervisor:
         env["CPODFS_RUN_LOG"] = os.path.join(self._pod, self._record["log"])
         self._record["started"] = state.utc_now()
         if self._job.get("provider"):
-            self._start_link(env, spools)
+            self._start_link(env)
             return
         if self._job["wrap"] and (own := box.named(env)):
             self._box = box.Box(own, [self._pod])
@@ -147,11 +148,11 @@ class Supervisor:
         pipes = (self._program.stdout, self._program.stderr)
         self._streams = [
             Stream(pipe.fileno(), spool)
-            for pipe, spool in zip(pipes, spools, strict=True)
+            for pipe, spool in zip(pipes, self._spools, strict=True)
             if pipe is not None
         ]
 
-    def _start_link(self, env: dict[str, str], spools: list[int]) -> None:
+    def _start_link(self, env: dict[str, str]) -> None:
         """Start the process that hires providers, hand it its job, and listen to it."""
         ours = os.environ.get("PYTHONPATH", "")
         env["PYTHONPATH"] = os.pathsep.join(p for p in (env.get("PYTHONPATH"), ours) if p)
@@ -169,9 +170,9 @@ class Supervisor:
         assert pipes[0] is not None
         assert pipes[1] is not None
         assert pipes[2] is not None
-        by_name = dict(zip(("stdout", "stderr"), spools, strict=True))
+        by_name = dict(zip(("stdout", "stderr"), self._spools, strict=True))
         self._link = provider_link.Link(pipes[1].fileno(), by_name, self._take_status)
-        self._streams = [self._link, Stream(pipes[2].fileno(), spools[1])]
+        self._streams = [self._link, Stream(pipes[2].fileno(), self._spools[1])]
         job = {
             "runtime": self._job["provider"],
             "argv": self._record["exec"],
@@ -210,7 +211,7 @@ class Supervisor:
                     self._follower.notify()
                 elif moved is None:
                     poll.unregister(fd)
-                elif stream.pending:
+                elif stream.full:
                     poll.unregister(fd)
                     full.append(stream)
             full = self._retry(full, poll)
@@ -320,15 +321,13 @@ class Supervisor:
     def _end(self) -> None:
         """Kill what is left, take in the last output, write down how it ended."""
         self._kill_children()
-        lost = 0
         for stream in self._streams:
             while stream.pump():
                 pass
-            lost += len(stream.pending)
         self._follower.notify()
         cancelled = self._grace_ends is not None
         outcome = state.FINISHED if self._status == 0 else state.FAILED
-        error = self._complaint(lost)
+        error = self._complaint()
         state.end_record(self._record, state.CANCELLED if cancelled else outcome, error)
         if self._link is not None:
             self._end_link(self._link, cancelled)
@@ -340,14 +339,13 @@ class Supervisor:
         else:
             self._record["exit_code"] = self._status
 
-    def _complaint(self, lost: int) -> str | None:
+    def _complaint(self) -> str | None:
         """What did not go as it should, other than the program itself, in one line."""
         if self._beyond_us and (self._status is None or state.children(os.getpid())):
             return "it could not be ended: processes of it belong to another user, and go on"
-        if lost:
+        if lost := sum(len(spool.pending) for spool in self._spools):
             return f"{lost} bytes or more of output were lost: no space for the log"
-        over = sum(stream.thrown_away for stream in self._streams if isinstance(stream, Stream))
-        if over:
+        if over := sum(spool.thrown_away for spool in self._spools):
             return f"{over} bytes of output were thrown away: a log is {LOG_LIMIT_BYTES} at most"
         return None
 
@@ -362,7 +360,7 @@ class Supervisor:
             error = f"the provider run's own process died ({how}); see stderr.log"
             code = status if status > 0 else None
             if self._record.get("golem"):
-                words = self._spool(state.STREAMS[1])
+                words = self._spools[1].fd
                 provider_link.clean_up(self._record["golem"], self._link_env, words)
                 self._follower.notify()
         if (code or link.end is None) and not cancelled:
@@ -468,9 +466,16 @@ def publish(folder: str, mountpoint: str, timeout_s: float) -> bool:
         os.close(os.open(os.path.join(folder, name), os.O_RDONLY | os.O_CREAT, 0o600))
     follower = mirror.Follower(mirror.Mirror(folder, mountpoint, record["pod"], record["log"]))
     follower.start()
-    record["private"]["published"] = follower.finish(timeout_s)
+    _finish_copy(follower, record, timeout_s)
     state.write_record(folder, record, durable=False)
     return follower.complete
+
+
+def _finish_copy(follower: mirror.Follower, record: Record, timeout_s: float) -> None:
+    """Wait for the copy in the pod, ``timeout_s`` at most, and note what came of it."""
+    complete = follower.finish(timeout_s)
+    problem = None if complete else follower.problem or "the mount does not answer"
+    record["private"].update(published=complete, problem=problem)
 
 
 def main(argv: list[str]) -> int:

@@ -172,3 +172,14 @@ class Inotify:
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+@contextlib.contextmanager
+def gated_pod(mount: Mount, test: str, gate: Gate) -> Iterator[Path]:
+    """A pod of a test's own whose program waits at the gate; ended whatever happens."""
+    name = test.removeprefix("test_")[:60]
+    pod = compute_pod(mount, name, ["python3", "script/gated.py", str(gate.folder)], "gated.py")
+    yield pod
+    if pod.exists():
+        sh("rm -f .run", pod)
+        wait_gone(pod)

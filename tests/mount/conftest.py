@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mount.compute import Gate
 from tests.mount.harness import Mount, RealServer, Server, mounted, run
 
 
@@ -57,3 +58,10 @@ def mount(tmp_path: Path, server: Server) -> Iterator[Mount]:
 @pytest.fixture
 def pod(mount: Mount) -> Path:
     return mount.pod()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    gate = Gate(tmp_path / "outside")
+    yield gate
+    gate.close()

@@ -17,6 +17,7 @@ import pytest
 from tests.mount.compute import (
     Gate,
     compute_pod,
+    gated_pod,
     record,
     run_folders,
     run_processes,
@@ -37,23 +38,9 @@ def mount(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    gate = Gate(tmp_path / "outside")
-    yield gate
-    gate.close()
-
-
-@pytest.fixture
 def gated(mount: Mount, gate: Gate, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A pod whose program waits at the gate; ended whatever happens."""
-    name = request.node.name.removeprefix("test_")[:60]
-    yield (
-        pod := compute_pod(
-            mount, name, ["python3", "script/gated.py", str(gate.folder)], "gated.py"
-        )
-    )
-    run("rm", "-f", pod / ".run")
-    wait_gone(pod)
+    with gated_pod(mount, request.node.name, gate) as pod:
+        yield pod
 
 
 def begin(mount: Mount, *arguments: str | Path) -> subprocess.Popen[str]:

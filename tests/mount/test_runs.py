@@ -25,6 +25,7 @@ from tests.mount.compute import (
     Inotify,
     compute_pod,
     devnet_mounted,
+    gated_pod,
     record,
     run_folders,
     run_processes,
@@ -43,21 +44,9 @@ def devnet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevnetMount]:
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    gate = Gate(tmp_path / "outside")
-    yield gate
-    gate.close()
-
-
-@pytest.fixture
 def gated(devnet: DevnetMount, gate: Gate, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A pod whose program waits at the gate; ended whatever happens."""
-    name = request.node.name.removeprefix("test_")[:60]
-    pod = compute_pod(devnet, name, ["python3", "script/gated.py", str(gate.folder)], "gated.py")
-    yield pod
-    if (pod / ".run").exists():
-        run("rm", "-f", pod / ".run")
-        wait_gone(pod)
+    with gated_pod(devnet, request.node.name, gate) as pod:
+        yield pod
 
 
 # -- a run from touch to end ----------------------------------------------------------------------
@@ -245,6 +234,20 @@ def test_rm_cancels(gated: Path, gate: Gate) -> None:
     assert run("rm", ".run", cwd=gated, check=False) == ""
 
 
+def test_after_rm_a_script_may_go_on_at_once(devnet: DevnetMount) -> None:
+    pod = compute_pod(devnet, "again", "sh -c 'echo up; exec sleep 1000'")
+    for number in range(3):
+        run("touch", pod / ".run")
+        until(lambda: len(run_folders(pod)) > number)  # noqa: B023
+        before = os.stat(pod / ".run").st_ino
+        run("rm", pod / ".run")
+        assert not (pod / ".run").exists()
+    run("touch", pod / ".run")
+    assert os.stat(pod / ".run").st_ino != before
+    run("rm", "-r", pod)
+    assert not pod.exists()
+
+
 def test_nothing_else_can_take_the_name(devnet: DevnetMount) -> None:
     pod = compute_pod(devnet, "names", "true")
     for command in ("mv a.recipe .run", "mkdir .run", "ln -s a.recipe .run", "ln a.recipe .run"):
@@ -404,6 +407,9 @@ def test_a_program_that_ignores_sigterm_is_killed(devnet: DevnetMount) -> None:
     (folder,) = run_folders(pod)
     until(lambda: (folder / "stdout.log").read_text() == "up\n")
     run("rm", pod / ".run")
+    # It does not wait for long: the run is still there, and says so.
+    assert json.loads((pod / ".run").read_text())["state"] == "running"
+    assert os.listdir(pod)[0] == ".run"
     wait_gone(pod)
     ended = record(folder)
     assert (ended["state"], ended["signal"]) == ("cancelled", signal.SIGKILL.name)

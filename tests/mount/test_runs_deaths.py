@@ -29,13 +29,6 @@ from tests.mount.harness import run, sh
 
 
 @pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    gate = Gate(tmp_path / "outside")
-    yield gate
-    gate.close()
-
-
-@pytest.fixture
 def devnet(tmp_path: Path) -> Iterator[DevnetMount]:
     with devnet_mounted(tmp_path / "mount") as mount:
         yield mount

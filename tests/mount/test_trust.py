@@ -16,7 +16,6 @@ import trio
 from cpodfs.dfs import Client, Session
 from tests.mount.compute import (
     SECRET,
-    Gate,
     compute_pod,
     devnet_mounted,
     record,
@@ -367,13 +366,6 @@ def test_a_stranger_sees_and_changes_nothing_but_his_pod(theirs: Mount, tmp_path
 
 def test_ones_own_pods_run_without_a_sandbox(theirs: Mount) -> None:
     assert record(run_to_end(compute_pod(theirs, "no sandbox", "true")))["sandbox"] is False
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Iterator[Gate]:
-    gate = Gate(tmp_path / "outside")
-    yield gate
-    gate.close()
 
 
 def test_a_sandbox_for_everything_or_for_nothing(tmp_path: Path, server: Server) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from cpodfs.runs import provider_each
+from cpodfs.runs import provider_each, provider_work
 from cpodfs.runs.provider_each import LANE_FAILURES, EachWork
 from cpodfs.runs.provider_market import RunFailed, Strategy
 from cpodfs.runs.provider_status import Hired, Reporter, Status
@@ -66,6 +66,16 @@ async def test_each_task_is_given_out_once(work: EachWork, status: Status) -> No
     assert work.over.is_set()
     assert (work.exit_code, work.error) == (0, None)
     assert status.tasks == {"total": 3, "done": 3, "failed": 0, "left": 0}
+
+
+async def test_the_logs_of_all_tasks_have_one_limit(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(provider_work, "LOG_LIMIT_BYTES", 10)
+    said = io.BytesIO()
+    job = Job(tmp_path, ("x",), "script", "payload", "output", "logs/run", tmp_path / "scratch")
+    shop = Shop(job, _Silent(Status(Decimal(1)), said), frozenset())
+    kept = [shop.within_limit(text) for text in (b"12345", b"6789", b"abc", b"d")]
+    assert kept == [b"12345", b"6789", b"a", b""]
+    assert said.getvalue().count(b"are cut: 10 bytes") == 1
 
 
 async def test_a_failed_task_goes_to_another_provider(work: EachWork, status: Status) -> None:

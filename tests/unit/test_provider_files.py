@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import stat
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -173,3 +175,22 @@ def test_a_task_log_is_appended_to(pod: Path) -> None:
     for text in (b"one\n", b"two\n"):
         TaskLog(pod, "logs/run", 7).append(text)
     assert (pod / "logs/run/tasks/7.log").read_bytes() == b"one\ntwo\n"
+
+
+def test_no_file_may_fill_the_disk(tmp_path: Path) -> None:
+    code = (
+        "import errno, pathlib, shutil, sys\n"
+        "from cpodfs.runs.provider import limit_files\n"
+        "place = pathlib.Path(sys.argv[1])\n"
+        "limit_files(place)\n"
+        "with (place / 'x').open('wb') as file:\n"
+        "    file.truncate(1 << 20)\n"
+        "    try:\n"
+        "        file.truncate(shutil.disk_usage(place).free)\n"
+        "    except OSError as error:\n"
+        "        print(errno.errorcode[error.errno])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "EFBIG\n"

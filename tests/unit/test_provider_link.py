@@ -14,6 +14,9 @@ from cpodfs.runs import provider_link
 from cpodfs.runs.provider_link import Link
 from cpodfs.runs.provider_market import Books
 from cpodfs.runs.provider_status import Hired, Reporter, Status
+from cpodfs.runs.stream import Spool
+
+LIMIT = 50_000
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +33,10 @@ class Line:
         reader, self.pipe = os.pipe()
         self.paths = {name: folder / name for name in ("stdout", "stderr")}
         flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND
-        spools = {name: os.open(path, flags, 0o600) for name, path in self.paths.items()}
+        spools = {
+            name: Spool(os.open(path, flags, 0o600), limit=LIMIT)
+            for name, path in self.paths.items()
+        }
         self.statuses: list[dict] = []
         self.link = Link(reader, spools, self.statuses.append)
 
@@ -80,6 +86,14 @@ def test_a_last_line_without_an_end_is_kept(tmp_path: Path) -> None:
     while line.link.pump():
         pass
     assert line.text("stderr") == "last words\n"
+
+
+def test_what_a_provider_prints_has_the_limit_of_every_log(tmp_path: Path) -> None:
+    line = Line(tmp_path)
+    for _ in range(3):
+        line.say(json.dumps({"log": "stdout", "text": "x" * 20_000}).encode() + b"\n")
+    assert line.text("stdout") == "x" * LIMIT
+    assert not line.link.full
 
 
 async def test_the_reporter_speaks_what_the_link_understands(tmp_path: Path) -> None:

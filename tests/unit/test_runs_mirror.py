@@ -128,6 +128,7 @@ def test_follower_gives_up_in_time(place):
     follower.start()
     assert follower.finish(0.05) is False
     assert not follower.is_alive()
+    assert str(mount / "pod") in follower.problem
 
 
 def test_publish_completes_the_copy_and_notes_it(place):
@@ -144,4 +145,6 @@ def test_publish_without_a_pod(place):
     spool, mount, _ = place
     shutil.rmtree(mount / "pod")
     assert not publish(str(spool), str(mount), 0.05)
-    assert state.read_record(spool)["private"]["published"] is False
+    private = state.read_record(spool)["private"]
+    assert private["published"] is False
+    assert str(mount / "pod") in private["problem"]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import trio
 import trio.testing
 from runs_helpers import APP_KEY, Bench, Fifo, recipe, until
 
-from cpodfs.runs import launch, state
+from cpodfs.runs import debts, launch, state
 from cpodfs.runs.provider_link import GRACE_S
 
 pytestmark = pytest.mark.anyio
@@ -268,16 +269,17 @@ async def test_a_lock_that_cannot_be_looked_at_is_looked_at_again(
 GOLEM = {"phase": "running", "allocation": "x", "providers": [], "spent": 0, "accepted": 0}
 
 
-def tidied(monkeypatch):
+def tidied(monkeypatch, failures=0):
     """Stands in for the process that talks to the market; tells what it was given."""
     calls = []
 
     def clean_up(status, env, words):
         assert status == GOLEM
         assert env["YAGNA_APPKEY"] == APP_KEY
-        os.write(words, b"tidied\n")
-        status["phase"] = "over"
         calls.append(True)
+        if len(calls) > failures:
+            os.write(words, b"tidied\n")
+            status["phase"] = "over"
 
     monkeypatch.setattr(launch, "clean_up", clean_up)
     return calls
@@ -320,6 +322,45 @@ async def test_a_provider_run_that_nobody_minds_is_tidied_up_after_the_start(ben
         assert (await bench.run(recipe("true")))["state"] == "finished"
     assert calls == [True]
     assert (record["state"], record["golem"]["phase"]) == ("lost", "over")
+
+
+async def test_while_yagna_is_away_it_is_tried_again(bench, monkeypatch):
+    """The run is over for its user at once; its agreements are ended when they can be."""
+    calls = tidied(monkeypatch, failures=3)
+    monkeypatch.setattr(debts, "PAUSES_S", (0.01,) * 2)
+    record = state.new_record(state.new_run_id(), "pod", ["x"], "logs/x")
+    folder = bench.folder(record)
+    folder.mkdir(parents=True)
+    state.write_record(folder, record, durable=False)
+    hire(folder)
+    async with bench.managed() as manager:
+        assert await bench.ended() == "pod"
+        assert manager.history("pod")[0]["golem"]["phase"] == "running"
+        await until(lambda: len(calls) == 3)
+    # The next driver takes it up.
+    async with bench.managed() as manager:
+        copy = bench.mount / "pod/logs/x/run.json"
+        await until(lambda: json.loads(copy.read_bytes())["golem"]["phase"] == "over")
+        (record,) = manager.history("pod")
+    assert len(calls) == 4
+    assert (record["state"], record["golem"]["phase"]) == ("lost", "over")
+
+
+async def test_old_debts_are_let_be(bench, monkeypatch):
+    calls = tidied(monkeypatch)
+    record = state.new_record(state.new_run_id(), "pod", ["x"], "logs/x")
+    folder = bench.folder(record)
+    folder.mkdir(parents=True)
+    state.end_record(record, state.LOST)
+    record["private"]["published"] = True
+    state.write_record(folder, record, durable=False)
+    hire(folder)
+    long_ago = time.time() - debts.REMEMBERED_S - 1
+    os.utime(folder / "run.json", (long_ago, long_ago))
+    monkeypatch.setattr(debts, "PAUSES_S", (0.0,))
+    async with bench.managed():
+        assert (await bench.run(recipe("true")))["state"] == "finished"
+    assert calls == []
 
 
 async def test_provider_runs_get_the_time_to_tidy_up(bench, told, gate, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from cpodfs.runs import state
 from cpodfs.runs import supervisor as supervisor_module
 from cpodfs.runs.spawn import run_environment, supervisor_command, supervisor_environment
-from cpodfs.runs.stream import Stream
+from cpodfs.runs.stream import Spool, Stream
 from cpodfs.runs.supervisor import Supervisor, read_job
 
 
@@ -30,32 +30,33 @@ def pipe():
 def test_a_full_disk_holds_the_program_up_and_loses_nothing(pipe, tmp_path):
     reader, writer = pipe
     full = os.open("/dev/full", os.O_WRONLY)
-    stream = Stream(reader, full)
+    spool = Spool(full)
+    stream = Stream(reader, spool)
     assert stream.pump() is False
-    assert not stream.pending
+    assert not stream.full
     os.write(writer, b"hello")
     assert stream.pump() is False
     assert stream.pump() is False
-    assert stream.pending == b"hello"
-    stream.spool = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+    assert spool.pending == b"hello"
+    spool.fd = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
     os.write(writer, b" world")
     os.close(writer)
-    assert [stream.pump() for _ in range(3)] == [True, True, None]
+    assert [stream.pump() for _ in range(2)] == [True, None]
     assert (tmp_path / "log").read_bytes() == b"hello world"
-    os.close(stream.spool)
+    os.close(spool.fd)
     os.close(full)
 
 
 def test_a_log_has_a_limit(pipe, tmp_path):
     reader, writer = pipe
-    spool = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
-    stream = Stream(reader, spool, limit=7)
+    spool = Spool(os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT), limit=7)
+    stream = Stream(reader, spool)
     for text in (b"12345", b"6789", b"0"):
         os.write(writer, text)
         assert stream.pump() is True
     assert (tmp_path / "log").read_bytes() == b"1234567"
-    assert stream.thrown_away == 3
-    os.close(spool)
+    assert spool.thrown_away == 3
+    os.close(spool.fd)
 
 
 def supervisor(tmp_path, **job):

@@ -1,0 +1,92 @@
+"""What runs left open at the market because yagna did not answer: ended and paid later.
+
+Imports `state` and `launch`; trio. Used by `manager` only. A run that owes is over for its user;
+its record says so by a ``golem.phase`` that is not "over", and is brought up to date here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from cpodfs.runs import state
+from cpodfs.runs.launch import end_agreements
+
+if TYPE_CHECKING:
+    from cpodfs.runs.state import Record
+
+log = logging.getLogger(__name__)
+
+PAUSES_S = (5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
+"""Before each try. Agreements expire by themselves some minutes after the recipe's timeout."""
+REMEMBERED_S = 24 * 3600.0
+"""A driver that starts takes up the debts of runs that ended in this time before."""
+
+
+def owes(record: Record) -> bool:
+    """Whether a run that is over may have left agreements or invoices open."""
+    golem = record.get("golem")
+    return (
+        record["state"] in state.ENDED and isinstance(golem, dict) and golem.get("phase") != "over"
+    )
+
+
+def is_recent(folder: Path) -> bool:
+    """Whether a run's record was written within `REMEMBERED_S`. Raises OSError."""
+    return (folder / state.RECORD_FILE).stat().st_mtime > time.time() - REMEMBERED_S
+
+
+async def settle(
+    folder: Path,
+    environment: Callable[[], Mapping[str, str]],
+    publish: Callable[[Path, int], Awaitable[None]],
+) -> None:
+    """Try until a run owes nothing, at most as often as there are `PAUSES_S`.
+
+    ``environment``: as for `manager.RunManager`. ``publish(folder, lock)`` copies the record that
+    has changed to the pod. Never raises but when cancelled.
+    """
+    for pause_s in PAUSES_S:
+        await trio.sleep(pause_s)
+        try:
+            if await _try(folder, environment, publish):
+                return
+        except Exception:
+            # Of any kind: the settings may lack the app-key, the record be half written.
+            log.exception("agreements not ended folder=%s", folder)
+    log.error("agreements may be open: yagna did not answer in time folder=%s", folder)
+
+
+async def _try(
+    folder: Path,
+    environment: Callable[[], Mapping[str, str]],
+    publish: Callable[[Path, int], Awaitable[None]],
+) -> bool:
+    try:
+        lock = state.take_lock(folder)
+    except FileNotFoundError:
+        # Too old to be remembered.
+        return True
+    if lock is None:
+        return False
+    try:
+        record = state.read_record(folder)
+        if record is None or not owes(record):
+            return True
+        extra = await trio.to_thread.run_sync(environment)
+        # Abandoned when the driver goes: it is a process of its own, and to end twice is no harm.
+        await trio.to_thread.run_sync(end_agreements, folder, record, extra, abandon_on_cancel=True)
+        if owes(record):
+            return False
+        state.write_record(folder, record, durable=True)
+        log.info("agreements ended, late pod=%r run=%s", record["pod"], record["id"])
+        await publish(folder, lock)
+        return True
+    finally:
+        os.close(lock)
