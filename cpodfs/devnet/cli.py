@@ -67,10 +67,12 @@ _CHANCE = click.FloatRange(0.0, 1.0)
 @click.option("--no-offers", is_flag=True, help="Market: nobody answers a demand.")
 @click.option("--reject-proposals", type=_CHANCE, help="Market: chance of a refusal.")
 @click.option("--fail-command", type=_CHANCE, help="Market: chance that a command fails.")
+@click.option("--refuse-activity", type=_CHANCE, help="Market: chance that none can be made.")
 @click.option("--lose-activity", type=_CHANCE, help="Market: chance that an activity is lost.")
 @click.option("--vanish", type=_CHANCE, help="Market: chance that a provider disappears.")
 @click.option("--transfer-bandwidth", type=float, help="Market: bytes per second of transfers.")
 @click.option("--lose-invoice", type=_CHANCE, help="Market: chance that no invoice comes.")
+@click.option("--overbill", type=float, help="Market: GLM too much on every invoice.")
 @click.option("--invoice-delay", "invoice_delay_s", type=float, help="Market: seconds.")
 @click.option("--unknown-image", is_flag=True, help="Market: no image is known.")
 def devnet(
@@ -125,6 +127,7 @@ def devnet(
 _MISBEHAVIOUR = (
     *("no_offers", "reject_proposals", "fail_command", "lose_activity", "vanish"),
     *("transfer_bandwidth", "lose_invoice", "invoice_delay_s", "unknown_image"),
+    *("refuse_activity", "overbill"),
 )
 
 

@@ -253,8 +253,9 @@ class Ledger:
             self._event("debit_note", "DebitNoteReceivedEvent", key)
         return key
 
-    def issue_invoice(self, agreement: str, due: str) -> str | None:
-        """Bill an ended agreement for all its activities; None when there were none."""
+    def issue_invoice(self, agreement: str, due: str, beyond: Decimal = Decimal(0)) -> str | None:
+        """Bill an ended agreement for all its activities, and for ``beyond`` GLM more; None when
+        there were none."""
         costs = [
             Decimal(row["cost"])
             for row in self.rows("SELECT cost FROM activities WHERE agreement = ?", (agreement,))
@@ -265,7 +266,7 @@ class Ledger:
         with self.transaction():
             self._db.execute(
                 "INSERT INTO invoices VALUES (?, ?, ?, ?, ?, 'RECEIVED')",
-                (key, agreement, plain(sum(costs, Decimal(0))), stamp(), due),
+                (key, agreement, plain(sum(costs, beyond)), stamp(), due),
             )
             self._event("invoice", "InvoiceReceivedEvent", key)
         return key

@@ -12,6 +12,7 @@ import hmac
 import shutil
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 from aiohttp import web
@@ -171,7 +172,7 @@ class Market:
 
     def _bill(self, agreement_id: str) -> None:
         self._late.pop(agreement_id, None)
-        self._ledger.issue_invoice(agreement_id, _due())
+        self._ledger.issue_invoice(agreement_id, _due(), Decimal(str(self._misbehave.overbill)))
         self._payment.changed.fire()
 
     def _send_late_invoices(self) -> None:
@@ -221,6 +222,8 @@ class Market:
         agreement.seen_now()
         key = new_id()
         provider = agreement.provider
+        if provider.draws(self._misbehave.refuse_activity):
+            raise Problem(500, "the provider did not make the activity")
         container = Container(
             self._state_dir / "providers" / provider.spec.name / key,
             self._isolation,

@@ -31,6 +31,8 @@ class Misbehaviour:
     """The chance that a counter-proposal is rejected."""
     fail_command: Chance = 0.0
     """The chance that a ``run`` command fails (exit code 1) instead of being run."""
+    refuse_activity: Chance = 0.0
+    """The chance that no activity can be made for an agreement."""
     lose_activity: Chance = 0.0
     """The chance that a ``run`` command ends with its whole activity instead."""
     vanish: Chance = 0.0
@@ -39,6 +41,8 @@ class Misbehaviour:
     """Bytes a second for every transfer, if lower than the provider's own."""
     lose_invoice: Chance = 0.0
     """The chance that a provider never sends its invoice."""
+    overbill: Annotated[float, Field(ge=0)] = 0.0
+    """GLM that every invoice has beyond what the agreement has cost."""
     invoice_delay_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
     """How late invoices come after the end of an agreement."""
     unknown_image: bool = False

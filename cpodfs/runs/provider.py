@@ -28,6 +28,7 @@ from yapapi.payload import Payload, vm
 from yapapi.payload.package import PackageException
 
 from cpodfs.recipe import Runtime
+from cpodfs.runs.provider_bills import Bills
 from cpodfs.runs.provider_cleanup import pay
 from cpodfs.runs.provider_each import EachWork
 from cpodfs.runs.provider_files import MAX_BYTES, matching
@@ -82,7 +83,8 @@ class Session:
         self._job = job
         self._runtime = runtime
         self._reporter = reporter
-        self._books = Books(reporter)
+        self._bills = Bills()
+        self._books = Books(reporter, self._bills)
         self._stop = asyncio.Event()
 
     def stop(self) -> None:
@@ -114,7 +116,7 @@ class Session:
             failure = str(error)
         unpaid = await self._settle(golem)
         if failure is None and unpaid:
-            failure = f"payment is not settled: no invoice from {', '.join(unpaid)}"
+            failure = f"payment is not settled: {', '.join(unpaid)}"
         if failure is not None:
             return Outcome(failure, FAILED)
         return Outcome(work.error, work.exit_code if work.exit_code is not None else FAILED)
@@ -162,7 +164,7 @@ class Session:
 
     def _golem(self) -> tuple[Golem, Strategy]:
         runtime, status = self._runtime, self._reporter.status
-        strategy = Strategy(runtime, lambda: status.budget - status.committed())
+        strategy = Strategy(runtime, lambda: status.budget - status.committed(), self._bills)
         golem = Golem(
             budget=status.budget,
             strategy=strategy,
@@ -175,7 +177,7 @@ class Session:
         return golem, strategy
 
     async def _settle(self, golem: Golem) -> list[str]:
-        """Wait for the invoices, pay, leave the market; who has sent none."""
+        """Wait for the invoices, pay, leave the market; what is not paid, and why."""
         helper = asyncio.create_task(self._pay_ourselves(golem._engine))
         unpaid = await self._books.settle(
             lambda: _CANCEL_SETTLE_S if self._stop.is_set() else SETTLE_S
@@ -190,8 +192,8 @@ class Session:
     async def _pay_ourselves(self, engine: Any) -> None:
         """yapapi stops paying for good when yagna does not answer once: then we see to it."""
         await asyncio.wait([engine._process_invoices_job])
-        keys = {one.agreement for one in self._books.owed()}
-        await pay(engine._payment_api, engine._budget_allocations[0], keys, self._books.paid)
+        limits = {one.agreement: self._bills.most(one.agreement) for one in self._books.owed()}
+        await pay(engine._payment_api, engine._budget_allocations[0], limits, self._books.paid)
 
 
 def limit_files(scratch: Path) -> None:

@@ -15,12 +15,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 from yapapi import rest
 from yapapi.config import ApiConfig
 
+from cpodfs.runs.provider_bills import Overbilled, checked, most
 from cpodfs.runs.provider_market import describe
 
 INVOICES_S = 15.0
@@ -45,15 +47,17 @@ async def clean_up(
         for key in activities:
             with contextlib.suppress(Exception):
                 await (await activity.use_activity(key)).destroy()
+        limits = {}
         for key in agreements:
             agreement = rest.market.Agreement(market._api, key)
             if await agreement.terminate(_REASON) or await _is_over(agreement):
                 ended[key] = {"agreement_state": "terminated"}
+                limits[key] = most_for((await agreement.get_details()), datetime.now(UTC))
         if allocation_id is not None:
             allocation = await payment.allocation(allocation_id)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(INVOICES_S):
-                    await pay(payment, allocation, set(ended), note)
+                    await pay(payment, allocation, limits, note)
             await allocation.delete()
     return ended
 
@@ -66,20 +70,37 @@ async def _is_over(agreement: Any) -> bool:
     return False
 
 
+def most_for(details: Any, now: datetime) -> Decimal:
+    """What an agreement (yapapi's details of it) can have cost at most until ``now``."""
+    raw = details.raw_details
+    end = min(now, raw.valid_to) if raw.valid_to else now
+    begun = raw.approved_date or raw.timestamp
+    return most(details.provider_view.properties, max(0.0, (end - begun).total_seconds()))
+
+
 async def pay(
-    payment: Any, allocation: Any, agreements: set[str], on_paid: Callable[[str, Decimal], None]
+    payment: Any,
+    allocation: Any,
+    limits: dict[str, Decimal],
+    on_paid: Callable[[str, Decimal], None],
 ) -> None:
     """Accept the invoices of these agreements as they come, until there is one for each.
 
-    Goes on until cancelled, whatever yagna says: it may be about to come back. Needs no events.
+    ``limits``: by agreement, what it can have cost; an invoice for more is left unpaid. Goes on
+    until cancelled, whatever yagna says: it may be about to come back. Needs no events.
     """
-    owed = set(agreements)
+    owed = set(limits)
     while owed:
         with contextlib.suppress(Exception):
             async for invoice in payment.invoices():
                 if invoice.agreement_id not in owed:
                     continue
-                amount = Decimal(invoice.amount)
+                try:
+                    amount = checked(invoice.amount, limits[invoice.agreement_id])
+                except Overbilled as error:
+                    owed.discard(invoice.agreement_id)
+                    print(f"cpodfs: {invoice.issuer_id} {error}", file=sys.stderr)
+                    continue
                 if invoice.status == "RECEIVED":
                     await invoice.accept(amount=amount, allocation=allocation)
                 owed.discard(invoice.agreement_id)

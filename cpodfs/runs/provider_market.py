@@ -15,18 +15,20 @@ import math
 from collections.abc import AsyncGenerator, Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any, Protocol
 
 import aiohttp
 from yapapi import Golem, events
 from yapapi.engine import Job
 from yapapi.payload import Payload
-from yapapi.props.com import ComLinear, Counter
+from yapapi.props.com import Counter
 from yapapi.rest.activity import BatchError, CommandExecutionError
 from yapapi.strategy import SCORE_REJECTED, LeastExpensiveLinearPayuMS
 
 from cpodfs.recipe import Runtime
-from cpodfs.runs.provider_pool import Pool, affordable, start_price
+from cpodfs.runs.provider_bills import Bills, Overbilled, a_second, is_sane, start_price
+from cpodfs.runs.provider_pool import Pool, affordable
 from cpodfs.runs.provider_status import Hired, Reporter, Status
 
 STRIKES = 3
@@ -75,9 +77,9 @@ class Work(Protocol):
 
 
 class Strategy(LeastExpensiveLinearPayuMS):  # type: ignore[misc]
-    """The cheapest within the recipe's limits, those that have failed us last."""
+    """The cheapest within the recipe's limits, those that have failed us last; pays what is owed."""
 
-    def __init__(self, runtime: Runtime, budget_left: Callable[[], Decimal]) -> None:
+    def __init__(self, runtime: Runtime, budget_left: Callable[[], Decimal], bills: Bills) -> None:
         limits = {Counter.CPU: runtime.max_cpu_hour, Counter.TIME: runtime.max_env_hour}
         super().__init__(
             max_fixed_price=_decimal(runtime.max_start),
@@ -88,18 +90,25 @@ class Strategy(LeastExpensiveLinearPayuMS):  # type: ignore[misc]
             },
         )
         self._budget_left = budget_left
+        self._bills = bills
         self.strikes: dict[str, int] = {}
         self.too_dear = 0
 
     async def score_offer(self, offer: Any) -> float:
         strikes = self.strikes.get(offer.issuer, 0)
-        if strikes >= STRIKES:
+        if strikes >= STRIKES or not is_sane(offer.props):
             return float(SCORE_REJECTED)
         score = float(await super().score_offer(offer))
         if score < 0 or not affordable(start_price(offer.props), self._budget_left()):
             self.too_dear += 1
             return float(SCORE_REJECTED)
         return score / (1 + 10 * strikes)
+
+    async def invoice_accepted_amount(self, invoice: Any) -> Decimal:
+        return self._bills.checked(invoice.agreement_id, invoice.amount)
+
+    async def debit_note_accepted_amount(self, debit_note: Any) -> Decimal:
+        return self._bills.checked(debit_note.agreement_id, debit_note.total_amount_due)
 
 
 def _decimal(limit: float | None) -> Decimal:
@@ -173,7 +182,10 @@ class Crew:
             await self._wait_for_news(_RETRY_S)
 
     async def _start_lane(self, job: Any) -> bool:
-        starting = asyncio.create_task(self._engine.start_worker(job, self._lane_in(job)))
+        signed: list[Any] = []
+        starting = asyncio.create_task(
+            self._engine.start_worker(job, self._lane_in(job), signed.append)
+        )
         try:
             worker = await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -186,13 +198,17 @@ class Crew:
         if worker is None:
             return False
         self._workers.add(worker)
-        worker.add_done_callback(self._worker_done)
+        worker.add_done_callback(partial(self._worker_done, signed))
         return True
 
-    def _worker_done(self, worker: asyncio.Task[Any]) -> None:
+    def _worker_done(self, signed: list[Any], worker: asyncio.Task[Any]) -> None:
         self._workers.discard(worker)
+        # What goes wrong in a lane stays there; here it was the making of the activity.
         if not worker.cancelled() and (error := worker.exception()) is not None:
-            self._reporter.note(f"no activity: {describe(error)}")
+            for agreement in signed:
+                self._lane_over(
+                    hired_for(self._status, agreement), f"no activity: {describe(error)}"
+                )
         self._news.set()
 
     async def _wait_for_news(self, timeout_s: float) -> None:
@@ -259,7 +275,13 @@ class Crew:
             await self._close_lane(job, hired, error)
 
     async def _close_lane(self, job: Any, hired: Hired, error: str | None) -> None:
-        hired.error, hired.activity_state = error, "ended"
+        hired.activity_state = "ended"
+        self._lane_over(hired, error)
+        with contextlib.suppress(Exception):
+            await self._engine.accept_payments_for_agreement(job.id, hired.agreement)
+
+    def _lane_over(self, hired: Hired, error: str | None) -> None:
+        hired.error = error
         if error is not None:
             self._strategy.strikes[hired.id] = self._strategy.strikes.get(hired.id, 0) + 1
             self._reporter.note(f"{hired.name}: {error}")
@@ -269,8 +291,6 @@ class Crew:
             self._failure = self._failure or failure
         self._news.set()
         self._reporter.changed()
-        with contextlib.suppress(Exception):
-            await self._engine.accept_payments_for_agreement(job.id, hired.agreement)
 
     async def _process(self, job: Any, context: Any, hired: Hired) -> None:
         scripts = self._work.lane(context, hired)
@@ -346,13 +366,8 @@ class Crew:
 
     def _check_budget(self, context: Any) -> None:
         """Stop while what is owed can still be paid: two looks ahead, at the highest rate."""
-        rates = ComLinear.from_properties(context._agreement.details.provider_view.properties)
-        threads = context._agreement.get_provider_property("golem.inf.cpu.threads") or 1
-        a_second = sum(
-            price * (threads if counter == Counter.CPU.value else 1)
-            for counter, price in rates.price_for.items()
-        )
-        ahead = Decimal(str(a_second)) * Decimal(str(2 * _WATCH_S)) * max(1, self._lanes)
+        rate = a_second(context._agreement.details.provider_view.properties)
+        ahead = rate * Decimal(str(2 * _WATCH_S)) * max(1, self._lanes)
         spent, budget = self._status.spent(), self._status.budget
         if self._status.committed() + ahead > budget:
             raise RunFailed(f"budget exhausted: {spent:f} of {budget:f} GLM are spent")
@@ -393,8 +408,10 @@ def _is_gone(error: BaseException) -> bool:
 class Books:
     """Turns yapapi's events into the status: who was hired, what was billed, what was paid."""
 
-    def __init__(self, reporter: Reporter) -> None:
+    def __init__(self, reporter: Reporter, bills: Bills) -> None:
         self._reporter = reporter
+        self._bills = bills
+        self._refused: dict[str, str] = {}
         self.changed = asyncio.Event()
 
     def __call__(self, event: Any) -> None:
@@ -405,6 +422,7 @@ class Books:
                     status.offers += 1
             case events.AgreementConfirmed():
                 hired_for(status, event.agreement)
+                self._bills.signed(event.agreement)
                 # At once: whoever cleans up after us must know of it.
                 self._reporter.tell()
             case events.AgreementTerminated() | events.InvoiceReceived() | events.InvoiceAccepted():
@@ -421,30 +439,37 @@ class Books:
             if hired.agreement_state == "approved":
                 hired.agreement_state = "terminated"
             return
-        billed = Decimal(str(event.invoice.amount))
+        try:
+            billed = self._bills.checked(hired.agreement, event.invoice.amount)
+        except Overbilled as error:
+            hired.error = self._refused[hired.agreement] = str(error)
+            return
         hired.spent = billed
         if isinstance(event, events.InvoiceAccepted):
             hired.accepted, hired.paid = billed, True
 
     async def settle(self, limit_s: Callable[[], float]) -> list[str]:
-        """Wait until all that worked for us are paid; the names of those who have sent no invoice.
+        """Wait until all that worked for us are paid; why some are not, each with its name.
 
-        ``limit_s``: how long in all; asked every second, for it may become less.
-        Providers that have vanished are waited for `VANISHED_SETTLE_S` only, and not named.
+        ``limit_s``: how long in all; asked every second, for it may become less. Providers that
+        have vanished are waited for `VANISHED_SETTLE_S` only, and not named. Who has billed too
+        much is not waited for: another invoice will not come.
         """
         self._reporter.phase("settling")
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        while owed := self.owed():
+        while owed := [one for one in self.owed() if one.agreement not in self._refused]:
             waited = loop.time() - begun
             gone = all(one.agreement_state == "vanished" for one in owed)
             left = min(limit_s(), VANISHED_SETTLE_S if gone else math.inf) - waited
             if left <= 0:
-                return [one.name for one in owed if one.agreement_state != "vanished"]
+                break
             self.changed.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.changed.wait(), min(left, 1.0))
-        return []
+        late = [f"no invoice from {one.name}" for one in owed if one.agreement_state != "vanished"]
+        hired = self._reporter.status.hired
+        return late + [f"{hired[key].name} {why}" for key, why in self._refused.items()]
 
     def paid(self, agreement: str, amount: Decimal) -> None:
         """Somebody else than yapapi has paid an invoice."""

@@ -12,14 +12,9 @@ from typing import Any
 
 from yapapi.agreements_pool import AgreementsPool
 from yapapi.engine import Job
-from yapapi.props.com import ComLinear
 
+from cpodfs.runs.provider_bills import start_price
 from cpodfs.runs.provider_status import Status
-
-
-def start_price(properties: dict[str, Any]) -> Decimal:
-    """What an agreement costs at once, in GLM, by the properties of the provider's offer."""
-    return Decimal(str(ComLinear.from_properties(properties).fixed_price))
 
 
 def affordable(price: Decimal, left: Decimal) -> bool:

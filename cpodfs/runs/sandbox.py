@@ -34,6 +34,11 @@ _ETC = (
     *("mime.types", "nsswitch.conf", "os-release", "passwd", "pki", "protocols", "resolv.conf"),
     *("services", "ssl", "timezone"),
 )
+_MASKED = (
+    *("acpi", "asound", "kcore", "keys", "latency_stats", "sched_debug", "scsi"),
+    *("timer_list", "timer_stats"),
+)
+"""What of /proc tells of the machine and of others' keys: the list of OCI's runtimes."""
 _YAGNA_SOCKET = f"{_TMP}/yagna.sock"
 """Through which the real gftp talks to yagna."""
 
@@ -94,7 +99,7 @@ def environment(env: Mapping[str, str]) -> dict[str, str]:
 
 def _system() -> list[str]:
     """The operating system, read-only, and empty private places for what is nobody's business."""
-    arguments = ["--proc", "/proc", "--dev", "/dev"]
+    arguments = [*_proc(), "--dev", "/dev"]
     for path in (_TMP, f"/var{_TMP}", "/run"):
         arguments += ["--tmpfs", path]
     arguments += ["--dir", _HOME]
@@ -108,6 +113,20 @@ def _system() -> list[str]:
     for name in _ETC:
         arguments += ["--ro-bind-try", f"/etc/{name}", f"/etc/{name}"]
     return arguments
+
+
+def _proc() -> list[str]:
+    """A /proc with the sandbox's processes that nothing can be written to."""
+    arguments = ["--proc", "/proc"]
+    for name in _MASKED:
+        path = f"/proc/{name}"
+        if os.path.isdir(path):
+            arguments += ["--tmpfs", path]
+        elif os.path.exists(path):
+            arguments += ["--dev-bind", "/dev/null", path]
+    # All of it, not a list of paths: root owns the machine's settings there even without any
+    # capability, each driver can add others, and of its own processes a program needs to read only.
+    return [*arguments, "--remount-ro", "/proc"]
 
 
 def _readable(env: Mapping[str, str]) -> list[str]:

@@ -201,6 +201,30 @@ def test_a_late_invoice_is_waited_for(market: MarketMount) -> None:
     assert [one["paid"] for one in ended["golem"]["providers"]] == [True]
 
 
+def test_a_bill_for_more_than_it_can_have_cost_is_not_paid(tmp_path: Path) -> None:
+    with market_mounted(tmp_path, "one") as mount:
+        pod = provider_pod(mount, "overbilled", "sh script/run.sh", "echo done > output/done")
+        mount.misbehave(overbill=0.5)
+        ended = record(run_to_end(pod))
+        assert (pod / "output/done").read_text() == "done\n"
+        (row,) = mount.ledger()
+    assert (ended["state"], ended["exit_code"]) == ("failed", 125)
+    assert "payment is not settled: one billed '0.5" in ended["error"]
+    (hired,) = ended["golem"]["providers"]
+    assert "for what costs 0.0" in hired["error"]
+    assert (hired["paid"], hired["accepted"], float(row.paid or 0)) == (False, 0, 0)
+    assert hired["spent"] < 0.1
+
+
+def test_a_provider_that_makes_no_activity_is_given_up(market: MarketMount) -> None:
+    pod = foreach_pod(market, "refused", 3, workers=2, retries=1)
+    market.misbehave(refuse_activity=1.0)
+    ended = check_tidy(market, run_to_end(pod))
+    assert (ended["state"], ended["exit_code"]) == ("failed", 125)
+    assert "8 providers in a row failed; the last: no activity: yagna said 500" in ended["error"]
+    assert len(ended["golem"]["providers"]) < 12
+
+
 def test_an_invoice_that_never_comes(market: MarketMount) -> None:
     pod = provider_pod(market, "unbilled", "sh script/run.sh", "echo done > output/done")
     market.misbehave(lose_invoice=1.0)

@@ -11,6 +11,7 @@ import anyio
 import pytest
 
 from cpodfs.runs import provider_each, provider_work
+from cpodfs.runs.provider_bills import Bills
 from cpodfs.runs.provider_each import LANE_FAILURES, EachWork
 from cpodfs.runs.provider_market import RunFailed, Strategy
 from cpodfs.runs.provider_status import Hired, Reporter, Status
@@ -96,7 +97,8 @@ async def test_a_failed_task_goes_to_another_provider(work: EachWork, status: St
     assert work.over.is_set()
     assert work.exit_code == 1
     assert work.error == (
-        "1 of 3 tasks failed; the first: payload/a: exit code 4 on two (2 attempts)"
+        "1 of 3 tasks failed; the first: payload/a: exit code 4 on two (2 attempts), "
+        "see logs/run/tasks/1.log"
     )
     assert status.failed == [{"task": 1, "file": "payload/a", "error": "exit code 4 on two"}]
 
@@ -162,7 +164,7 @@ async def test_prices_and_failures_decide_who_is_hired() -> None:
     )
     runtime = parse_recipe(recipe, file="a.recipe").runtime
     assert runtime is not None
-    strategy = Strategy(runtime, lambda: Decimal("0.5"))
+    strategy = Strategy(runtime, lambda: Decimal("0.5"), Bills())
     exact = await strategy.score_offer(Offer("a", 0.0001, 0.00001, 0.0))
     dearer = await strategy.score_offer(Offer("b", 0.0001, 0.00001, 0.1))
     assert exact > dearer > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from cpodfs.runs import provider_files
 from cpodfs.runs.provider_files import BadArchive, TaskLog, Unpacker, matching, pack, sha256_of
 
 Entry = tuple[str, bytes | None, dict[str, object]]
@@ -65,7 +67,7 @@ def test_matching_is_sorted_and_takes_regular_files_only(pod: Path) -> None:
 
 
 def test_results_arrive_and_grow(pod: Path, tmp_path: Path) -> None:
-    unpacker, seen = Unpacker(pod, "output"), []
+    unpacker = Unpacker(pod, "output")
     first = archive(
         tmp_path / "1",
         [
@@ -75,8 +77,7 @@ def test_results_arrive_and_grow(pod: Path, tmp_path: Path) -> None:
             ("output/empty", None, {"type": tarfile.DIRTYPE}),
         ],
     )
-    assert unpacker.unpack(first, seen.append) == 4
-    assert seen == ["./output/log", "output/new/deep/tool"]
+    assert unpacker.unpack(first) == {}
     assert (pod / "output/log").read_text() == "one\n"
     assert stat.S_IMODE((pod / "output/new/deep/tool").stat().st_mode) & 0o100
     assert (pod / "output/empty").is_dir()
@@ -111,9 +112,7 @@ def test_what_is_the_same_is_not_touched(pod: Path, tmp_path: Path) -> None:
         (("output/h", None, {"type": tarfile.LNKTYPE, "linkname": "script"}), "not a regular file"),
         (("output/f", None, {"type": tarfile.FIFOTYPE}), "not a regular file"),
         (("output/c", None, {"type": tarfile.CHRTYPE}), "not a regular file"),
-        (("output/a\nb", b"x", {}), "not a name"),
-        (("output/" + "x" * 256, b"x", {}), "not a name"),
-        (("output/" + "d/" * 80 + "x", b"x", {}), "too deep"),
+        (("output/index.dfs", None, {"type": tarfile.SYMTYPE}), "not a regular file"),
         (("output/big", b"x" * 101, {}), "larger than a run may return"),
     ],
 )
@@ -125,25 +124,85 @@ def test_what_is_refused(pod: Path, tmp_path: Path, entry: Entry, reason: str) -
     assert list((pod / "output").rglob("*")) == []
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a\u00a0b",
+        "\U0001f468\u200d\U0001f469.txt",
+        "e\u0301",
+        " ",
+        "-rf",
+        "~",
+        "x" * 255,
+        "d" * 100 + "/x",
+    ],
+    ids=ascii,
+)
+def test_unusual_names_are_names(pod: Path, tmp_path: Path, name: str) -> None:
+    entries: list[Entry] = [(f"output/{name}", b"x", {})]
+    assert Unpacker(pod, "output").unpack(archive(tmp_path / "t", entries)) == {}
+    assert (pod / "output" / name).read_bytes() == b"x"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "reason"),
+    [
+        ("a\nb", "'output/a\\nb'", "control characters"),
+        ("x" * 256, f"'output/{'x' * 256}'", "longer than the 255 bytes"),
+        ("caf\udce9", r"'output/caf\udce9'", "not UTF-8"),
+        ("index.dfs", "'output/index.dfs'", "reserved"),
+        ("é" * 51 + "/a", f"'output/{'é' * 51}/'", "longer than the 100 bytes"),
+        (".cpodfs-x/y/z", "'output/.cpodfs-x/'", "cpodfs's own"),
+        ("d/" * 80 + "x", None, "deeper than"),
+        ("there/x", "'output/there/x'", "Not a directory"),
+        ("folder", "'output/folder'", "Is a directory"),
+        ("fifo", "'output/fifo'", "no regular file"),
+    ],
+)
+def test_what_the_pod_cannot_hold_is_missing_and_the_rest_comes(
+    pod: Path, tmp_path: Path, name: str, shown: str | None, reason: str
+) -> None:
+    (pod / "output/there").write_text("a file")
+    (pod / "output/folder").mkdir()
+    os.mkfifo(pod / "output/fifo")
+    entries: list[Entry] = [("output/first", b"1", {}), (f"output/{name}", b"x", {})]
+    if "/" in name:
+        entries.append((f"output/{name}2", b"x", {}))
+    missing = Unpacker(pod, "output").unpack(
+        archive(tmp_path / "t", [*entries, ("output/last", b"2", {})])
+    )
+    why = next(iter(missing.values()))
+    assert reason in why
+    assert name.split("/")[0] not in why
+    if shown is not None:
+        assert next(iter(missing)) == shown
+    # Of a folder that cannot be, it is said once.
+    assert len(missing) == (2 if name == "there/x" or name.startswith("d/") else 1)
+    assert (pod / "output/first").read_bytes() == b"1"
+    assert (pod / "output/last").read_bytes() == b"2"
+
+
 def test_links_in_the_pod_are_not_followed(pod: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (pod / "output/d").symlink_to(outside)
     (pod / "output/f").symlink_to(outside / "f")
     for name in ("output/d/x", "output/f"):
-        with pytest.raises(BadArchive, match=r"symbolic links|Not a directory"):
-            Unpacker(pod, "output").unpack(archive(tmp_path / "t", [(name, b"x", {})]))
+        missing = Unpacker(pod, "output").unpack(archive(tmp_path / "t", [(name, b"x", {})]))
+        assert list(missing) == [repr(name)]
     assert list(outside.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["output/there/x", "output/folder"])
-def test_an_entry_that_the_pod_refuses_is_the_archives_fault(
-    pod: Path, tmp_path: Path, name: str
+def test_a_pod_that_takes_nothing_is_not_the_entries_fault(
+    pod: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (pod / "output/there").write_text("a file")
-    (pod / "output/folder").mkdir()
-    with pytest.raises(BadArchive, match=f"'{name}': (Not a|Is a) directory"):
-        Unpacker(pod, "output").unpack(archive(tmp_path / "t", [(name, b"x", {})]))
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    results = archive(tmp_path / "t", [("output/x", b"x", {})])
+    monkeypatch.setattr(provider_files, "make_folder", refuse)
+    with pytest.raises(OSError, match="Read-only"):
+        Unpacker(pod, "output").unpack(results)
 
 
 def test_a_pod_that_is_away_is_no_fault_of_the_archive(pod: Path, tmp_path: Path) -> None:
@@ -154,7 +213,8 @@ def test_a_pod_that_is_away_is_no_fault_of_the_archive(pod: Path, tmp_path: Path
         with pytest.raises(FileNotFoundError):
             unpacker.unpack(results)
     (tmp_path / "away").rename(pod)
-    assert unpacker.unpack(results) == 1
+    assert unpacker.unpack(results) == {}
+    assert (pod / "output/x").exists()
 
 
 def test_a_file_that_comes_again_counts_once(pod: Path, tmp_path: Path) -> None:

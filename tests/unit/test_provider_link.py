@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from cpodfs.runs import provider_link
+from cpodfs.runs.provider_bills import Bills
 from cpodfs.runs.provider_link import Link
 from cpodfs.runs.provider_market import Books
 from cpodfs.runs.provider_status import Hired, Reporter, Status
@@ -116,14 +117,14 @@ async def test_the_reporter_speaks_what_the_link_understands(tmp_path: Path) -> 
 
 async def test_whose_invoice_is_missing() -> None:
     status = Status(Decimal(1))
-    books = Books(Reporter(status, io.BytesIO()))
+    books = Books(Reporter(status, io.BytesIO()), Bills())
     assert await books.settle(lambda: 0.1) == []
     status.hired["idle"] = Hired("idle", "0x0", "idle")
     status.hired["paid"] = Hired("paid", "0x1", "paid", activity="1", paid=True)
     assert await books.settle(lambda: 0.1) == []
     status.hired["owed"] = Hired("owed", "0x2", "owed", activity="2")
     status.hired["gone"] = Hired("gone", "0x3", "gone", "vanished", activity="3")
-    assert await books.settle(lambda: 0.1) == ["owed"]
+    assert await books.settle(lambda: 0.1) == ["no invoice from owed"]
 
 
 async def test_a_supervisor_that_is_gone_is_told_nothing(tmp_path: Path) -> None:

@@ -15,20 +15,23 @@ import pytest
 
 from cpodfs.runs.provider_script import SCRIPT, Report, parse_report, words_for
 
-SHELLS = [["/bin/sh"], ["bash"], ["busybox", "sh"]]
+SHELLS = [["/bin/sh"], ["bash"], ["busybox", "sh"], ["busybox-only", "sh"]]
 
 
 class Box:
     """A folder as the container's ``/golem/work``, and calls of the script in it."""
 
-    def __init__(self, folder: Path, shell: list[str]) -> None:
+    def __init__(self, folder: Path, shell: list[str], path: str | None = None) -> None:
         self.folder = folder
         self._shell = shell
+        self._env = os.environ | ({"PATH": path} if path else {})
         (folder / "cpodfs.sh").write_text(SCRIPT)
 
     def call(self, *words: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
         command = [*self._shell, str(self.folder / "cpodfs.sh"), *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd="/")
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=30, cwd="/", env=self._env
+        )
         assert not ok or done.returncode == 0, done.stderr
         return done
 
@@ -56,9 +59,16 @@ class Box:
 
 @pytest.fixture(params=SHELLS, ids=lambda shell: shell[0].rpartition("/")[2])
 def box(request: pytest.FixtureRequest, tmp_path: Path) -> Box:
-    shell = request.param if shutil.which(request.param[0]) else SHELLS[0]
-    box = Box(tmp_path / "work", shell) if (tmp_path / "work").mkdir() is None else None
-    assert box is not None
+    program, *words = request.param
+    busybox, path = shutil.which("busybox"), None
+    if program == "busybox-only" and busybox:
+        # An image in which all tools are busybox's.
+        program, path = busybox, str(tmp_path / "bin")
+        (tmp_path / "bin").mkdir()
+        subprocess.run([busybox, "--install", "-s", path], check=True)
+    (tmp_path / "work").mkdir()
+    shell = [program, *words] if shutil.which(program) else SHELLS[0]
+    box = Box(tmp_path / "work", shell, path)
     box.setup(tmp_path)
     return box
 
@@ -110,16 +120,89 @@ def test_much_output_comes_whole(box: Box) -> None:
     assert out == "".join(f"{n}\n" for n in range(1, 200001)) + "grüße"
 
 
+def test_a_program_that_never_pauses_does_not_keep_us(box: Box) -> None:
+    gate = box.folder / "gate"
+    program = f"n=0; while [ ! -e {gate} ]; do n=$((n + 1)); echo $n grüße; done; echo 7 >&2"
+    box.call("start", "sh", "-c", program)
+    out, looks = "", 4
+    begun = time.monotonic()
+    for _ in range(looks):
+        said = box.call("watch", "5").stdout
+        assert said.endswith("\n")
+        out += said
+    # Half a second each, and what a slow machine adds; without an end it would take for ever.
+    assert time.monotonic() - begun < looks * 4
+    gate.write_text("")
+    err = ""
+    while (report := box.report()[0]).exit_code is None or report.unsaid:
+        done = box.call("watch", "5")
+        out, err = out + done.stdout, err + done.stderr
+    lines = out.splitlines()
+    assert lines == [f"{n} grüße" for n in range(1, len(lines) + 1)]
+    assert err == "7\n"
+
+
+def test_an_unfinished_line_is_shown_when_nothing_else_comes(box: Box) -> None:
+    gate = box.folder / "gate"
+    program = f"printf 'first\\nhow many? '; while [ ! -e {gate} ]; do sleep 0.05; done; echo 3"
+    box.call("start", "sh", "-c", program)
+    said = ""
+    while "?" not in said:
+        said += box.call("watch", "2").stdout
+    assert said == "first\nhow many? "
+    gate.write_text("")
+    assert box.call("watch", "50").stdout == "3\n"
+
+
+def test_a_very_long_line_comes_too(box: Box) -> None:
+    box.call("start", "sh", "-c", "head -c 700000 /dev/zero | tr '\\0' x; echo; sleep 60")
+    out = ""
+    while not out.endswith("\n"):
+        out += box.call("watch", "5").stdout
+    assert out == "x" * 700000 + "\n"
+    pid = int((box.folder / "cpodfs.state/pid").read_text())
+    subprocess.run(["pkill", "-KILL", "-P", str(pid)], check=True)
+
+
 def test_files_with_old_dates_and_odd_names_come_too(box: Box) -> None:
     program = (
-        'cp -p script/x "output/old one"; touch -d 2001-01-01 "output/old one"; touch output/-n'
+        'cp -p script/x "output/old one"; touch -d "2001-01-01 00:00" "output/old one"; '
+        "touch output/-n; echo 1 > 'output/a\nb'; echo 2 > 'output/*'; mkdir output/empty"
     )
     box.call("pack", "output")
     box.call("start", "sh", "-c", program)
     box.call("watch", "20")
     report, files = box.report()
     assert report.exit_code == 0
-    assert files == {"output/old one": "x", "output/-n": ""}
+    assert files == {
+        **{"output/old one": "x", "output/-n": ""},
+        **{"output/a\nb": "1\n", "output/*": "2\n"},
+    }
+    assert "output/empty" in box.folders()
+
+
+def test_links_are_left_out_and_told_of(box: Box) -> None:
+    program = "echo a > output/a; ln -s a output/b; mkfifo output/c; ln -s /etc output/d"
+    told = [f"cpodfs: output/{n}: not a file or a folder, so it is not brought" for n in "bcd"]
+    box.call("task", box.send(b"1"), "payload/1", "output", "sh", "-c", program)
+    assert sorted(box.call("whole", "output").stderr.splitlines()) == told
+    assert box.report("whole")[1] == {"output/a": "a\n"}
+    (box.folder / "cpodfs.state/exit").unlink()
+    gate = box.folder / "gate"
+    program += f"; while [ ! -e {gate} ]; do sleep 0.05; done"
+    box.call("start", "sh", "-c", f"rm -f output/*; {program}")
+    assert box.call("pack", "output").stderr == ""
+    gate.write_text("")
+    box.call("watch", "50")
+    assert sorted(box.call("pack", "output").stderr.splitlines()) == told
+    assert box.call("pack", "output").stderr == ""
+
+
+def test_of_many_links_some_are_told_of(box: Box) -> None:
+    program = "for n in $(seq 50); do ln -s x output/$n; done"
+    box.call("task", box.send(b"1"), "payload/1", "output", "sh", "-c", program)
+    lines = box.call("whole", "output").stderr.splitlines()
+    assert lines[20:] == ["cpodfs: output: 30 more are not brought either"]
 
 
 def test_a_task_starts_with_an_empty_output(box: Box) -> None:
@@ -134,10 +217,22 @@ def test_a_task_starts_with_an_empty_output(box: Box) -> None:
     assert (report.exit_code, files) == (0, {})
 
 
-def test_a_missing_program(box: Box) -> None:
-    box.call("start", "no-such-program")
-    assert "no-such-program" in box.call("watch", "20").stderr
-    assert box.report()[0].exit_code == 127
+@pytest.mark.parametrize(
+    ("program", "said", "code"),
+    [
+        ("no-such-program", "not found on the provider", 127),
+        ("script/nothing", "not found on the provider", 127),
+        ("script/x", "not an executable file", 126),
+        ("./script", "not an executable file", 126),
+    ],
+)
+def test_a_missing_program(box: Box, program: str, said: str, code: int) -> None:
+    box.call("start", program, "word")
+    assert box.call("watch", "20").stderr == f"cpodfs: {program}: {said}\n"
+    assert box.report()[0].exit_code == code
+    done = box.call("task", box.send(b"1"), "payload/1", "output", program)
+    assert done.stderr == f"cpodfs: {program}: {said}\n"
+    assert box.report("whole")[0].exit_code == code
 
 
 @pytest.mark.parametrize("words", [["exit", "3"], ["eval", "echo seen"], ["pack", "output"]])
@@ -174,7 +269,26 @@ def test_not_a_report(text: str) -> None:
         parse_report(text)
 
 
-def test_the_words_for_a_file() -> None:
-    assert words_for(("x", "a={}", "{}"), "p") == ["x", "a=p", "p"]
-    assert words_for(("x", "-v", "FILE"), "p") == ["x", "-v", "p"]
-    assert words_for(("x",), "p") == ["x", "p"]
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("x a={} {}", "x a=p/1 p/1"),
+        ("x {} FILE", "x p/1 FILE"),
+        ("x -v FILE", "x -v p/1"),
+        ("x", "x p/1"),
+        ("script/x", "script/x p/1"),
+        ("python3 script/count.py", "python3 script/count.py p/1"),
+        ("python3 -u ./script//in/count.py", "python3 -u ./script//in/count.py p/1"),
+        ("ls script", "ls script p/1"),
+        ("python3 script/count.py p/FILE", "python3 script/count.py p/1"),
+        ("python3 script/../p/FILE", "python3 p/1"),
+        ("python3 scripts", "python3 p/1"),
+    ],
+)
+def test_the_words_for_a_file(argv: str, words: str) -> None:
+    assert words_for(tuple(argv.split()), "p/1", "script") == words.split()
+
+
+def test_the_script_folder_may_lie_deep() -> None:
+    assert words_for(("sh", "code/in/run"), "p/1", "code/in") == ["sh", "code/in/run", "p/1"]
+    assert words_for(("sh", "code/run"), "p/1", "code/in") == ["sh", "p/1"]
