@@ -25,6 +25,10 @@ from cpodfs.errors import ConfigError
 APP = "cpodfs"
 
 
+RUN_GRACE_S = 40.0
+"""yapapi's shutdown takes up to 30 s when it waits for invoices, which is three quarters of this."""
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """All times in seconds."""
@@ -46,6 +50,7 @@ class Settings:
     yagna_url: str = "http://127.0.0.1:7465"
     sandbox: str = "auto"
     keep_runs: int = 20
+    run_grace_s: float = RUN_GRACE_S
 
 
 def config_path() -> Path:

@@ -49,9 +49,6 @@ log = logging.getLogger(__name__)
 KERNEL_TIMEOUT_S = 10.0
 MAX_REQUESTS = 500
 """Requests served at once. Readers that wait for the network must not keep others out."""
-RUN_GRACE_S = 10.0
-RUN_END_S = RUN_GRACE_S + 6.0
-"""Cancelled runs get the grace between SIGTERM and SIGKILL, and some time to write their logs."""
 DETACH_S = 5.0
 MIN_FRESH_S = 2.0
 """A listing younger than this is not asked for again before a write, whatever --attr-ttl says."""
@@ -98,7 +95,7 @@ class Driver:
             *(cache.folder / "runs", settings.mountpoint),
             environment=environment,
             on_end=self._on_run_end,
-            cancel_grace_s=RUN_GRACE_S,
+            cancel_grace_s=settings.run_grace_s,
             keep=settings.keep_runs,
         )
         files = Files(
@@ -196,7 +193,7 @@ class Driver:
             await pyfuse3.main(max_tasks=MAX_REQUESTS)
             log.info("unmounted")
             sd_notify(STOPPING="1", STATUS="uploading what is pending")
-            await self.runs.cancel_all(RUN_END_S)
+            await self.runs.cancel_all()
             nursery.cancel_scope.cancel()
 
     async def _start_up(self, nursery: trio.Nursery, ready: Callable[[], None]) -> None:
@@ -217,7 +214,7 @@ class Driver:
 
     async def _detach(self) -> None:
         """End the runs, then the mount; one that is in use is detached all the same."""
-        await self.runs.cancel_all(RUN_END_S)
+        await self.runs.cancel_all()
         path = self._settings.mountpoint
         try:
             await trio.to_thread.run_sync(mountpoint.unmount, path)
@@ -309,7 +306,7 @@ class Driver:
     async def _command_runs(self, _ino: int, value: bytes) -> None:
         """ "0": end all runs and begin no other; "1": runs may begin again."""
         if value == b"0":
-            await self.runs.cancel_all(RUN_END_S)
+            await self.runs.cancel_all()
         else:
             self.runs.reopen()
 

@@ -18,6 +18,7 @@ import trio
 from cpodfs import mountpoint as mp
 from cpodfs.cli.progress import drain_progress
 from cpodfs.config import (
+    RUN_GRACE_S,
     Settings,
     account_cache,
     config_path,
@@ -197,6 +198,15 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     help="Runs whose logs stay in a pod; the oldest folders go first.",
 )
+@configured_option(
+    "--run-grace",
+    metavar="SECONDS",
+    type=click.FloatRange(0),
+    default=RUN_GRACE_S,
+    show_default=True,
+    help="How long a cancelled run may take to end: from SIGINT, as at Ctrl-C, to SIGKILL, with SIGTERM "
+    "after three quarters of it.",
+)
 @configured_option("--allow-other", is_flag=True, help="Let other users of this machine in.")
 @configured_option(
     "--log-file",
@@ -361,6 +371,7 @@ def _settings(
         yagna_url=options["yagna_url"],
         sandbox=options["sandbox"],
         keep_runs=options["keep_runs"],
+        run_grace_s=options["run_grace"],
     )
 
 

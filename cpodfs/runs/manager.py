@@ -23,6 +23,7 @@ import trio
 from cpodfs.errors import CpodfsError, RunError, RunInProgress
 from cpodfs.recipe import Recipe
 from cpodfs.runs import debts, state
+from cpodfs.runs.keep import newest_first
 from cpodfs.runs.launch import end_agreements, hand_over, open_supervisor, pidfd_of_child
 from cpodfs.runs.provider_link import GRACE_S
 from cpodfs.runs.spawn import AS_EVER, How, program_start
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 _UNIDENTIFIED_POLL_S = 0.1
 _LOCK_WAIT_S = 5.0
 _LOCK_RETRY_S = 0.5
+_LOGS_S = 6.0
 _KILL_WAIT_S = 5.0
 _QUICK_PUBLISH_S = 5.0
 _NEW = ".new-"
@@ -66,7 +68,7 @@ class RunManager:
     for what programs get beyond the usual (YAGNA_APPKEY, …); its PATH, if any, goes before
     everything else on the program's. It may block for a moment and may raise. ``on_end(pod)`` is
     called in the trio thread when a run is over and its logs are complete; it must not block.
-    ``cancel_grace_s``: from SIGTERM to SIGKILL. ``keep``: runs remembered per pod.
+    ``cancel_grace_s``: from SIGINT to SIGKILL. ``keep``: runs remembered per pod.
     ``publish_s``: how long a supervisor goes on trying to reach the mount after the program's end.
 
     Use: ``await nursery.start(manager.run)`` recovers and returns; the rest works from then on.
@@ -183,17 +185,17 @@ class RunManager:
             with trio.move_on_after(limit_s):
                 await run.ended.wait()
 
-    async def cancel_all(self, deadline_s: float) -> None:
-        """End every run and begin no other (until `reopen`). After ``deadline_s`` s, kill the rest.
+    async def cancel_all(self) -> None:
+        """End every run and begin no other (until `reopen`); kill what is left after the grace.
 
-        Call it while the mount is served (the last logs go through it), with a deadline longer
-        than the grace. Killing takes at most `_KILL_WAIT_S` more. Provider runs get a longer one.
+        Call it while the mount is served: the last logs go through it, for which there is `_LOGS_S`
+        more. Killing takes at most `_KILL_WAIT_S` more. Provider runs have a grace of their own.
         """
         self._closing = True
         runs = list(self._active.values())
         for run in runs:
             self.cancel(run.pod)
-        kill_wait_s = _KILL_WAIT_S
+        deadline_s, kill_wait_s = self._grace_s + _LOGS_S, _KILL_WAIT_S
         if any(run.hires for run in runs):
             # Agreements that nobody ends cost money: grace for the process, then to clean up.
             deadline_s = max(deadline_s, 2 * GRACE_S + _KILL_WAIT_S)
@@ -327,7 +329,7 @@ class RunManager:
             # that starts now finds the one there is; later ones are `recover`'s.
             if run.lock is not None and not run.record["private"].get("published"):
                 await self._publish_quickly(run.folder, run.lock)
-            await trio.to_thread.run_sync(self._prune, run.folder.parent)
+            await trio.to_thread.run_sync(self._prune, run.folder)
         except OSError:
             log.exception("run could not be closed pod=%r run=%s", run.pod, run.id)
             if run.record["state"] not in state.ENDED:
@@ -359,7 +361,7 @@ class RunManager:
         run.record = state.read_record(run.folder) or run.record
         if run.record["state"] in state.ENDED or run.lock is None:
             return
-        state.kill_leftovers(run.id)
+        state.kill_leftovers(run.id, run.record["private"].get("supervisor"))
         if run.record.get("golem"):
             try:
                 end_agreements(run.folder, run.record, self._environment())
@@ -442,8 +444,8 @@ class RunManager:
                 "run not copied to its pod yet folder=%s: %s", folder, private.get("problem")
             )
 
-    def _prune(self, parent: Path) -> None:
-        for age, folder in enumerate(_run_folders(parent)):
+    def _prune(self, ended: Path) -> None:
+        for age, folder in enumerate((f for f in _run_folders(ended.parent) if f != ended), 1):
             record = state.read_record(folder)
             if age < self._keep or record is None or record["state"] not in state.ENDED:
                 continue
@@ -465,7 +467,7 @@ async def _try_lock(run: _Run) -> int | None:
 def _run_folders(parent: Path) -> list[Path]:
     """The run folders of a pod, the newest first."""
     try:
-        names = sorted((n for n in os.listdir(parent) if not n.startswith(".")), reverse=True)
+        names = newest_first(n for n in os.listdir(parent) if not n.startswith("."))
     except FileNotFoundError:
         return []
     return [parent / name for name in names]

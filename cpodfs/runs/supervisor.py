@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from cpodfs.runs import box, keep, mirror, provider_link, state
+from cpodfs.runs import box, keep, keyring, mirror, provider_link, state
 from cpodfs.runs.stream import LOG_LIMIT_BYTES, Spool, Stream
 
 TYPE_CHECKING = False
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from cpodfs.runs.state import Record
 
+_INTERRUPT_SHARE = 0.75
+"""Of the grace: from SIGINT to SIGTERM. A requestor of yapapi's ends its agreements and pays at the
+first, as at Ctrl-C, and drops everything at the second."""
 _KILL_LIMIT_S = 5.0
 _PRUNE_LIMIT_S = 10.0
 _SANDBOX_PROCESSES = 2
@@ -39,7 +42,7 @@ def read_job(data: bytes) -> dict[str, Any] | None:
 
     env: the program's whole environment but for CPODFS_*; the app-key is in it, so it is never
     written anywhere. mountpoint: path. folders: script, payload, output, log, relative to the pod.
-    grace_s: from SIGTERM to SIGKILL. publish_s: how long to go on trying to complete the copy in
+    grace_s: from SIGINT to SIGKILL. publish_s: how long to go on trying to complete the copy in
     the pod after the end. keep: run folders that stay in the pod. wrap: what goes before the
     program's argv, if it runs in a sandbox. provider: the recipe's ``Runtime`` as an object, or
     null; if it is there the program runs on a provider, and `provider_link` speaks to who sees to it.
@@ -63,6 +66,7 @@ class Supervisor:
         self._program: subprocess.Popen[bytes] | None = None
         self._status: int | None = None
         self._grace_ends: float | None = None
+        self._term_at: float | None = None
         self._killed = False
         self._beyond_us = False
         self._box: box.Box | None = None
@@ -100,8 +104,7 @@ class Supervisor:
         self._save(durable=True)
         _finish_copy(self._follower, self._record, self._job["publish_s"])
         self._save(durable=False)
-        logs = os.path.dirname(self._record["log"])
-        keep.prune(self._pod, logs, self._job["keep"], _PRUNE_LIMIT_S)
+        keep.prune(self._pod, self._record["log"], self._job["keep"], _PRUNE_LIMIT_S)
 
     @property
     def _pid(self) -> int:
@@ -143,6 +146,8 @@ class Supervisor:
             cwd=self._pod,
             env=env,
             process_group=0,
+            # Not for us: a home folder may be readable only with a key of the user's session.
+            preexec_fn=keyring.leave_session if self._job["wrap"] else None,  # noqa: PLW1509
         )
         # The thread that copies started later, so that nothing but this thread was forked.
         pipes = (self._program.stdout, self._program.stderr)
@@ -215,6 +220,9 @@ class Supervisor:
                     poll.unregister(fd)
                     full.append(stream)
             full = self._retry(full, poll)
+            if self._term_at is not None and time.monotonic() >= self._term_at:
+                self._term_at = None
+                self._ask_to_end(signal.SIGTERM)
             if self._grace_ends is not None and time.monotonic() >= self._grace_ends:
                 self._kill()
 
@@ -232,6 +240,8 @@ class Supervisor:
 
     def _timeout_ms(self, spool_full: bool) -> int | None:
         waits = [mirror.RETRY_S] if spool_full else []
+        if self._term_at is not None:
+            waits.append(max(0.0, self._term_at - time.monotonic()))
         if self._grace_ends is not None and not self._killed:
             waits.append(max(0.0, self._grace_ends - time.monotonic()))
         if self._killed and self._grace_ends is not None:
@@ -248,19 +258,26 @@ class Supervisor:
 
     def _signals(self) -> None:
         if signal.SIGTERM in os.read(self._wake, 4096) and self._grace_ends is None:
-            grace_s = self._job["grace_s"] if self._link is None else provider_link.GRACE_S
-            self._grace_ends = time.monotonic() + grace_s
-            if self._status is None:
-                self._terminate()
+            self._cancel()
         self._reap()
 
-    def _terminate(self) -> None:
+    def _cancel(self) -> None:
+        now = time.monotonic()
         if self._link is not None:
+            self._grace_ends = now + provider_link.GRACE_S
             # Not to its gftp, which it needs to come to an end.
-            self._send(self._pid, signal.SIGTERM)
+            if self._status is None:
+                self._send(self._pid, signal.SIGTERM)
+            return
+        self._grace_ends = now + self._job["grace_s"]
+        self._term_at = now + self._job["grace_s"] * _INTERRUPT_SHARE
+        self._ask_to_end(signal.SIGINT)
+
+    def _ask_to_end(self, number: int) -> None:
+        if self._status is not None:
             return
         if not self._job["wrap"]:
-            self._signal_group(signal.SIGTERM)
+            self._signal_group(number)
             return
         inside = state.descendants(self._pid)
         if len(inside) < _SANDBOX_PROCESSES:
@@ -268,7 +285,7 @@ class Supervisor:
             self._kill()
         # Not to the sandbox's own process: it would die of it, and the exit code would be lost.
         for pid in inside:
-            self._send(pid, signal.SIGTERM)
+            self._send(pid, number)
 
     def _signal_group(self, number: int) -> None:
         try:

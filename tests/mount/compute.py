@@ -46,7 +46,15 @@ class DevnetMount(Mount):
     def command(self) -> list[str]:
         return [
             *(*CPODFS, "mount", str(self.point), "--devnet", "--devnet-state", str(self.devnet)),
-            *("--cache-dir", str(self.cache), "--log-file", str(self.log), *self.options),
+            *(
+                "--cache-dir",
+                str(self.cache),
+                "--log-file",
+                str(self.log),
+                "--run-grace",
+                "8",
+                *self.options,
+            ),
         ]
 
     @property

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from cpodfs.devnet.ledger import ledger_table, open_points
 from tests.mount.compute import (
     IN_DELETE_SELF,
     SECRET,
@@ -228,7 +229,7 @@ def test_rm_cancels(gated: Path, gate: Gate) -> None:
     (folder,) = run_folders(gated)
     ended = record(folder)
     assert (ended["state"], ended["exit_code"]) == ("cancelled", 7)
-    assert (gate.folder / "terminated").read_text() == "SIGTERM\n"
+    assert (gate.folder / "terminated").read_text() == "SIGINT\n"
     assert (folder / "stdout.log").read_text() == "one\n"
     assert run_processes(folder.name) == []
     assert run("rm", ".run", cwd=gated, check=False) == ""
@@ -398,9 +399,9 @@ def test_children_that_the_program_leaves_are_ended(devnet: DevnetMount) -> None
     assert run_processes(folder.name) == []
 
 
-def test_a_program_that_ignores_sigterm_is_killed(devnet: DevnetMount) -> None:
+def test_a_program_that_ignores_signals_is_killed(devnet: DevnetMount) -> None:
     pod = compute_pod(
-        devnet, "stubborn", "sh -c 'trap \"\" TERM; echo up; while :; do sleep 1; done'"
+        devnet, "stubborn", "sh -c 'trap \"\" INT TERM; echo up; while :; do sleep 1; done'"
     )
     run("touch", pod / ".run")
     until(lambda: run_folders(pod) and (run_folders(pod)[-1] / "stdout.log").exists())
@@ -431,3 +432,17 @@ def test_an_unmodified_requestor_script(devnet: DevnetMount) -> None:
     assert counts == {f"{n}.txt.count": str(n) for n in range(1, 4)}
     providers = {line.split(" by ")[1] for line in (folder / "stdout.log").read_text().splitlines()}
     assert len(providers) == 2
+
+
+def test_a_cancelled_requestor_ends_its_agreements_and_pays(devnet: DevnetMount) -> None:
+    pod = compute_pod(devnet, "long", "python3 script/long.py", "long.py")
+    run("touch", pod / ".run")
+    until(lambda: run_folders(pod) and (run_folders(pod)[0] / "stdout.log").exists())
+    (folder,) = run_folders(pod)
+    until(lambda: (folder / "stdout.log").read_text().startswith("on "))
+    run("rm", pod / ".run")
+    wait_gone(pod)
+    assert record(folder)["state"] == "cancelled"
+    assert open_points(devnet.devnet / "market") == []
+    (row,) = [row for row in ledger_table(devnet.devnet / "market") if float(row.cost) > 0][-1:]
+    assert row.paid

@@ -17,6 +17,7 @@ from cpodfs.runs import state
 from cpodfs.runs.manager import RunManager
 
 DEADLINE_S = 20.0
+GRACE_S = 4.0
 APP_KEY = "app-key-7c5f0e"
 
 
@@ -87,6 +88,7 @@ class Bench:
 
     @contextlib.asynccontextmanager
     async def managed(self, **options):
+        options.setdefault("cancel_grace_s", GRACE_S)
         options.setdefault("environment", lambda: {"YAGNA_APPKEY": APP_KEY})
         self.manager = RunManager(
             self.runs_dir, self.mount, on_end=self._send.send_nowait, **options
@@ -99,7 +101,7 @@ class Bench:
                 finally:
                     # A test that fails must not leave programs behind either.
                     with trio.CancelScope(shield=True):
-                        await self.manager.cancel_all(DEADLINE_S)
+                        await self.manager.cancel_all()
                 nursery.cancel_scope.cancel()
 
     async def ended(self) -> str:

@@ -16,6 +16,7 @@ import trio.testing
 from runs_helpers import APP_KEY, Bench, Fifo, python, recipe, until
 
 from cpodfs.errors import ConfigError, RunError, RunInProgress
+from cpodfs.runs import manager as manager_module
 from cpodfs.runs import state
 
 pytestmark = pytest.mark.anyio
@@ -248,13 +249,13 @@ async def test_one_run_per_pod_and_several_pods(bench, told, gate):
 async def test_cancel_lets_the_program_clean_up(bench, told):
     code = f"""
 import signal, sys
-signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
 print("up", file=open({told.path!r}, "w"))
-signal.sigwait([signal.SIGTERM])
-print("bye")
+for _ in range(2):
+    print(signal.Signals(signal.sigwait([signal.SIGINT, signal.SIGTERM])).name)
 sys.exit(3)
 """
-    async with bench.managed() as manager:
+    async with bench.managed(cancel_grace_s=1.0) as manager:
         assert not manager.cancel("pod")
         manager.begin("pod", python(code))
         await told.line()
@@ -263,7 +264,7 @@ sys.exit(3)
         assert not manager.cancel("pod")
         record = manager.history("pod")[0]
     assert (record["state"], record["exit_code"]) == ("cancelled", 3)
-    assert bench.published(record, "stdout.log") == b"bye\n"
+    assert bench.published(record, "stdout.log") == b"SIGINT\nSIGTERM\n"
 
 
 async def test_cancel_waits_for_what_the_program_started(bench, told):
@@ -277,12 +278,12 @@ async def test_cancel_waits_for_what_the_program_started(bench, told):
         await bench.ended()
         record = manager.history("pod")[0]
     assert record["state"] == "cancelled"
-    assert record["signal"] == "SIGTERM"
+    assert record["signal"] == "SIGINT"
     assert bench.published(record, "stdout.log") == b"inner done\n"
 
 
 async def test_a_program_that_ignores_term_is_killed_after_the_grace(bench, told):
-    command = f"sh -c 'trap \"\" TERM; echo up > {told.path}; while :; do sleep 0.05; done'"
+    command = f"sh -c 'trap \"\" INT TERM; echo up > {told.path}; while :; do sleep 0.05; done'"
     async with bench.managed(cancel_grace_s=0.2) as manager:
         manager.begin("pod", recipe(command))
         await told.line()
@@ -313,13 +314,15 @@ async def test_cancel_while_the_supervisor_starts(bench):
         assert manager.history("pod")[0]["state"] == "cancelled"
 
 
-async def test_cancel_all_kills_what_does_not_end(bench, told, tmp_path):
+async def test_cancel_all_kills_what_does_not_end(bench, told, tmp_path, monkeypatch):
+    # A supervisor that hangs: it has a grace of minutes, the manager has not.
+    monkeypatch.setattr(manager_module, "_LOGS_S", 0.1 - 600)
     alive = Fifo(tmp_path / "alive").listen(hold=False)
-    command = f"sh -c 'trap \"\" TERM; exec 9> {alive.path}; echo up > {told.path}; while :; do sleep 0.05; done'"
+    command = f"sh -c 'trap \"\" INT TERM; exec 9> {alive.path}; echo up > {told.path}; while :; do sleep 0.05; done'"
     async with bench.managed(cancel_grace_s=600) as manager:
         manager.begin("pod", recipe(command))
         await told.line()
-        await manager.cancel_all(0.1)
+        await manager.cancel_all()
         await alive.closed()
         assert await bench.ended() == "pod"
         record = manager.history("pod")[0]

@@ -373,7 +373,7 @@ async def test_provider_runs_get_the_time_to_tidy_up(bench, told, gate, monkeypa
         monkeypatch.setattr(
             trio, "move_on_after", lambda s, **k: waits.append(s) or move_on_after(s, **k)
         )
-        await manager.cancel_all(1)
+        await manager.cancel_all()
     assert waits[0] > 2 * GRACE_S
 
 

@@ -1,6 +1,6 @@
 """Counts its starts in a folder outside the mount, prints, and waits there to be let on.
 
-``gated.py FOLDER``: "one" is printed before the gate, "two" after it. SIGTERM is noted and obeyed.
+``gated.py FOLDER``: "one" is printed before the gate, "two" after it. What asks it to end is noted and obeyed.
 """
 
 import os
@@ -17,13 +17,14 @@ def say(word):
     os.close(fd)
 
 
-def terminated(_number, _frame):
+def terminated(number, _frame):
     with open(os.path.join(folder, "terminated"), "w") as file:
-        file.write("SIGTERM\n")
+        file.write(f"{signal.Signals(number).name}\n")
     sys.exit(7)
 
 
-signal.signal(signal.SIGTERM, terminated)
+for one in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(one, terminated)
 with open(os.path.join(folder, "count"), "a") as file:
     file.write(f"{time.time()}\n")
 print("one", flush=True)
