@@ -22,14 +22,14 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
-from yapapi import Golem
+from yapapi import Golem, rest
 from yapapi.engine import NoPaymentAccountError
 from yapapi.payload import Payload, vm
 from yapapi.payload.package import PackageException
 
 from cpodfs.recipe import Runtime
 from cpodfs.runs.provider_bills import Bills
-from cpodfs.runs.provider_cleanup import pay
+from cpodfs.runs.provider_cleanup import is_over, pay
 from cpodfs.runs.provider_each import EachWork
 from cpodfs.runs.provider_files import MAX_BYTES, matching
 from cpodfs.runs.provider_market import (
@@ -46,6 +46,9 @@ from cpodfs.runs.provider_work import Job, Shop, SingleWork
 
 _CANCEL_SETTLE_S = 12.0
 _IMAGE_S = 60.0
+_YAGNA_S = 20.0
+"""How long yagna may take to begin, and to end; it answers in milliseconds, or not at all."""
+_VERIFY_S = 5.0
 
 _T = TypeVar("_T")
 
@@ -86,6 +89,8 @@ class Session:
         self._bills = Bills()
         self._books = Books(reporter, self._bills)
         self._stop = asyncio.Event()
+        self.settled = True
+        """Nothing is open at the market, for all one knows."""
 
     def stop(self) -> None:
         """End it soon: what was begun at the market is ended and paid first."""
@@ -101,7 +106,8 @@ class Session:
         golem, strategy = self._golem()
         try:
             # To its end even when stopped: half a start leaves money set aside.
-            await golem.start()
+            async with asyncio.timeout(_YAGNA_S):
+                await golem.start()
         except NoPaymentAccountError as error:
             return Outcome(str(error), FAILED)
         except Exception as error:  # noqa: BLE001 - yagna may fail in any way
@@ -185,9 +191,24 @@ class Session:
         helper.cancel()
         # yapapi forgets to end this when it is not to wait, and then waits for it all the same.
         golem._engine._process_invoices_job.cancel()
+        self.settled = await self._all_are_over(golem._engine._market_api)
         with contextlib.suppress(Exception):
-            await golem.stop(wait_for_payments=False)
+            async with asyncio.timeout(_YAGNA_S):
+                await golem.stop(wait_for_payments=False)
         return unpaid
+
+    async def _all_are_over(self, market: Any) -> bool:
+        """Whether yagna itself says so: yapapi tells of an end that it could not bring about, too."""
+        hired = self._reporter.status.hired.values()
+        agreements = [rest.market.Agreement(market._api, one.agreement) for one in hired]
+        over = [False for _ in agreements]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_VERIFY_S):
+                over = await asyncio.gather(*map(is_over, agreements))
+        for one, ended in zip(hired, over, strict=True):
+            if not ended and one.agreement_state == "terminated":
+                one.agreement_state = "approved"
+        return all(over)
 
     async def _pay_ourselves(self, engine: Any) -> None:
         """yapapi stops paying for good when yagna does not answer once: then we see to it."""
@@ -219,7 +240,7 @@ async def _main(data: bytes, reporter_out: Any) -> int:
         outcome = await session.run()
     finally:
         shutil.rmtree(job.scratch, ignore_errors=True)
-    reporter.end(outcome.error, outcome.exit_code)
+    reporter.end(outcome.error, outcome.exit_code, settled=session.settled)
     return outcome.exit_code
 
 

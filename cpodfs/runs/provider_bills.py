@@ -1,7 +1,7 @@
-"""What an agreement can have cost at most: no more is paid, whatever a provider bills.
+"""What agreements cost, and what they can have cost at most: no more is paid, whatever is billed.
 
-asyncio's process; imports yapapi's properties only. A provider counts the CPU seconds itself, but
-cannot use more of them than its threads have in the time that passes here.
+The provider run's process; imports yapapi's properties and `provider_status`. A provider counts the
+CPU seconds itself, but cannot use more of them than its threads have in the time that passes here.
 """
 
 from __future__ import annotations
@@ -14,37 +14,39 @@ from typing import Any
 from yapapi.props.base import InvalidPropertiesError
 from yapapi.props.com import ComLinear, Counter
 
+from cpodfs.runs.provider_status import Price
+
 SLACK_S = 30.0
 """Added to the time since the signature: clocks differ, and an agreement takes time to end."""
+MAX_THREADS = 1024
+"""An offer of more is not believed: its threads are what limits its bill."""
 
 
 class Overbilled(Exception):
     """A bill that is not paid; says why."""
 
 
-def start_price(properties: dict[str, Any]) -> Decimal:
-    """What an agreement costs at once, in GLM, by the properties of the provider's offer."""
-    return Decimal(str(ComLinear.from_properties(properties).fixed_price))
-
-
-def a_second(properties: dict[str, Any]) -> Decimal:
-    """What an activity costs in a second at most, in GLM: all threads busy."""
+def price_of(properties: dict[str, Any]) -> Price:
+    """The price of an offer, by its properties. Raises InvalidPropertiesError or ArithmeticError."""
     threads = Decimal(str(properties.get("golem.inf.cpu.threads") or 1))
-    rates = ComLinear.from_properties(properties).price_for
-    return sum(
+    linear = ComLinear.from_properties(properties)
+    a_second = sum(
         (
             Decimal(str(price)) * (threads if counter == Counter.CPU.value else 1)
-            for counter, price in rates.items()
+            for counter, price in linear.price_for.items()
         ),
         Decimal(0),
     )
+    return Price(Decimal(str(linear.fixed_price)), a_second)
 
 
 def is_sane(properties: dict[str, Any]) -> bool:
     """Whether an offer's prices are numbers that one can reckon with."""
     try:
-        prices = (start_price(properties), a_second(properties))
-        return all(price.is_finite() and price >= 0 for price in prices)
+        price = price_of(properties)
+        threads = float(properties.get("golem.inf.cpu.threads") or 1)
+        fine = all(part.is_finite() and part >= 0 for part in (price.start, price.a_second))
+        return fine and 0 < threads <= MAX_THREADS
     except (InvalidPropertiesError, ArithmeticError, TypeError, ValueError):
         return False
 
@@ -61,30 +63,23 @@ def checked(billed: Any, most: Decimal) -> Decimal:
     return amount
 
 
-def most(properties: dict[str, Any], seconds: float) -> Decimal:
-    """What an agreement that was signed so long ago can have cost at most, in GLM."""
-    passed = Decimal(str(round(seconds + SLACK_S, 3)))
-    return start_price(properties) + a_second(properties) * passed
-
-
 class Bills:
     """The agreements of one run. ``clock``: seconds, monotonic."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._signed: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._signed: dict[str, tuple[float, Price]] = {}
 
-    def signed(self, agreement: Any) -> None:
-        """From now on an agreement (yapapi's, with its details) may cost something."""
-        properties = agreement.details.provider_view.properties
-        self._signed[agreement.id] = (self._clock(), properties)
+    def signed(self, key: str, price: Price) -> None:
+        """From now on the agreement with this id may cost something."""
+        self._signed[key] = (self._clock(), price)
 
     def most(self, key: str) -> Decimal:
-        """What the agreement with this id can have cost by now, in GLM; nothing if there is none."""
+        """What an agreement can have cost by now, in GLM; nothing if it is not known."""
         if key not in self._signed:
             return Decimal(0)
-        begun, properties = self._signed[key]
-        return most(properties, self._clock() - begun)
+        begun, price = self._signed[key]
+        return price.most(self._clock() - begun + SLACK_S)
 
     def checked(self, key: str, billed: Any) -> Decimal:
         """What is billed for an agreement, if it may be paid. Raises Overbilled."""

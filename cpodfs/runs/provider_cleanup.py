@@ -1,7 +1,7 @@
 """Ends what a provider run left at the market when its process died: ``… provider_cleanup``.
 
 asyncio and yapapi's REST clients, in a process of its own that the supervisor starts. stdin: one
-JSON object {agreements, activities: lists of ids, allocation: id or null}; stdout: what became of
+JSON object {agreements: as in the record, allocation: id or null}; stdout: what became of
 each agreement, {id: {agreement_state, spent, accepted, paid}}. All is paid from the run's own
 allocation, so that the budget stays a limit, and the allocation is released.
 """
@@ -19,21 +19,26 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+from ya_payment.exceptions import ApiException
 from yapapi import rest
 from yapapi.config import ApiConfig
 
-from cpodfs.runs.provider_bills import Overbilled, checked, most
+from cpodfs.runs.provider_bills import SLACK_S, Overbilled, checked
 from cpodfs.runs.provider_market import describe
+from cpodfs.runs.provider_status import Price
 
 INVOICES_S = 15.0
+GONE = (404, 410)
+"""yagna's words for what it does not know, or not any more."""
 _POLL_S = 0.5
 _REASON = {"message": "The requestor's process died", "golem.requestor.code": "Cancelled"}
 
 
-async def clean_up(
-    agreements: list[str], activities: list[str], allocation_id: str | None
-) -> dict[str, Any]:
-    """Destroy activities, terminate agreements, pay what is billed. Waits for `INVOICES_S` at most."""
+async def clean_up(owing: list[dict[str, Any]], allocation_id: str | None) -> dict[str, Any]:
+    """Destroy activities, terminate agreements, pay what is billed. Waits for `INVOICES_S` at most.
+
+    ``owing``: as in the record, `provider_status.Hired.shown`.
+    """
     configuration = rest.Configuration(ApiConfig())
     ended: dict[str, Any] = {}
 
@@ -44,17 +49,18 @@ async def clean_up(
         market = rest.Market(await stack.enter_async_context(configuration.market()))
         payment = rest.Payment(await stack.enter_async_context(configuration.payment()))
         activity = rest.Activity(await stack.enter_async_context(configuration.activity()))
-        for key in activities:
-            with contextlib.suppress(Exception):
-                await (await activity.use_activity(key)).destroy()
         limits = {}
-        for key in agreements:
+        for one in owing:
+            if one["activity"]:
+                with contextlib.suppress(Exception):
+                    await (await activity.use_activity(one["activity"])).destroy()
+            key = one["agreement"]
             agreement = rest.market.Agreement(market._api, key)
-            if await agreement.terminate(_REASON) or await _is_over(agreement):
+            if await agreement.terminate(_REASON) or await is_over(agreement):
                 ended[key] = {"agreement_state": "terminated"}
-                limits[key] = most_for((await agreement.get_details()), datetime.now(UTC))
-        if allocation_id is not None:
-            allocation = await payment.allocation(allocation_id)
+                if one["activity"]:
+                    limits[key] = _most(one)
+        if allocation_id is not None and (allocation := await _allocation(payment, allocation_id)):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(INVOICES_S):
                     await pay(payment, allocation, limits, note)
@@ -62,20 +68,30 @@ async def clean_up(
     return ended
 
 
-async def _is_over(agreement: Any) -> bool:
-    """Whether somebody else has ended it: it is to be paid all the same."""
-    with contextlib.suppress(Exception):
+def _most(one: dict[str, Any]) -> Decimal:
+    """What an agreement can have cost at most until now."""
+    price = Price(*(Decimal(str(one["price"][key])) for key in ("start", "a_second")))
+    passed = datetime.now(UTC) - datetime.fromisoformat(one["signed"])
+    return price.most(max(0.0, passed.total_seconds()) + SLACK_S)
+
+
+async def _allocation(payment: Any, key: str) -> Any:
+    """The run's allocation; None when it is released already: then nothing can be paid."""
+    try:
+        return await payment.allocation(key)
+    except ApiException as error:
+        if error.status in GONE:
+            return None
+        raise
+
+
+async def is_over(agreement: Any) -> bool:
+    """Whether an agreement has ended, or yagna knows nothing of it. False when it cannot be told."""
+    try:
         details = await agreement.get_details()
-        return str(details.raw_details.state) in ("Terminated", "Expired")
-    return False
-
-
-def most_for(details: Any, now: datetime) -> Decimal:
-    """What an agreement (yapapi's details of it) can have cost at most until ``now``."""
-    raw = details.raw_details
-    end = min(now, raw.valid_to) if raw.valid_to else now
-    begun = raw.approved_date or raw.timestamp
-    return most(details.provider_view.properties, max(0.0, (end - begun).total_seconds()))
+    except Exception as error:  # noqa: BLE001 - yagna may fail in any way
+        return getattr(error, "status", None) in GONE
+    return str(details.raw_details.state) in ("Terminated", "Expired")
 
 
 async def pay(
@@ -114,7 +130,7 @@ def main() -> int:
     logging.basicConfig(level=logging.CRITICAL)
     job = json.loads(sys.stdin.read())
     try:
-        ended = asyncio.run(clean_up(job["agreements"], job["activities"], job["allocation"]))
+        ended = asyncio.run(clean_up(job["agreements"], job["allocation"]))
     except Exception as error:  # noqa: BLE001 - yagna may fail in any way
         print(f"cpodfs: yagna cannot be used: {describe(error)}")
         return 1

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpodfs.runs.provider_files import TaskLog, sha256_of
-from cpodfs.runs.provider_market import RunFailed
+from cpodfs.runs.provider_market import FAILED, RunFailed
 from cpodfs.runs.provider_script import INCOMING, words_for
 from cpodfs.runs.provider_status import Hired
 from cpodfs.runs.provider_work import Say, Shop, complete, into, report_in
@@ -53,18 +53,22 @@ class EachWork:
 
     @property
     def exit_code(self) -> int:
-        return 1 if self._in("failed") else 0
+        if self._in("failed"):
+            return 1
+        return FAILED if self._shop.missing() else 0
 
     @property
     def error(self) -> str | None:
-        failed = self._in("failed")
+        failed, missing = self._in("failed"), self._shop.missing()
         if not failed:
-            return None
+            return missing
         first = failed[0]
-        return (
+        summary = (
             f"{len(failed)} of {len(self.tasks)} tasks failed; the first: {first.path}: "
-            f"{first.error} ({first.attempts} attempts)"
+            f"{first.error} ({first.attempts} attempts), "
+            f"see {self._shop.job.log}/tasks/{first.number}.log"
         )
+        return f"{summary}; {missing}" if missing else summary
 
     def _in(self, *states: str) -> list[Task]:
         return [task for task in self.tasks if task.state in states]
@@ -100,11 +104,11 @@ class EachWork:
                 digest = await self._shop.in_pod(sha256_of, source)
                 script = context.new_script()
                 script.upload_file(str(source), INCOMING)
-                words = words_for(self._shop.job.argv, task.path)
-                output = self._shop.job.output
+                job = self._shop.job
+                words, output = words_for(job.argv, task.path, job.script), job.output
                 script.add(Say(["task", digest, task.path, output, *words], log.add))
                 packing: list[str] = []
-                script.add(Say(["whole", output], into(packing)))
+                script.add(Say(["whole", output], into(packing, log.add)))
                 archive = self._shop.fetch(script)
                 yield script
                 complete(script)
@@ -112,7 +116,7 @@ class EachWork:
                 # Before the task is over, for with the last one the lane may be ended.
                 await log.close()
                 if report.exit_code == 0:
-                    await self._shop.take(archive, report, lambda _name: None)
+                    await self._shop.take(archive, report)
                 self._finish(task, hired, report.exit_code, time.monotonic() - begun)
             finally:
                 await log.close()

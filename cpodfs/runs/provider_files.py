@@ -1,9 +1,10 @@
 """Files of a provider run: the archive that goes out, and the archives that come back.
 
-Imports `mirror` for folders without links. What comes back was written by a stranger's machine: an
-archive is read member by member, and only regular files and directories below the output folder,
-within limits, reach the pod. The mount may go and come back: every call starts from the pod's path,
-and blocks, so call it from a thread.
+Imports `paths`, and `mirror` for folders without links. What comes back was written by a stranger's
+machine: an archive is read member by member, and only regular files and directories below the output
+folder, within limits, reach the pod. An archive with anything else is refused whole; an honest entry
+that a pod cannot hold is left out and reported, for the rest has been paid for. The mount may go and
+come back: every call starts from the pod's path, and blocks, so call it from a thread.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import hashlib
 import os
 import stat
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from cpodfs.errors import NameRefused
+from cpodfs.paths import check_dir_name, check_file_name, decode_name
 from cpodfs.runs.mirror import make_folder
 
 MAX_BYTES = 64 << 30
@@ -31,14 +34,30 @@ AWAY = frozenset(
         *(errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
     }
 )
-"""What a mount says that is away, or full, for a while. Any other errno is the entry's own."""
+"""What a mount says that is away, or full, for a while."""
+_ENTRYS_OWN = frozenset(
+    {
+        *(errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EFBIG),
+        *(errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST, errno.EOPNOTSUPP),
+        *(errno.EACCES, errno.EPERM),
+    }
+)
+"""What it says of one entry that it cannot hold: others may do well."""
 _CHUNK_BYTES = 1 << 20
-_NAME_LIMIT_BYTES = 255
 _DEPTH_LIMIT = 64
+_SHOWN_CHARS = 1000
 
 
 class BadArchive(Exception):
     """What came back is not what it should be; says which entry, in one line."""
+
+
+class _CannotHold(Exception):
+    """The pod cannot hold an entry; ``name`` is that, or the folder that keeps it out."""
+
+    def __init__(self, name: str, why: str) -> None:
+        super().__init__(why)
+        self.name = name
 
 
 @dataclass(frozen=True)
@@ -99,47 +118,48 @@ class Unpacker:
         self._left = max_bytes
         self._counted: dict[str, int] = {}
 
-    def unpack(self, archive: Path, on_file: Callable[[str], None] = lambda _name: None) -> int:
-        """Write what is new or changed; returns how many files the archive had.
+    def unpack(self, archive: Path) -> dict[str, str]:
+        """Write what is new or changed; what the pod cannot hold is returned: name, why.
 
-        ``on_file`` is told of each. A file that has only grown is only appended to, one that is
-        the same is not touched. Raises BadArchive, before which earlier entries were written, and
-        OSError (of `AWAY`) from the mount; it may then be called again.
+        The names are quoted, and safe to show. A file that has only grown is only appended to, one
+        that is the same is not touched. Raises BadArchive, before which earlier entries were
+        written, and OSError from the mount; after one of `AWAY` it may be called again.
         """
-        count = 0
+        missing: dict[str, str] = {}
         try:
             with tarfile.open(archive, "r:") as members:
-                for member in members:
-                    count += 1
+                for count, member in enumerate(members, 1):
                     if count > MAX_FILES:
                         raise BadArchive(f"more than {MAX_FILES} files in one archive")
                     try:
                         self._take(members, member)
-                    except OSError as error:
-                        if error.errno in AWAY:
-                            raise
-                        raise BadArchive(f"{member.name!a}: {error.strerror}") from None
-                    if member.isreg():
-                        on_file(member.name)
+                    except _CannotHold as error:
+                        missing.setdefault(repr(error.name[:_SHOWN_CHARS]), str(error))
         except (tarfile.TarError, ValueError, EOFError) as error:
             raise BadArchive(f"not a tar archive: {error}") from None
-        return count
+        return missing
 
     def _take(self, members: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         parts = self._parts(member)
-        if member.isdir():
-            os.close(make_folder(str(self._root), parts))
-            return
-        if len(parts) <= len(self._output):
+        if not member.isdir() and len(parts) <= len(self._output):
             raise BadArchive(f"{member.name!a}: a file in place of the output folder")
-        source = members.extractfile(member)
-        assert source is not None
-        folder = make_folder(str(self._root), parts[:-1])
+        _check_names(parts, member.isdir())
+        self._count(parts, member.size)
         try:
-            mode = 0o755 if member.mode & 0o100 else 0o644
-            _write_differences(source, folder, parts[-1], mode)
-        finally:
-            os.close(folder)
+            folder = make_folder(str(self._root), parts if member.isdir() else parts[:-1])
+            try:
+                if not member.isdir():
+                    source = members.extractfile(member)
+                    assert source is not None
+                    mode = 0o755 if member.mode & 0o100 else 0o644
+                    _write_differences(source, folder, parts[-1], mode)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            if error.errno not in _ENTRYS_OWN:
+                raise
+            why = error.strerror or type(error).__name__
+            raise _CannotHold("/".join(parts), f"the pod says: {why}") from None
 
     def _parts(self, member: tarfile.TarInfo) -> list[str]:
         name = member.name
@@ -148,18 +168,33 @@ class Unpacker:
         parts = list(PurePosixPath(name).parts)
         if name.startswith("/") or ".." in parts or not parts:
             raise BadArchive(f"{name!a}: an absolute name, or one with '..'")
-        if parts[: len(self._output)] != self._output or len(parts) > _DEPTH_LIMIT:
-            raise BadArchive(f"{name!a}: not in the output folder, or too deep in it")
-        if any(len(os.fsencode(p)) > _NAME_LIMIT_BYTES or not p.isprintable() for p in parts):
-            raise BadArchive(f"{name!a}: not a name for a file")
+        if parts[: len(self._output)] != self._output:
+            raise BadArchive(f"{name!a}: not in the output folder")
+        return parts
+
+    def _count(self, parts: list[str], size: int) -> None:
         # A file that grows comes again and again, and so may all of an archive.
         key = "/".join(parts)
         counted = self._counted.get(key, 0)
-        self._left -= max(0, member.size - counted)
-        self._counted[key] = max(counted, member.size)
+        self._left -= max(0, size - counted)
+        self._counted[key] = max(counted, size)
         if self._left < 0:
             raise BadArchive("the results are larger than a run may return")
-        return parts
+
+
+def _check_names(parts: list[str], is_dir: bool) -> None:
+    """Raise _CannotHold for what the mount would refuse: it says only EINVAL, we can say why."""
+    for depth, part in enumerate(parts, 1):
+        inner = is_dir or depth < len(parts)
+        name = "/".join(parts[:depth]) + ("/" if inner else "")
+        if depth > _DEPTH_LIMIT:
+            raise _CannotHold(name, f"deeper than {_DEPTH_LIMIT} folders")
+        raw = os.fsencode(part)
+        try:
+            (check_dir_name if inner else check_file_name)(decode_name(raw))
+        except NameRefused as error:
+            why = str(error).removeprefix(f"{raw!r}: ").removeprefix(f"{part!r}: ")
+            raise _CannotHold(name, why) from None
 
 
 def _write_differences(source: IO[bytes], folder: int, name: str, mode: int) -> None:
@@ -168,7 +203,7 @@ def _write_differences(source: IO[bytes], folder: int, name: str, mode: int) -> 
     try:
         status = os.fstat(target)
         if not stat.S_ISREG(status.st_mode):
-            raise BadArchive(f"{name!a}: there is something in its place that is no file")
+            raise OSError(errno.EEXIST, "something that is no regular file is in its place")
         offset, same = 0, True
         while chunk := source.read(_CHUNK_BYTES):
             same = same and _agrees(target, offset, chunk, status.st_size)

@@ -40,11 +40,7 @@ def clean_up(status: dict[str, Any], env: dict[str, str], words: int) -> None:
     if status["phase"] == "over":
         return
     open_ones = [one for one in status["providers"] if _is_open(one)]
-    job = {
-        "agreements": [one["agreement"] for one in open_ones],
-        "activities": [one["activity"] for one in open_ones if one["activity"]],
-        "allocation": status["allocation"],
-    }
+    job = {"agreements": open_ones, "allocation": status["allocation"]}
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "cpodfs.runs.provider_cleanup"],
@@ -64,7 +60,7 @@ def clean_up(status: dict[str, Any], env: dict[str, str], words: int) -> None:
         one.update(ended.get(one["agreement"], {}))
     for total in ("spent", "accepted"):
         status[total] = round(sum(one[total] for one in status["providers"]), 12)
-    if done is not None and ended.keys() >= set(job["agreements"]):
+    if done is not None and ended.keys() >= {one["agreement"] for one in open_ones}:
         status["phase"] = "over"
     else:
         os.write(words, b"cpodfs: agreements may be open: yagna did not end them all\n")
@@ -93,15 +89,11 @@ class Link:
         self._line = b""
         os.set_blocking(pipe, False)
 
-    @property
-    def full(self) -> bool:
-        """Whether the process has to wait, for the disk is full."""
-        return any(spool.pending for spool in self._spools.values())
+    full = False
+    """The process never has to wait for the disk: it has agreements and a timeout to look after."""
 
     def pump(self) -> bool | None:
-        """Move one chunk. True: moved; False: nothing now, or the disk is full; None: closed."""
-        if not self._flush():
-            return False
+        """Move one chunk. True: moved; False: nothing now; None: closed."""
         try:
             chunk = os.read(self.pipe, _CHUNK_BYTES)
         except BlockingIOError:
@@ -113,14 +105,14 @@ class Link:
             lines, self._line = [*lines, self._line], b""
         for line in lines:
             self._take(line)
-        return self._flush()
+        return True
 
     def _take(self, line: bytes) -> None:
         try:
             message = json.loads(line)
             if "log" in message:
                 text = message["text"].encode(errors="backslashreplace")
-                self._spools[message["log"]].write(text)
+                self._spools[message["log"]].offer(text)
             elif "status" in message:
                 self._on_status(dict(message["status"]))
             elif "end" in message:
@@ -128,7 +120,4 @@ class Link:
             else:
                 raise KeyError
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            self._spools["stderr"].write(line + b"\n")
-
-    def _flush(self) -> bool:
-        return all(spool.flush() for spool in self._spools.values())
+            self._spools["stderr"].offer(line + b"\n")

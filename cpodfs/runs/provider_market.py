@@ -27,7 +27,7 @@ from yapapi.rest.activity import BatchError, CommandExecutionError
 from yapapi.strategy import SCORE_REJECTED, LeastExpensiveLinearPayuMS
 
 from cpodfs.recipe import Runtime
-from cpodfs.runs.provider_bills import Bills, Overbilled, a_second, is_sane, start_price
+from cpodfs.runs.provider_bills import Bills, Overbilled, is_sane, price_of
 from cpodfs.runs.provider_pool import Pool, affordable
 from cpodfs.runs.provider_status import Hired, Reporter, Status
 
@@ -99,7 +99,7 @@ class Strategy(LeastExpensiveLinearPayuMS):  # type: ignore[misc]
         if strikes >= STRIKES or not is_sane(offer.props):
             return float(SCORE_REJECTED)
         score = float(await super().score_offer(offer))
-        if score < 0 or not affordable(start_price(offer.props), self._budget_left()):
+        if score < 0 or not affordable(offer.props, self._budget_left()):
             self.too_dear += 1
             return float(SCORE_REJECTED)
         return score / (1 + 10 * strikes)
@@ -128,7 +128,6 @@ class Crew:
         self._strategy = strategy
         self._work = work
         self._stop = asyncio.Event()
-        self._lanes = 0
         self._workers: set[asyncio.Task[Any]] = set()
         self._news = asyncio.Event()
         self._failure: RunFailed | None = None
@@ -244,11 +243,7 @@ class Crew:
 
     def _lane_in(self, job: Any) -> Callable[[Any], Any]:
         async def run_worker(context: Any) -> bool:
-            self._lanes += 1
-            try:
-                await self._lane(job, context)
-            finally:
-                self._lanes -= 1
+            await self._lane(job, context)
             # yapapi ends the activity and the agreement only after an error.
             raise LaneFailed("over")
 
@@ -271,14 +266,16 @@ class Crew:
                 task.cancel()
             await asyncio.wait([work, watch, stop])
             with contextlib.suppress(Exception):
-                await self._take_cost(context, hired)
+                async with asyncio.timeout(_ANSWER_S):
+                    await self._take_cost(context, hired)
             await self._close_lane(job, hired, error)
 
     async def _close_lane(self, job: Any, hired: Hired, error: str | None) -> None:
         hired.activity_state = "ended"
         self._lane_over(hired, error)
         with contextlib.suppress(Exception):
-            await self._engine.accept_payments_for_agreement(job.id, hired.agreement)
+            async with asyncio.timeout(_ANSWER_S):
+                await self._engine.accept_payments_for_agreement(job.id, hired.agreement)
 
     def _lane_over(self, hired: Hired, error: str | None) -> None:
         hired.error = error
@@ -356,7 +353,7 @@ class Crew:
             hired.activity_state = str(state.state[0]).lower()
             if "Terminated" in state.state:
                 raise LaneFailed(await self._lost(context) or "activity lost")
-            self._check_budget(context)
+            self._check_budget()
 
     async def _take_cost(self, context: Any, hired: Hired) -> None:
         cost = await context.get_cost()
@@ -364,12 +361,10 @@ class Crew:
             hired.spent = Decimal(str(round(cost, 12)))
             self._reporter.changed()
 
-    def _check_budget(self, context: Any) -> None:
-        """Stop while what is owed can still be paid: two looks ahead, at the highest rate."""
-        rate = a_second(context._agreement.details.provider_view.properties)
-        ahead = rate * Decimal(str(2 * _WATCH_S)) * max(1, self._lanes)
+    def _check_budget(self) -> None:
+        """Stop while what is owed can still be paid."""
         spent, budget = self._status.spent(), self._status.budget
-        if self._status.committed() + ahead > budget:
+        if self._status.committed() > budget:
             raise RunFailed(f"budget exhausted: {spent:f} of {budget:f} GLM are spent")
 
     # -- the end ----------------------------------------------------------------------------------
@@ -382,7 +377,8 @@ class Crew:
                 worker.cancel()
         reason = {"message": "The run is over", "golem.requestor.code": "Success"}
         with contextlib.suppress(Exception):
-            await job.agreements_pool.terminate_all(reason=reason)
+            async with asyncio.timeout(_LANES_END_S):
+                await job.agreements_pool.terminate_all(reason=reason)
 
 
 def describe(error: BaseException) -> str:
@@ -421,8 +417,8 @@ class Books:
                 if event.proposal.is_draft is False:
                     status.offers += 1
             case events.AgreementConfirmed():
-                hired_for(status, event.agreement)
-                self._bills.signed(event.agreement)
+                hired = hired_for(status, event.agreement)
+                self._bills.signed(hired.agreement, hired.price)
                 # At once: whoever cleans up after us must know of it.
                 self._reporter.tell()
             case events.AgreementTerminated() | events.InvoiceReceived() | events.InvoiceAccepted():
@@ -489,5 +485,8 @@ def hired_for(status: Status, agreement: Any) -> Hired:
     if agreement.id not in status.hired:
         name = agreement.details.provider_node_info.name or "?"
         provider_id = agreement.details.raw_details.offer.provider_id
-        status.hired[agreement.id] = Hired(str(name), str(provider_id), agreement.id)
+        price = price_of(agreement.details.provider_view.properties)
+        signed = datetime.now(UTC).isoformat(timespec="milliseconds")
+        hired = Hired(str(name), str(provider_id), agreement.id, signed=signed, price=price)
+        status.hired[agreement.id] = hired
     return status.hired[agreement.id]

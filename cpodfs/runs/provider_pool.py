@@ -1,8 +1,8 @@
-"""The agreements of a provider run, signed only while their start prices fit into the budget.
+"""The agreements of a provider run, signed only while what they cost at once fits into the budget.
 
 asyncio; imports yapapi and `provider_status`. An offer is scored long before it is signed, and
 others are signed meanwhile: so what is left is looked at again at the one place where yapapi picks
-an offer, under its lock, and a start price counts from the signature on.
+an offer, under its lock, and a price counts from the signature on.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 from yapapi.agreements_pool import AgreementsPool
 from yapapi.engine import Job
 
-from cpodfs.runs.provider_bills import start_price
+from cpodfs.runs.provider_bills import price_of
 from cpodfs.runs.provider_status import Status
 
 
-def affordable(price: Decimal, left: Decimal) -> bool:
-    """Whether a start price leaves anything for the work. None at all is always affordable."""
-    return not price or price < left
+def affordable(properties: dict[str, Any], left: Decimal) -> bool:
+    """Whether an offer's start price, and its work until it can be stopped, can be paid."""
+    price = price_of(properties)
+    return price.start + price.ahead() <= left
 
 
 class Pool(AgreementsPool):  # type: ignore[misc]
@@ -36,7 +37,7 @@ class Pool(AgreementsPool):  # type: ignore[misc]
         dear = {
             key: offer
             for key, offer in offers.items()
-            if not affordable(start_price(offer.proposal.props), left)
+            if not affordable(offer.proposal.props, left)
         }
         for key in dear:
             del offers[key]
@@ -47,12 +48,12 @@ class Pool(AgreementsPool):  # type: ignore[misc]
             for key, offer in dear.items():
                 offers.setdefault(key, offer)
         if agreement is not None:
-            price = start_price(agreement.details.provider_view.properties)
-            self._status.start_prices[agreement.id] = price
+            price = price_of(agreement.details.provider_view.properties)
+            self._status.prices[agreement.id] = price
         return agreement
 
     def too_dear(self) -> int:
         """How many offers wait that cost more at once than is left."""
         left = self._status.budget - self._status.committed()
-        prices = [start_price(offer.proposal.props) for offer in self._offer_buffer.values()]
-        return len([price for price in prices if not affordable(price, left)])
+        waiting = self._offer_buffer.values()
+        return sum(not affordable(offer.proposal.props, left) for offer in waiting)

@@ -12,18 +12,38 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
+from itertools import islice
 from typing import Any, BinaryIO
 
 STATUS_EVERY_S = 0.2
+AHEAD_S = 3
+"""From a look at the costs to the next one, and until a provider has stopped."""
 FAILED_SHOWN = 100
 _TEXT_CHARS = 16384
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an agreement costs, in GLM: ``start`` at once, ``a_second`` at most while it works."""
+
+    start: Decimal = Decimal(0)
+    a_second: Decimal = Decimal(0)
+
+    def ahead(self) -> Decimal:
+        """What it costs until it can have been stopped."""
+        return self.a_second * AHEAD_S
+
+    def most(self, seconds: float) -> Decimal:
+        """What it can have cost so long after the signature."""
+        return self.start + self.a_second * Decimal(str(round(seconds, 3)))
 
 
 @dataclass
 class Hired:
     """One agreement. ``spent``: what it has cost so far or was billed for; ``accepted``: paid.
 
-    ``agreement_state``: approved, terminated, vanished (the provider is gone).
+    ``agreement_state``: approved, terminated, vanished (the provider is gone). ``signed``: when,
+    UTC, ISO 8601.
     """
 
     name: str
@@ -37,14 +57,21 @@ class Hired:
     accepted: Decimal = Decimal(0)
     paid: bool = False
     error: str | None = None
+    signed: str = ""
+    price: Price = field(default_factory=Price)
 
     def shown(self) -> dict[str, Any]:
-        return asdict(self) | {"spent": amount(self.spent), "accepted": amount(self.accepted)}
+        return asdict(self) | {
+            "price": {"start": amount(self.price.start), "a_second": amount(self.price.a_second)},
+            "spent": amount(self.spent),
+            "accepted": amount(self.accepted),
+        }
 
 
 @dataclass
 class Status:
-    """``phase``: starting, searching, running, settling, over. Amounts in GLM."""
+    """``phase``: starting, searching, running, ending, settling, and at the end over, or unsettled
+    if something may be open at the market. Amounts in GLM."""
 
     budget: Decimal
     phase: str = "starting"
@@ -53,23 +80,27 @@ class Status:
     hired: dict[str, Hired] = field(default_factory=dict)
     tasks: dict[str, int] | None = None
     failed: list[dict[str, Any]] = field(default_factory=list)
-    start_prices: dict[str, Decimal] = field(default_factory=dict)
-    """By agreement, from the moment it is signed: what it costs at least."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Results that the pod cannot hold: their quoted names, and why."""
+    prices: dict[str, Price] = field(default_factory=dict)
+    """By agreement, from the moment it is signed."""
 
     def spent(self) -> Decimal:
         return sum((one.spent for one in self.hired.values()), Decimal(0))
 
     def committed(self) -> Decimal:
-        """What is spent, and what is sure to be: the start prices of all that are not over."""
+        """What is spent, and what is sure to be: of all that are not over the start price, and the
+        work that will be done before they can be stopped."""
         total = Decimal(0)
-        for key in self.hired.keys() | self.start_prices.keys():
-            one, start = self.hired.get(key), self.start_prices.get(key, Decimal(0))
+        for key in self.hired.keys() | self.prices.keys():
+            one, price = self.hired.get(key), self.prices.get(key, Price())
             if one is None:
-                total += start
+                total += price.start + price.ahead()
             elif one.paid or (one.activity is None and one.agreement_state != "approved"):
                 total += one.spent
             else:
-                total += max(one.spent, start)
+                total += max(one.spent, price.start)
+                total += Decimal(0) if one.activity_state == "ended" else price.ahead()
         return total
 
     def accepted(self) -> Decimal:
@@ -87,6 +118,9 @@ class Status:
         }
         if self.tasks is not None:
             answer |= {"tasks": dict(self.tasks), "failed": self.failed[:FAILED_SHOWN]}
+        if self.missing:
+            first = islice(self.missing.items(), FAILED_SHOWN)
+            answer["missing"] = [{"file": name, "error": why} for name, why in first]
         return answer
 
 
@@ -133,9 +167,9 @@ class Reporter:
             self._due = None
         self._say({"status": self.status.shown()})
 
-    def end(self, error: str | None, exit_code: int) -> None:
-        """The last word."""
-        self.status.phase = "over"
+    def end(self, error: str | None, exit_code: int, *, settled: bool = True) -> None:
+        """The last word. ``settled``: nothing is open at the market, for all one knows."""
+        self.status.phase = "over" if settled else "unsettled"
         self.tell()
         self._say({"end": {"error": error, "exit_code": exit_code}})
 

@@ -17,7 +17,7 @@ from yapapi import events
 from yapapi.script.command import Run
 
 from cpodfs.runs.provider_files import AWAY, BadArchive, Packed, Unpacker, pack, sha256_of
-from cpodfs.runs.provider_market import LaneFailed, RunFailed
+from cpodfs.runs.provider_market import FAILED, LaneFailed, RunFailed
 from cpodfs.runs.provider_script import (
     HELPER,
     INCOMING,
@@ -26,12 +26,14 @@ from cpodfs.runs.provider_script import (
     Report,
     parse_report,
 )
-from cpodfs.runs.provider_status import Hired, Reporter
+from cpodfs.runs.provider_status import FAILED_SHOWN, Hired, Reporter
 from cpodfs.runs.stream import LOG_LIMIT_BYTES
 
 MOUNT_WAIT_S = 60.0
 """How long a mount that does not answer is waited for."""
 _MOUNT_RETRY_S = 1.0
+_MISSING_LIMIT = 10_000
+"""Names that are remembered; of more it is said that they are so many."""
 _FETCH_SHARE = 4
 """A fetch that took t seconds is followed by at least so many times t without one."""
 
@@ -132,17 +134,39 @@ class Shop:
         script.download_file(OUTGOING, str(target))
         return target
 
-    async def take(self, archive: Path, report: Report, on_file: Callable[[str], None]) -> None:
-        """Check an archive that came back and bring it into the pod. Raises LaneFailed, RunFailed."""
+    async def take(self, archive: Path, report: Report) -> None:
+        """Check an archive that came back and bring it into the pod. Raises LaneFailed, RunFailed.
+
+        What the pod cannot hold is noted, and counted as missing.
+        """
         try:
             async with self._unpacking:
                 if not await asyncio.to_thread(_whole, archive, report):
                     raise LaneFailed("the results did not arrive whole")
-                await self.in_pod(self._unpacker.unpack, archive, on_file)
+                self._miss(await self.in_pod(self._unpacker.unpack, archive))
         except BadArchive as error:
             raise LaneFailed(f"the results were refused: {error}") from None
         finally:
             await asyncio.to_thread(archive.unlink, missing_ok=True)
+
+    def _miss(self, names: dict[str, str]) -> None:
+        missing = self.reporter.status.missing
+        for name, why in names.items():
+            if name in missing or len(missing) >= _MISSING_LIMIT:
+                continue
+            missing[name] = why
+            if len(missing) <= FAILED_SHOWN:
+                self.reporter.note(f"not brought: {name}: {why}")
+            self.reporter.changed()
+
+    def missing(self) -> str | None:
+        """What to say of the run when results are missing."""
+        missing = self.reporter.status.missing
+        if not missing:
+            return None
+        name, why = next(iter(missing.items()))
+        results = "1 result is" if len(missing) == 1 else f"{len(missing)} results are"
+        return f"{results} missing, which the pod cannot hold; the first: {name}: {why}"
 
 
 def _whole(archive: Path, report: Report) -> bool:
@@ -150,9 +174,16 @@ def _whole(archive: Path, report: Report) -> bool:
     return there and sha256_of(archive) == report.sha256
 
 
-def into(said: list[str]) -> Output:
-    """An ``on_output`` that keeps what it hears."""
-    return lambda _stream, text: said.append(text)
+def into(said: list[str], on_error: Output | None = None) -> Output:
+    """An ``on_output`` that keeps what it hears; ``on_error`` gets what comes on stderr."""
+
+    def hear(stream: str, text: str) -> None:
+        if on_error is not None and stream == "stderr":
+            on_error(stream, text)
+        else:
+            said.append(text)
+
+    return hear
 
 
 def complete(script: Any) -> None:
@@ -201,7 +232,7 @@ class SingleWork:
             script = context.new_script()
             script.add(Say(["watch", str(round(poll_s * 10))], shop.reporter.log))
             packing: list[str] = []
-            script.add(Say(["pack", shop.job.output], into(packing)))
+            script.add(Say(["pack", shop.job.output], into(packing, shop.reporter.log)))
             yield script
             complete(script)
             report = report_in(packing)
@@ -211,7 +242,7 @@ class SingleWork:
                 archive = shop.fetch(script)
                 yield script
                 complete(script)
-                await shop.take(archive, report, lambda _name: None)
+                await shop.take(archive, report)
                 poll_s = max(self._poll_s, _FETCH_SHARE * (loop.time() - begun))
             if report.exit_code is not None and not report.unsaid:
                 break
@@ -219,9 +250,10 @@ class SingleWork:
         self._finish(report.exit_code)
 
     def _finish(self, exit_code: int) -> None:
-        self.exit_code = exit_code
-        if exit_code:
-            self.error = f"the program failed with exit code {exit_code}"
+        missing = self._shop.missing()
+        failed = f"the program failed with exit code {exit_code}" if exit_code else None
+        self.exit_code = exit_code or (FAILED if missing else 0)
+        self.error = "; ".join(filter(None, (failed, missing))) or None
         self.over.set()
 
     def lane_ended(self, hired: Hired, error: str | None) -> None:

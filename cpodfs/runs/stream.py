@@ -9,17 +9,19 @@ from __future__ import annotations
 import os
 
 _CHUNK_BYTES = 64 * 1024
+_HELD_BYTES = 1 << 20
 LOG_LIMIT_BYTES = 1 << 30
 """Of one spool, and so of its copy in the pod; what comes after it is thrown away."""
 
 
 class Spool:
-    """A file that only grows. ``pending``: what the disk has no room for now. ``thrown_away``: bytes
-    beyond the limit."""
+    """A file that only grows. ``pending``: what the disk has no room for now. ``lost``: bytes that it
+    had none for. ``thrown_away``: bytes beyond the limit."""
 
     def __init__(self, fd: int, limit: int = LOG_LIMIT_BYTES) -> None:
         self.fd = fd
         self.pending = b""
+        self.lost = 0
         self.thrown_away = 0
         self._room = limit
 
@@ -30,6 +32,13 @@ class Spool:
         self.thrown_away += len(data) - len(kept)
         self.pending += kept
         return self.flush()
+
+    def offer(self, data: bytes) -> None:
+        """Take it, from one who cannot wait: while the disk is full, most of it is lost."""
+        if len(self.pending) > _HELD_BYTES and not self.flush():
+            self.lost += len(data)
+        else:
+            self.write(data)
 
     def flush(self) -> bool:
         """Try again to write what is pending; whether all of it is written."""

@@ -341,6 +341,8 @@ class Supervisor:
         for stream in self._streams:
             while stream.pump():
                 pass
+        for spool in self._spools:
+            spool.flush()
         self._follower.notify()
         cancelled = self._grace_ends is not None
         outcome = state.FINISHED if self._status == 0 else state.FAILED
@@ -360,7 +362,7 @@ class Supervisor:
         """What did not go as it should, other than the program itself, in one line."""
         if self._beyond_us and (self._status is None or state.children(os.getpid())):
             return "it could not be ended: processes of it belong to another user, and go on"
-        if lost := sum(len(spool.pending) for spool in self._spools):
+        if lost := sum(spool.lost + len(spool.pending) for spool in self._spools):
             return f"{lost} bytes or more of output were lost: no space for the log"
         if over := sum(spool.thrown_away for spool in self._spools):
             return f"{over} bytes of output were thrown away: a log is {LOG_LIMIT_BYTES} at most"
@@ -376,10 +378,9 @@ class Supervisor:
             how = _signal_name(-status) if status < 0 else f"exit code {status}"
             error = f"the provider run's own process died ({how}); see stderr.log"
             code = status if status > 0 else None
-            if self._record.get("golem"):
-                words = self._spools[1].fd
-                provider_link.clean_up(self._record["golem"], self._link_env, words)
-                self._follower.notify()
+        if self._record.get("golem"):
+            provider_link.clean_up(self._record["golem"], self._link_env, self._spools[1].fd)
+            self._follower.notify()
         if (code or link.end is None) and not cancelled:
             self._record["state"] = state.FAILED
         self._record["exit_code"] = code

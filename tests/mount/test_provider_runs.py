@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cpodfs.devnet.ledger import open_points
 from tests.mount.compute import record, run_folders, run_processes, run_to_end, until, wait_gone
 from tests.mount.harness import run
 from tests.mount.provider_pods import (
@@ -22,6 +23,8 @@ from tests.mount.provider_pods import (
     provider_pod,
 )
 
+BUDGET = 3 * (4 * 0.0001 + 0.00002) + 5 * 0.00002
+"""What a provider may cost before it can be stopped, with all threads busy; 5 s of doing nothing."""
 GROW = """
 for i in 1 2 3 4 5 6 7 8; do echo line $i; echo data $i >> output/grow; sleep 0.4; done
 echo 'grüße' >&2; cat payload/in > output/copy
@@ -86,7 +89,54 @@ def test_a_program_that_is_not_there(market: MarketMount) -> None:
     folder = run_to_end(pod)
     ended = check_tidy(market, folder)
     assert (ended["state"], ended["exit_code"]) == ("failed", 127)
-    assert "no-such-program" in (folder / "stderr.log").read_text()
+    complaint = "cpodfs: no-such-program: not found on the provider\n"
+    assert (folder / "stderr.log").read_text().endswith(complaint)
+
+
+def test_what_the_pod_cannot_hold_does_not_keep_the_rest(market: MarketMount) -> None:
+    script = r"""
+    echo 1 > output/first
+    echo 2 > "output/$(printf 'a\302\240\360\237\221\250\342\200\215\360\237\221\251')"
+    echo 3 > "output/$(printf 'caf\351')"
+    mkdir output/$(printf 'd%.0s' $(seq 120)); echo 4 > output/d*/f; ln -s first output/link
+    echo 5 > output/last
+    """
+    pod = provider_pod(market, "odd", "sh script/run.sh", script)
+    folder = run_to_end(pod)
+    ended = check_tidy(market, folder)
+    assert (ended["state"], ended["exit_code"]) == ("failed", 125)
+    assert ended["error"].startswith("2 results are missing, which the pod cannot hold; the first")
+    assert len(ended["golem"]["providers"]) == 1
+    assert sorted(os.listdir(pod / "output")) == [
+        "a\xa0\U0001f468\u200d\U0001f469",
+        "first",
+        "last",
+    ]
+    said = (folder / "stderr.log").read_text()
+    for line in (
+        r"not brought: 'output/caf\udce9': not UTF-8; FairOS-DFS cannot store this name",
+        f"not brought: 'output/{'d' * 120}/': longer than the 100 bytes that FairOS-DFS takes",
+        "output/link: not a file or a folder, so it is not brought",
+    ):
+        assert said.count(f"cpodfs: {line}\n") == 1
+
+
+def test_results_come_while_a_program_never_stops_talking(market: MarketMount) -> None:
+    script = """
+    echo 1 > output/early; n=0
+    while [ $n -lt 1500 ]; do n=$((n + 1)); echo $n; sleep 0.003; done
+    """
+    pod = provider_pod(market, "talk", "sh script/run.sh", script)
+    run("touch", pod / ".run")
+    until(lambda: (pod / "output/early").exists())
+    (folder,) = run_folders(pod)
+    assert (pod / ".run").exists()
+    assert "\n1499\n" not in (folder / "stdout.log").read_text()
+    wait_gone(pod)
+    ended = check_tidy(market, folder)
+    assert (ended["state"], ended["error"]) == ("finished", None)
+    numbers = (folder / "stdout.log").read_text().split()
+    assert numbers == [str(n) for n in range(1, 1501)]
 
 
 def test_rm_cancels_and_pays(market: MarketMount) -> None:
@@ -148,11 +198,25 @@ def test_a_task_that_fails_is_tried_elsewhere(market: MarketMount) -> None:
     assert (ended["state"], ended["exit_code"]) == ("failed", 1)
     assert ended["golem"]["tasks"] == {"total": 3, "done": 2, "failed": 1, "left": 0}
     assert ended["error"].startswith("1 of 3 tasks failed; the first: payload/bad: exit code 4 on")
+    assert ended["error"].endswith(f"see logs/{ended['id']}/tasks/1.log")
     assert sorted(os.listdir(pod / "output")) == ["good1", "good2"]
     log = (folder / "tasks/1.log").read_text().splitlines()
     assert [line for line in log if line == "no"] == ["no", "no"]
     tried = {line.split(" on ")[1].split(",")[0] for line in log if line.startswith("cpodfs:")}
     assert len(tried) == 2
+
+
+def test_the_program_is_never_replaced_and_links_cost_nothing(market: MarketMount) -> None:
+    script = "n=$(basename $1); cp $1 output/$n; ln -s $n output/latest-$n"
+    pod = provider_pod(market, "added", "sh script/run.sh", script, foreach="payload/*", workers=2)
+    for name in ("one", "two"):
+        (pod / "payload" / name).write_text("exit 9\n")
+    folder = run_to_end(pod)
+    ended = check_tidy(market, folder)
+    assert (ended["state"], ended["exit_code"], ended["error"]) == ("finished", 0, None)
+    assert sorted(os.listdir(pod / "output")) == ["one", "two"]
+    log = (folder / "tasks/1.log").read_text()
+    assert log.endswith("cpodfs: output/latest-one: not a file or a folder, so it is not brought\n")
 
 
 def test_no_file_to_work_on(market: MarketMount) -> None:
@@ -175,7 +239,8 @@ def test_no_file_to_work_on(market: MarketMount) -> None:
         ({"transfer_bandwidth": 2000.0}, {"timeout": "4s"}, "timeout: not done after 4 s"),
         ({"unknown_image": True}, {}, "image unknown: "),
         ({}, {"max_price": {"cpu_hour": 1e-6}, "offer_timeout": 2}, "no offers within max_price"),
-        ({}, {"budget": 1e-4}, "budget exhausted: "),
+        ({}, {"budget": BUDGET}, "budget exhausted: "),
+        ({}, {"budget": 1e-4, "offer_timeout": 2}, "no offers within max_price and budget"),
         ({}, {"capabilities": ["warp"], "offer_timeout": 2}, "no offers: "),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
@@ -315,6 +380,24 @@ def test_a_killed_driver(tmp_path: Path) -> None:
         assert record(run_to_end(pod))["state"] == "finished"
         assert (pod / "output/y").read_text() == "y\n"
         until(lambda: all(row.ended for row in mount.ledger()))
+
+
+def test_a_market_that_dies_is_settled_with_when_it_is_back(tmp_path: Path) -> None:
+    with market_mounted(tmp_path, "one two") as mount:
+        pod = provider_pod(mount, "away", "sh script/run.sh", "echo x > output/x; sleep 60")
+        run("touch", pod / ".run")
+        until(lambda: _text(pod / "output/x") == "x\n")
+        os.kill(int((mount.devnet / "lock").read_text()), signal.SIGKILL)
+        wait_gone(pod)
+        (folder,) = run_folders(pod)
+        ended = record(folder)
+        assert (ended["state"], ended["golem"]["phase"]) == ("failed", "unsettled")
+        assert [one["agreement_state"] for one in ended["golem"]["providers"]] != ["terminated"]
+        mount.kill()
+        mount.start()
+        until(lambda: record(folder)["golem"]["phase"] == "over")
+        assert open_points(mount.market) == []
+        assert [one["paid"] for one in record(folder)["golem"]["providers"]] == [True]
 
 
 def test_start_prices_stay_within_the_budget(tmp_path: Path) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import types
 from decimal import Decimal
 
 import pytest
 
-from cpodfs.runs.provider_bills import SLACK_S, Bills, Overbilled, is_sane
+from cpodfs.runs.provider_bills import SLACK_S, Bills, Overbilled, is_sane, price_of
 
 HOUR_S = 3600
 
@@ -30,9 +29,7 @@ def now() -> list[float]:
 @pytest.fixture
 def bills(now: list[float]) -> Bills:
     bills = Bills(lambda: now[0])
-    view = types.SimpleNamespace(properties=offer(0.1, 0.01, 0.5))
-    details = types.SimpleNamespace(provider_view=view)
-    bills.signed(types.SimpleNamespace(id="a", details=details))
+    bills.signed("a", price_of(offer(0.1, 0.01, 0.5)))
     return bills
 
 
@@ -66,6 +63,7 @@ def test_what_may_be_paid(bills: Bills, now: list) -> None:
         offer(start="much"),
         offer(threads="many"),
         offer(threads=-1, cpu=0.1),
+        offer(threads=100_000),
     ],
 )
 def test_offers_that_cannot_be_reckoned_with(properties: dict) -> None:

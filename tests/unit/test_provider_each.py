@@ -15,7 +15,7 @@ from cpodfs.runs.provider_bills import Bills
 from cpodfs.runs.provider_each import LANE_FAILURES, EachWork
 from cpodfs.runs.provider_market import RunFailed, Strategy
 from cpodfs.runs.provider_status import Hired, Reporter, Status
-from cpodfs.runs.provider_work import Job, Shop
+from cpodfs.runs.provider_work import Job, Shop, SingleWork
 
 pytestmark = pytest.mark.anyio
 
@@ -101,6 +101,31 @@ async def test_a_failed_task_goes_to_another_provider(work: EachWork, status: St
         "see logs/run/tasks/1.log"
     )
     assert status.failed == [{"task": 1, "file": "payload/a", "error": "exit code 4 on two"}]
+
+
+async def test_results_that_the_pod_cannot_hold_are_not_forgotten(
+    tmp_path: Path, status: Status
+) -> None:
+    said = io.BytesIO()
+    job = Job(tmp_path, ("x",), "script", "payload", "output", "logs/run", tmp_path / "scratch")
+    shop = Shop(job, _Silent(status, said), frozenset())
+    each, single = _work(shop), SingleWork(shop, 1.0, 0)
+    shop._miss({"'output/a'": "reserved"})
+    shop._miss({"'output/a'": "reserved", "'output/b'": "not UTF-8"})
+    assert said.getvalue().count(b"not brought: 'output/a': reserved") == 1
+    text = "2 results are missing, which the pod cannot hold; the first: 'output/a': reserved"
+    single._finish(0)
+    assert (single.exit_code, single.error) == (125, text)
+    single._finish(3)
+    assert (single.exit_code, single.error) == (3, f"the program failed with exit code 3; {text}")
+    assert (each.exit_code, each.error) == (125, text)
+    each.tasks[0].state = "failed"
+    assert each.exit_code == 1
+    assert str(each.error).endswith(f"see logs/run/tasks/1.log; {text}")
+    assert status.shown()["missing"] == [
+        {"file": "'output/a'", "error": "reserved"},
+        {"file": "'output/b'", "error": "not UTF-8"},
+    ]
 
 
 async def test_the_only_provider_gets_it_again_after_a_while(

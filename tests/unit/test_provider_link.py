@@ -97,6 +97,26 @@ def test_what_a_provider_prints_has_the_limit_of_every_log(tmp_path: Path) -> No
     assert not line.link.full
 
 
+def test_a_full_disk_does_not_hold_the_process_up(tmp_path: Path) -> None:
+    """It has a timeout to keep and agreements to end: what it prints meanwhile may be lost."""
+    line = Line(tmp_path)
+    spool = line.link._spools["stdout"]
+    there, spool.fd = spool.fd, os.open("/dev/full", os.O_WRONLY)
+    text = json.dumps({"log": "stdout", "text": "x" * 20_000}).encode() + b"\n"
+    for _ in range(2):
+        line.say(text)
+    line.say(b'{"status": {"phase": "over"}}\n')
+    assert line.statuses == [{"phase": "over"}]
+    assert (len(spool.pending), spool.lost) == (40_000, 0)
+    spool.pending = b"y" * (1 << 21)
+    line.say(text)
+    assert spool.lost == 20_000
+    os.close(spool.fd)
+    spool.fd, spool.pending = there, b"y"
+    line.say(text)
+    assert line.text("stdout")[:2] == "yx"
+
+
 async def test_the_reporter_speaks_what_the_link_understands(tmp_path: Path) -> None:
     status = Status(Decimal("0.5"))
     status.hired["a"] = Hired("one", "0x1", "a", spent=Decimal("0.1"), accepted=Decimal("0.1"))

@@ -10,7 +10,7 @@ import pytest
 from yapapi.agreements_pool import BufferedAgreement
 
 from cpodfs.runs.provider_pool import Pool
-from cpodfs.runs.provider_status import Hired, Status
+from cpodfs.runs.provider_status import Hired, Price, Status
 
 pytestmark = pytest.mark.anyio
 
@@ -86,11 +86,13 @@ async def test_start_prices_are_set_aside_from_the_signature_on() -> None:
 
 
 def test_what_is_committed() -> None:
-    status = Status(Decimal(1), start_prices={"a": Decimal("0.4")})
-    assert status.committed() == Decimal("0.4")
+    status = Status(Decimal(1), prices={"a": Price(Decimal("0.4"), Decimal("0.01"))})
+    assert status.committed() == Decimal("0.43")
     hired = status.hired["a"] = Hired("x", "0x", "a", activity="1")
-    assert status.committed() == Decimal("0.4")
+    assert status.committed() == Decimal("0.43")
     hired.spent = Decimal("0.5")
+    assert status.committed() == Decimal("0.53")
+    hired.activity_state = "ended"
     assert status.committed() == Decimal("0.5")
     hired.spent, hired.paid = Decimal("0.3"), True
     assert status.committed() == Decimal("0.3")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ class Box:
 
     def __init__(self, folder: Path, shell: list[str], path: str | None = None) -> None:
         self.folder = folder
+        self.gate = folder / "gate"
         self._shell = shell
         self._env = os.environ | ({"PATH": path} if path else {})
         (folder / "cpodfs.sh").write_text(SCRIPT)
@@ -48,6 +50,11 @@ class Box:
             self.call("setup", self.send((tmp_path / "t").read_bytes()), "output").stdout == "ok\n"
         )
 
+    def folders(self) -> set[str]:
+        """In the archive packed last."""
+        with tarfile.open(self.folder / "cpodfs.out") as tar:
+            return {member.name.removeprefix("./") for member in tar if member.isdir()}
+
     def report(self, command: str = "pack") -> tuple[Report, dict[str, str]]:
         report = parse_report(self.call(command, "output").stdout)
         data = (self.folder / "cpodfs.out").read_bytes()
@@ -58,7 +65,7 @@ class Box:
 
 
 @pytest.fixture(params=SHELLS, ids=lambda shell: shell[0].rpartition("/")[2])
-def box(request: pytest.FixtureRequest, tmp_path: Path) -> Box:
+def box(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Box]:
     program, *words = request.param
     busybox, path = shutil.which("busybox"), None
     if program == "busybox-only" and busybox:
@@ -70,7 +77,9 @@ def box(request: pytest.FixtureRequest, tmp_path: Path) -> Box:
     shell = [program, *words] if shutil.which(program) else SHELLS[0]
     box = Box(tmp_path / "work", shell, path)
     box.setup(tmp_path)
-    return box
+    yield box
+    # Programs of a test that has failed wait for it.
+    box.gate.write_text("")
 
 
 def test_what_did_not_arrive_whole_is_refused(box: Box) -> None:
@@ -81,9 +90,8 @@ def test_what_did_not_arrive_whole_is_refused(box: Box) -> None:
 
 
 def test_a_program_in_the_background(box: Box) -> None:
-    gate = box.folder / "gate"
     program = (
-        f'printf "%s|" "$@"; echo; echo a > output/a; while [ ! -e {gate} ]; do sleep 0.05; done;'
+        f'printf "%s|" "$@"; echo; echo a > output/a; while [ ! -e {box.gate} ]; do sleep 0.05; done;'
         "echo b > output/b; echo more >> output/a; printf 'no newline'; echo oops >&2; exit 5"
     )
     box.call("start", "sh", "-c", program, "sh", "two words", "$HOME", "*")
@@ -95,7 +103,7 @@ def test_a_program_in_the_background(box: Box) -> None:
     assert (report.exit_code, report.unsaid, report.some) == (None, 0, True)
     assert files == {"output/a": "a\n"}
     assert not box.report()[0].some
-    gate.write_text("")
+    box.gate.write_text("")
     deadline = time.monotonic() + 60
     out, err = "", ""
     while True:
@@ -121,8 +129,7 @@ def test_much_output_comes_whole(box: Box) -> None:
 
 
 def test_a_program_that_never_pauses_does_not_keep_us(box: Box) -> None:
-    gate = box.folder / "gate"
-    program = f"n=0; while [ ! -e {gate} ]; do n=$((n + 1)); echo $n grüße; done; echo 7 >&2"
+    program = f"n=0; while [ ! -e {box.gate} ]; do n=$((n + 1)); echo $n grüße; done; echo 7 >&2"
     box.call("start", "sh", "-c", program)
     out, looks = "", 4
     begun = time.monotonic()
@@ -132,7 +139,7 @@ def test_a_program_that_never_pauses_does_not_keep_us(box: Box) -> None:
         out += said
     # Half a second each, and what a slow machine adds; without an end it would take for ever.
     assert time.monotonic() - begun < looks * 4
-    gate.write_text("")
+    box.gate.write_text("")
     err = ""
     while (report := box.report()[0]).exit_code is None or report.unsaid:
         done = box.call("watch", "5")
@@ -142,15 +149,31 @@ def test_a_program_that_never_pauses_does_not_keep_us(box: Box) -> None:
     assert err == "7\n"
 
 
+def test_a_watch_ends_where_there_is_no_proc_too(box: Box) -> None:
+    (box.folder / "cpodfs.sh").write_text(SCRIPT.replace("/proc/uptime", "/nowhere"))
+    program = f"echo up; while [ ! -e {box.gate} ]; do sleep 0.05; done"
+    box.call("start", "sh", "-c", program)
+    done = box.call("watch", "20")
+    assert (done.stdout, done.stderr) == ("up\n", "")
+    assert box.report()[0].exit_code is None
+
+
+def test_an_output_folder_that_was_removed_has_nothing(box: Box) -> None:
+    box.call("task", box.send(b"1"), "payload/1", "output", "rm", "-r", "output")
+    assert box.report("whole")[1] == {}
+    box.call("start", "true")
+    box.call("watch", "20")
+    assert box.report()[1] == {}
+
+
 def test_an_unfinished_line_is_shown_when_nothing_else_comes(box: Box) -> None:
-    gate = box.folder / "gate"
-    program = f"printf 'first\\nhow many? '; while [ ! -e {gate} ]; do sleep 0.05; done; echo 3"
+    program = f"printf 'first\\nhow many? '; while [ ! -e {box.gate} ]; do sleep 0.05; done; echo 3"
     box.call("start", "sh", "-c", program)
     said = ""
     while "?" not in said:
         said += box.call("watch", "2").stdout
     assert said == "first\nhow many? "
-    gate.write_text("")
+    box.gate.write_text("")
     assert box.call("watch", "50").stdout == "3\n"
 
 
@@ -174,10 +197,8 @@ def test_files_with_old_dates_and_odd_names_come_too(box: Box) -> None:
     box.call("watch", "20")
     report, files = box.report()
     assert report.exit_code == 0
-    assert files == {
-        **{"output/old one": "x", "output/-n": ""},
-        **{"output/a\nb": "1\n", "output/*": "2\n"},
-    }
+    odd = {"output/a\nb": "1\n", "output/*": "2\n"}
+    assert files == {"output/old one": "x", "output/-n": ""} | odd
     assert "output/empty" in box.folders()
 
 
@@ -188,11 +209,10 @@ def test_links_are_left_out_and_told_of(box: Box) -> None:
     assert sorted(box.call("whole", "output").stderr.splitlines()) == told
     assert box.report("whole")[1] == {"output/a": "a\n"}
     (box.folder / "cpodfs.state/exit").unlink()
-    gate = box.folder / "gate"
-    program += f"; while [ ! -e {gate} ]; do sleep 0.05; done"
+    program += f"; while [ ! -e {box.gate} ]; do sleep 0.05; done"
     box.call("start", "sh", "-c", f"rm -f output/*; {program}")
     assert box.call("pack", "output").stderr == ""
-    gate.write_text("")
+    box.gate.write_text("")
     box.call("watch", "50")
     assert sorted(box.call("pack", "output").stderr.splitlines()) == told
     assert box.call("pack", "output").stderr == ""
