@@ -20,6 +20,7 @@ import platformdirs
 from cpodfs.errors import ConfigError
 
 _PORTS_FILE = "ports.json"
+_READY_FILE = "ready.json"
 
 
 def default_state() -> Path:
@@ -41,14 +42,49 @@ def locked(state: Path) -> Iterator[None]:
         owner = os.read(descriptor, 20).decode("ascii", "replace").strip()
         os.close(descriptor)
         raise ConfigError(
-            f"{state}: a devnet (pid {owner}) is using this folder; stop it or pass --state"
+            f"{state}: a devnet (pid {owner}) is using this folder; stop it, or name another"
         ) from None
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        # One that was killed could not take it back.
+        (state / _READY_FILE).unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)
+
+
+def is_taken(state: Path) -> bool:
+    """Whether some devnet has the folder now."""
+    try:
+        descriptor = os.open(state / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+@contextlib.contextmanager
+def announced(state: Path, line: str) -> Iterator[None]:
+    """Keep the ready line in the folder for the time of the block; see `announcement`."""
+    _replace(state / _READY_FILE, line)
+    try:
+        yield
+    finally:
+        (state / _READY_FILE).unlink(missing_ok=True)
+
+
+def announcement(state: Path) -> bytes | None:
+    """The ready line of the devnet that has the folder now; None when none does, or not yet."""
+    try:
+        return (state / _READY_FILE).read_bytes() if is_taken(state) else None
+    except FileNotFoundError:
+        return None
 
 
 def secret_file(path: Path) -> str:
@@ -107,6 +143,11 @@ def _remembered_ports(state: Path) -> dict[str, int]:
 
 
 def _remember_ports(state: Path, ports: dict[str, int]) -> None:
-    fresh = state / (_PORTS_FILE + ".new")
-    fresh.write_text(json.dumps(ports))
-    fresh.replace(state / _PORTS_FILE)
+    _replace(state / _PORTS_FILE, json.dumps(ports))
+
+
+def _replace(path: Path, text: str) -> None:
+    """The whole text at once, for whoever reads it meanwhile."""
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text)
+    fresh.replace(path)

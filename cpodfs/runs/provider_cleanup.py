@@ -28,6 +28,8 @@ from cpodfs.runs.provider_market import describe
 from cpodfs.runs.provider_status import Price
 
 INVOICES_S = 15.0
+IDLE_INVOICES_S = 2.0
+"""How long invoices are waited for when nobody is known to have worked."""
 GONE = (404, 410)
 """yagna's words for what it does not know, or not any more."""
 _POLL_S = 0.5
@@ -58,11 +60,11 @@ async def clean_up(owing: list[dict[str, Any]], allocation_id: str | None) -> di
             agreement = rest.market.Agreement(market._api, key)
             if await agreement.terminate(_REASON) or await is_over(agreement):
                 ended[key] = {"agreement_state": "terminated"}
-                if one["activity"]:
-                    limits[key] = _most(one)
+                limits[key] = _most(one)
         if allocation_id is not None and (allocation := await _allocation(payment, allocation_id)):
+            worked = any(one["activity"] for one in owing)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(INVOICES_S):
+                async with asyncio.timeout(INVOICES_S if worked else IDLE_INVOICES_S):
                     await pay(payment, allocation, limits, note)
             await allocation.delete()
     return ended

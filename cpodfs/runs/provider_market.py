@@ -252,7 +252,9 @@ class Crew:
     async def _lane(self, job: Any, context: Any) -> None:
         hired = hired_for(self._status, context._agreement)
         hired.activity, hired.activity_state = context.id, "new"
-        self._reporter.phase("running")
+        self._status.phase = "running"
+        # At once, for whoever has to clean up after us.
+        self._reporter.tell()
         work = asyncio.create_task(self._process(job, context, hired))
         watch = asyncio.create_task(self._watch(context, hired))
         stop = asyncio.create_task(self._stop.wait())
@@ -483,10 +485,11 @@ class Books:
 def hired_for(status: Status, agreement: Any) -> Hired:
     """The status's entry of an agreement, made when it is new."""
     if agreement.id not in status.hired:
-        name = agreement.details.provider_node_info.name or "?"
+        said = str(agreement.details.provider_node_info.name or "?")
+        name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in said[:100])
         provider_id = agreement.details.raw_details.offer.provider_id
         price = price_of(agreement.details.provider_view.properties)
         signed = datetime.now(UTC).isoformat(timespec="milliseconds")
-        hired = Hired(str(name), str(provider_id), agreement.id, signed=signed, price=price)
+        hired = Hired(name, str(provider_id), agreement.id, signed=signed, price=price)
         status.hired[agreement.id] = hired
     return status.hired[agreement.id]

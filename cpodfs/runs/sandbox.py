@@ -7,6 +7,7 @@ arguments, which every user of the machine can read, name paths only.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -15,10 +16,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import cpodfs
+from cpodfs.errors import NotNow
 from cpodfs.runs import box
 
 MODES = ("auto", "on", "off")
 PROBE_S = 10.0
+_UNTOLD = "it cannot be told whether bwrap works"
+_PASSING = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 _TMP = "/tmp"  # noqa: S108 -- inside it is a private one
 _HOME = f"{_TMP}/home"
 
@@ -45,6 +49,14 @@ _YAGNA_SOCKET = f"{_TMP}/yagna.sock"
 
 def broken(bwrap: str | None = None) -> str | None:
     """Why no sandbox can be made here, in one line, or None. Starts a process; takes some ms."""
+    try:
+        return never_works(bwrap)
+    except NotNow as error:
+        return str(error)
+
+
+def never_works(bwrap: str | None = None) -> str | None:
+    """As `broken`, but raises NotNow where another attempt may tell something else."""
     bwrap = bwrap or program()
     if bwrap is None:
         return "bwrap is missing; install it with: apt install bubblewrap"
@@ -59,7 +71,11 @@ def broken(bwrap: str | None = None) -> str | None:
             timeout=PROBE_S,
             check=False,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except subprocess.TimeoutExpired:
+        raise NotNow(f"{_UNTOLD}: no answer in {PROBE_S:g} s; try again") from None
+    except OSError as error:
+        if error.errno in _PASSING:
+            raise NotNow(f"{_UNTOLD}: {error.strerror}; try again") from None
         return f"bwrap does not work here: {type(error).__name__}"
     if done.returncode == 0:
         return None

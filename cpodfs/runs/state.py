@@ -17,7 +17,7 @@ Record: version, id, pod, state, host, created, started, ended (UTC, ISO 8601, o
 run in the pod), recipe_file, recipe (as run), warnings, set (what was changed for this run, by
 key), sandbox (whether it runs in one), pid (the program's, or null), golem (of a provider run:
 the providers, costs and tasks so far, `provider_status.Status.shown`; else missing), and
-``private``, never shown: supervisor {pid, start_ticks} or null; hires (whether it is a provider
+``private``, never shown: supervisor {pid, start_ticks, boot} or null; hires (whether it is a provider
 run); published (is the copy in the pod complete? null: nobody has tried since the end) and problem
 (why it is not, or null).
 """
@@ -32,7 +32,7 @@ import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Container, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import Any
 
@@ -186,16 +186,13 @@ def start_ticks(pid: int) -> int | None:
 
     With the pid it names one process: a pid alone may have been given to another since.
     """
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rpartition(b")")[2].split()[19])
-    except (OSError, IndexError):
-        return None
+    process = _look_at(pid)
+    return None if process is None else process.start_ticks
 
 
-def identity(pid: int) -> dict[str, int | None]:
-    """What `open_pidfd` needs to find a process again."""
-    return {"pid": pid, "start_ticks": start_ticks(pid)}
+def identity(pid: int) -> dict[str, Any]:
+    """What `open_pidfd` and `kill_leftovers` need to find a process, or its session, again."""
+    return {"pid": pid, "start_ticks": start_ticks(pid), "boot": _boot()}
 
 
 def open_pidfd(who: Any) -> int | None:
@@ -213,50 +210,93 @@ def open_pidfd(who: Any) -> int | None:
     return fd
 
 
-def kill_leftovers(run_id: str) -> int:
-    """Kill every process of a run that nobody minds; returns how many.
+def kill_leftovers(run_id: str, supervisor: Any = None) -> int:
+    """Kill every process of a run that nobody minds; returns how many. ``supervisor``: the `identity`
+    of the one that died.
 
-    They are known by CPODFS_RUN_ID in the environment that they were started with.
+    They are known by CPODFS_RUN_ID in the environment that they were started with, by the
+    supervisor's session, or as the offspring of one of these. Not found is who has neither, and
+    whose parent was gone before.
     """
     mark = f"CPODFS_RUN_ID={run_id}".encode()
-    killed: set[int] = set()
-    # Again and again, because one may have been forking while it was looked for.
+    stopped: dict[int, int] = {}
+    # Stopped first, all of them: they cannot fork then, and their offspring stays theirs. Again and
+    # again, because one may have been forking while it was looked for.
     for _ in range(_KILL_ROUNDS):
-        found = {pid for pid in _pids() if pid != os.getpid() and _kill_if_marked(pid, mark)}
-        if found <= killed:
+        found = _leftovers(mark, supervisor, stopped)
+        stopped |= found
+        if not found:
             break
-        killed |= found
-    return len(killed)
+    for fd in stopped.values():
+        _send(fd, signal.SIGKILL)
+        os.close(fd)
+    return len(stopped)
 
 
-def _kill_if_marked(pid: int, mark: bytes) -> bool:
-    try:
-        fd = os.pidfd_open(pid)
-    except OSError:
-        return False
+def _leftovers(mark: bytes, supervisor: Any, known: Container[int]) -> dict[int, int]:
+    """Stop the processes that are not ``known`` yet; their pids with a pidfd each."""
+    alive = {pid: process for pid in _pids() if (process := _look_at(pid)) is not None}
+    # Neither we nor what is ours, whoever may have started us.
+    alive.pop(os.getpid(), None)
+    session = _session(supervisor, alive)
+    theirs = {
+        pid
+        for pid, process in alive.items()
+        if _is_marked(pid, mark) or process.started_in(session)
+    }
+    level = theirs
+    while level:
+        level = {pid for pid, p in alive.items() if p.parent in level} - theirs
+        theirs |= level
+    found = {}
+    for pid in theirs:
+        if pid in known:
+            continue
+        fd = open_pidfd({"pid": pid, "start_ticks": alive[pid].start_ticks})
+        if fd is None:
+            continue
+        if _send(fd, signal.SIGSTOP):
+            found[pid] = fd
+        else:
+            os.close(fd)
+    return found
+
+
+def _session(supervisor: Any, alive: Mapping[int, _Process]) -> tuple[int, int] | None:
+    """The number of a dead supervisor's session, and when it began; None if it cannot be told."""
+    boot = _boot()
+    if boot is None or not isinstance(supervisor, dict) or supervisor.get("boot") != boot:
+        return None
+    pid, ticks = supervisor.get("pid"), supervisor.get("start_ticks")
+    if not isinstance(pid, int) or not isinstance(ticks, int):
+        return None
+    # The number stays taken as long as somebody is in the session: with another process in its
+    # place there was nobody left.
+    if pid in alive and alive[pid].start_ticks != ticks:
+        return None
+    return pid, ticks
+
+
+def _is_marked(pid: int, mark: bytes) -> bool:
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
-            marked = mark in file.read().split(b"\0")
-        if marked:
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
+            return mark in file.read().split(b"\0")
     except OSError:
         return False
-    finally:
-        os.close(fd)
-    return marked
+
+
+def _send(fd: int, number: int) -> bool:
+    try:
+        signal.pidfd_send_signal(fd, number)
+    except OSError:
+        return False
+    return True
 
 
 def children(parent: int) -> list[int]:
     """The pids of a process's children, zombies included."""
-    found = []
-    for pid in _pids():
-        try:
-            with open(f"/proc/{pid}/stat", "rb") as file:
-                if int(file.read().rpartition(b")")[2].split()[1]) == parent:
-                    found.append(pid)
-        except (OSError, IndexError):
-            continue
-    return found
+    processes = ((pid, _look_at(pid)) for pid in _pids())
+    return [pid for pid, p in processes if p is not None and p.parent == parent]
 
 
 def descendants(ancestor: int) -> list[int]:
@@ -269,5 +309,32 @@ def descendants(ancestor: int) -> list[int]:
     return found
 
 
+class _Process:
+    """A line of /proc/PID/stat: the parent's pid, the session's number, clock ticks since boot."""
+
+    def __init__(self, fields: Sequence[bytes]) -> None:
+        self.parent, self.session, self.start_ticks = (int(fields[n]) for n in (1, 3, 19))
+
+    def started_in(self, session: tuple[int, int] | None) -> bool:
+        return session is not None and self.session == session[0] and self.start_ticks >= session[1]
+
+
+def _look_at(pid: int) -> _Process | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return _Process(file.read().rpartition(b")")[2].split())
+    except (OSError, IndexError):
+        return None
+
+
 def _pids() -> Iterator[int]:
     return (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def _boot() -> str | None:
+    """Differs from one start of the machine to the next; None where it is hidden."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return file.read().strip()
+    except OSError:
+        return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
+import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -126,6 +128,25 @@ def test_a_supervisor_is_killed(devnet: DevnetMount, pod: Path, gate: Gate) -> N
     gate.open()
     sh(f"touch .run; {WAIT}", pod)
     assert [record(f)["state"] for f in run_folders(pod)] == ["lost", "finished"]
+
+
+def test_what_hides_from_a_dead_supervisor_is_ended_too(
+    devnet: DevnetMount, pod: Path, gate: Gate
+) -> None:
+    """Without the run's mark: in its session, left alone; in one of its own, with its parent."""
+    hidden = "env -i sleep 1001 & echo $! >&2) ; env -i setsid sleep 1002 & echo $! >&2"
+    command = f"({hidden}; exec python3 script/gated.py {gate.folder}"
+    recipe = {"golem": {"exec": shlex.join(["sh", "-c", command])}}
+    (pod / "a.recipe").write_text(json.dumps(recipe))
+    folder = started(pod, gate)
+    until(lambda: (folder / "stderr.log").read_text().count("\n") == 2)
+    fds = [os.pidfd_open(int(pid)) for pid in (folder / "stderr.log").read_text().split()]
+    kill_and_wait(supervisor_of(devnet, folder.name))
+    wait_gone(pod)
+    assert record(folder)["state"] == "lost"
+    for fd in fds:
+        assert select.select([fd], [], [], DEADLINE_S)[0]
+        os.close(fd)
 
 
 def test_a_touch_right_before_kill_9_is_not_forgotten(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import trio
 
 from cpodfs.dfs import Client, Session
+from cpodfs.runs import keyring
 from tests.mount.compute import (
     SECRET,
     compute_pod,
@@ -340,6 +342,29 @@ def stranger_with(script: str, *words: str) -> dict[str, str]:
     return recipe_files(command) | {f"script/{script}": (SCRIPTS / script).read_text()}
 
 
+@pytest.fixture
+def session_key() -> Iterator[bool]:
+    """A key in the session that a driver started now inherits; False where a container has none."""
+    keyring.leave_session()
+    add_key = keyring._KEYCTL[os.uname().machine] - 2
+    libc, session = ctypes.CDLL(None, use_errno=True), ctypes.c_long(-3)
+    added = libc.syscall(add_key, b"user", b"cpodfs-test", b"x", ctypes.c_long(1), session)
+    assert added > 0 or ctypes.get_errno() in keyring._HARMLESS
+    yield added > 0
+    keyring.leave_session()
+
+
+def test_the_keys_of_the_users_session_are_not_a_strangers(
+    session_key: bool, tmp_path: Path, server: Server
+) -> None:
+    with mounted(tmp_path, server) as mount:
+        own = compute_pod(mount, "own", "python3 script/keys.py", "keys.py")
+        assert (run_to_end(own) / "stdout.log").read_text() == f"{session_key}\n"
+        theirs = forked(mount, "theirs", stranger_with("keys.py"))
+        vouch(theirs)
+        assert (run_to_end(theirs) / "stdout.log").read_text() == "False\n"
+
+
 def test_a_stranger_sees_and_changes_nothing_but_his_pod(theirs: Mount, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text(SECRET)
@@ -352,7 +377,7 @@ def test_a_stranger_sees_and_changes_nothing_but_his_pod(theirs: Mount, tmp_path
     report = json.loads((folder / "stdout.log").read_text())
     assert report["others"] == ["sandboxed"]
     assert report["read outside"] == "No such file or directory"
-    for what in ("write outside", "write /usr", "write /", "write /etc"):
+    for what in ("write outside", "write /usr", "write /", "write /etc", "set kernel"):
         assert report[what] != "done"
     assert report["home"] == []
     assert report["tmp"] == "done"
@@ -412,7 +437,7 @@ def test_where_there_is_no_bwrap(tmp_path: Path, server: Server) -> None:
 def test_cancelling_in_a_sandbox_is_as_gentle_as_outside(theirs: Mount) -> None:
     script = (
         "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('asked'), sys.exit(7)))\n"
+        "signal.signal(signal.SIGINT, lambda *_: (print('asked'), sys.exit(7)))\n"
         "print('up', flush=True)\n"
         "while True: time.sleep(60)\n"
     )

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -151,11 +152,50 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         assert rss_peak_mib(server.devnet.pid) - before < 30
 
 
-def test_one_devnet_per_folder(tmp_path: Path) -> None:
+def test_one_devnet_per_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_PREDECESSOR_DEADLINE_S", 0.1)
     with launch.start(tmp_path, STORE_ONLY) as first:
         with pytest.raises(launch.DevnetFailed, match=f"pid {first.devnet.pid}"):
             launch.start(tmp_path, STORE_ONLY)
         assert Client(first.devnet).token
+
+
+@pytest.mark.parametrize("way", ["start", "running"])
+def test_the_end_of_the_one_before_is_waited_for(tmp_path: Path, way: str) -> None:
+    async def successor() -> int:
+        async with launch.running(tmp_path, STORE_ONLY) as devnet:
+            return devnet.pid
+
+    (tmp_path / "lock").touch()
+    # Holds the folder, as a devnet does that is still ending, until it may end.
+    code = "import fcntl, sys; fcntl.flock(0, fcntl.LOCK_EX); print(flush=True); open(sys.argv[1])"
+    os.mkfifo(gate := tmp_path / "gate")
+    with (
+        (tmp_path / "lock").open("r+") as lock,
+        subprocess.Popen(
+            [sys.executable, "-S", "-c", code, str(gate)], stdin=lock, stdout=subprocess.PIPE
+        ) as before,
+    ):
+        lock.close()
+        assert before.stdout is not None
+        before.stdout.readline()
+        asked = threading.Event()
+        seen = launch.is_taken
+
+        def is_taken(state: Path) -> bool:
+            answer = seen(state)
+            asked.set()
+            return answer
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(launch, "is_taken", is_taken)
+            opener = threading.Thread(target=lambda: (asked.wait(), gate.write_bytes(b"")))
+            opener.start()
+            if way == "start":
+                launch.start(tmp_path, STORE_ONLY).stop()
+            else:
+                trio.run(successor)
+            opener.join()
 
 
 def test_a_taken_port_and_a_wrong_option_are_named(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
+import signal
 import subprocess
 import sys
 
@@ -91,6 +94,59 @@ def test_a_pid_used_again_is_not_taken_for_the_old_process():
 )
 def test_no_such_process(who):
     assert state.open_pidfd(who) is None
+
+
+@pytest.fixture
+def orphans(tmp_path):
+    """A dead supervisor's identity, and the pids of three processes without a mark: of its session;
+    one of a session of its own, left to whoever takes orphans in; and the child of the first."""
+    shell = "echo $$; env -i setsid sh -c 'echo $$; exec sleep 1000' & env -i sleep 1000 & echo $!"
+    leader = (
+        "import subprocess, sys; sys.path.insert(0, sys.argv[1])\n"
+        "subprocess.Popen(['env', '-i', 'PATH=/usr/bin:/bin', 'sh', '-c', sys.argv[2] + '; wait'])\n"
+        "input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", leader, "", shell],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as supervisor:
+        pids = [int(supervisor.stdout.readline()) for _ in range(3)]
+        fds = [os.pidfd_open(pid) for pid in pids]
+        who = state.identity(supervisor.pid)
+        supervisor.kill()
+    yield who, fds
+    for fd in fds:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+        os.close(fd)
+
+
+def is_gone(fd, timeout_s=10.0):
+    return bool(select.select([fd], [], [], timeout_s)[0])
+
+
+def test_leftovers_are_known_by_their_session_and_their_parents(orphans):
+    who, fds = orphans
+    assert state.kill_leftovers("20261124T000000.000Z-none") == 0
+    assert state.kill_leftovers("20261124T000000.000Z-none", who) == 3
+    assert all(map(is_gone, fds))
+
+
+@pytest.mark.parametrize("change", ["boot", "number", "missing", "other"])
+def test_who_only_seems_to_be_of_the_session_is_spared(orphans, change):
+    who, fds = orphans
+    changed = {
+        # The machine was started again, and numbers begin anew.
+        "boot": who | {"boot": "another"},
+        # The number went to another process: there was nobody left in the session.
+        "number": who | {"pid": os.getsid(0), "start_ticks": 1},
+        "missing": {key: who[key] for key in ("pid", "start_ticks")},
+        "other": "no identity",
+    }[change]
+    assert state.kill_leftovers("20261124T000000.000Z-none", changed) == 0
+    assert not any(is_gone(fd, 0) for fd in fds)
 
 
 def test_leftovers_are_known_by_their_environment():

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import json
+import time
+from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cpodfs.errors import ConfigError, NotTrusted, RecipeError
+from cpodfs.errors import ConfigError, NotNow, NotTrusted, RecipeError
 from cpodfs.recipe import parse_recipe
 from cpodfs.runs import changes, keep, sandbox
+from cpodfs.runs.provider_market import hired_for
+from cpodfs.runs.provider_status import Status
 from cpodfs.runs.trust import Fingerprint, TrustBook
 
 # -- the record -----------------------------------------------------------------------------------
@@ -57,6 +62,27 @@ def test_a_renamed_pod_keeps_what_is_known_of_it_and_a_new_one_inherits_nothing(
     assert (book.is_own("a"), book.is_own("b")) == (False, True)
     book.rename("unknown", "b")
     assert not book.is_own("b")
+
+
+def test_what_was_trusted_to_be_in_a_sandbox(path: Path) -> None:
+    book = TrustBook(path)
+    book.trust("bare", "abc")
+    book.trust("boxed", "abc", boxed=True)
+    again = TrustBook(path)
+    assert (again.trusted("bare"), again.is_boxed("bare")) == ("abc", False)
+    assert (again.trusted("boxed"), again.is_boxed("boxed")) == ("abc", True)
+    again.trust("boxed", "abc")
+    assert not TrustBook(path).is_boxed("boxed")
+    assert not again.is_boxed("any")
+
+
+def test_what_cannot_be_noted_is_forgotten_all_the_same(path: Path) -> None:
+    book = TrustBook(path)
+    book.own("mine")
+    path.with_suffix(".new").mkdir()
+    with pytest.raises(OSError):
+        book.forget("mine")
+    assert not book.is_own("mine")
 
 
 @pytest.mark.parametrize(
@@ -218,8 +244,22 @@ def test_the_newest_folders_are_kept_and_nothing_else_goes(tmp_path: Path) -> No
     folders = [run_folder(logs, number) for number in range(5)]
     (logs / "notes").mkdir()
     (logs / "20261124").touch()
-    keep.prune(str(tmp_path), "a/logs", 2, 10.0)
+    keep.prune(str(tmp_path), f"a/logs/{folders[4].name}", 2, 10.0)
     assert sorted(logs.iterdir()) == sorted([*folders[3:], logs / "notes", logs / "20261124"])
+
+
+def test_the_run_that_has_ended_stays_and_what_is_dated_in_the_future_goes_first() -> None:
+    now = time.time()
+    days = [-400, -2, -1, -0.5, 0.02, 3, 400]
+    stamps = [time.strftime("%Y%m%dT%H%M%S", time.gmtime(now + day * 86400)) for day in days]
+    old, *_, recent, ahead, wrong, made_up = names = [f"{stamp}.000Z-ab12" for stamp in stamps]
+    assert keep.newest_first(names) == [*names[4::-1], made_up, wrong]
+    # Another machine's, whose clock is a little ahead, may be in progress.
+    assert set(names) - set(keep._too_many(names, recent, 2)) == {recent, ahead}
+    for ended in (old, recent, made_up):
+        assert ended not in keep._too_many(names, ended, 1)
+        assert len(keep._too_many(names, ended, 1)) == 6
+    assert keep._too_many(names, recent, 7) == []
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
@@ -228,37 +268,61 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     pod = tmp_path / "pod"
     pod.mkdir()
     (pod / "logs").symlink_to(outside)
-    keep.prune(str(pod), "logs", 1, 10.0)
+    keep.prune(str(pod), "logs/x", 1, 10.0)
     (pod / "logs").unlink()
     last = run_folder(pod / "logs", 9)
     (pod / "logs" / precious.name).symlink_to(precious)
-    keep.prune(str(pod), "logs", 1, 10.0)
+    keep.prune(str(pod), f"logs/{last.name}", 1, 10.0)
     assert (precious / "tasks" / "1.log").exists()
     assert last.exists()
 
 
 def test_nothing_to_keep(tmp_path: Path) -> None:
-    keep.prune(str(tmp_path), "logs", 1, 10.0)
-    keep.prune(str(tmp_path / "gone"), "logs", 1, 10.0)
+    keep.prune(str(tmp_path), "logs/x", 1, 10.0)
+    keep.prune(str(tmp_path / "gone"), "logs/x", 1, 10.0)
     assert list(tmp_path.iterdir()) == []
 
 
-# -- the sandbox ----------------------------------------------------------------------------------
+# -- what cannot be told, and who says what he is called ------------------------------------------
 
 
-def test_a_bwrap_that_does_not_work(tmp_path: Path) -> None:
-    assert "does not work here" in (sandbox.broken("/bin/false") or "")
-    assert "does not work here: FileNotFoundError" in (sandbox.broken(str(tmp_path / "no")) or "")
+def test_a_probe_without_an_answer_is_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = tmp_path / "bwrap"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(sandbox, "PROBE_S", 0.1)
+    with pytest.raises(NotNow, match=r"no answer in 0\.1 s; try again") as refusal:
+        sandbox.never_works(str(slow))
+    assert refusal.value.errno == errno.EAGAIN
+    assert sandbox.broken(str(slow)) == str(refusal.value)
 
 
-def test_without_bwrap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "/nonexistent")
-    assert sandbox.program() is None
-    assert "apt install bubblewrap" in (sandbox.broken() or "")
+def test_a_machine_that_can_start_nothing_now_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_arguments: object, **_settings: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(sandbox.subprocess, "run", busy)
+    with pytest.raises(NotNow, match="temporarily"):
+        sandbox.never_works("/usr/bin/bwrap")
 
 
-def test_secrets_are_not_among_the_arguments(tmp_path: Path) -> None:
-    env = {"YAGNA_APPKEY": "secret-key", "PATH": "/usr/bin"}
-    words = sandbox.wrapper("bwrap", tmp_path / "pods" / "pod", env)
-    assert not any("secret-key" in word or "YAGNA" in word for word in words)
-    assert sandbox.environment(env)["YAGNA_APPKEY"] == "secret-key"
+LINEAR = {
+    "golem.com.scheme": "payu",
+    "golem.com.pricing.model": "linear",
+    "golem.com.pricing.model.linear.coeffs": [0.0, 0.0, 0.0],
+    "golem.com.usage.vector": ["golem.usage.cpu_sec", "golem.usage.duration_sec"],
+}
+
+
+def test_a_provider_cannot_write_lines_with_its_name() -> None:
+    details = SimpleNamespace(
+        provider_node_info=SimpleNamespace(name="zoé\rcpodfs: paid\n\x1b[2J" + "x" * 9000),
+        raw_details=SimpleNamespace(offer=SimpleNamespace(provider_id="0x1")),
+        provider_view=SimpleNamespace(properties=LINEAR),
+    )
+    status = Status(Decimal(1))
+    hired = hired_for(status, SimpleNamespace(id="a", details=details))
+    assert hired.name.startswith(r"zoé\rcpodfs: paid\n\x1b[2Jx")
+    assert len(hired.name) < 120

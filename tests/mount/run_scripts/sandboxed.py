@@ -20,6 +20,10 @@ def write(path):
         file.write("x")
 
 
+def open_to_write(path):
+    os.close(os.open(path, os.O_WRONLY))
+
+
 with open("output/mine", "w") as file:
     file.write("written")
 report = {
@@ -29,6 +33,8 @@ report = {
     "write /usr": attempt(lambda: write("/usr/new")),
     "write /": attempt(lambda: write("/new")),
     "write /etc": attempt(lambda: write("/etc/new")),
+    # Opened only: it is the machine's.
+    "set kernel": attempt(lambda: open_to_write("/proc/sys/kernel/core_pattern")),
     "home": os.listdir(os.environ["HOME"]),
     "tmp": attempt(lambda: write("/tmp/new")),
     "trust": attempt(
