@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cpodfs.runs.provider_files import TaskLog, sha256_of
+from cpodfs.runs.provider_files import NotThere, TaskLog, sha256_in
 from cpodfs.runs.provider_market import FAILED, RunFailed
 from cpodfs.runs.provider_script import INCOMING, words_for
 from cpodfs.runs.provider_status import Hired
@@ -101,7 +101,7 @@ class EachWork:
             try:
                 begun = time.monotonic()
                 source = self._shop.job.pod / task.path
-                digest = await self._shop.in_pod(sha256_of, source)
+                digest = await self._shop.in_pod(sha256_in, self._shop.job.pod, task.path)
                 script = context.new_script()
                 script.upload_file(str(source), INCOMING)
                 job = self._shop.job
@@ -118,6 +118,10 @@ class EachWork:
                 if report.exit_code == 0:
                     await self._shop.take(archive, report)
                 self._finish(task, hired, report.exit_code, time.monotonic() - begun)
+            except NotThere:
+                del self._running[hired.agreement]
+                task.attempts = self._retries
+                self._failed(task, hired, "the file is not there any more: not tried")
             finally:
                 await log.close()
 

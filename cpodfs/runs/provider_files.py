@@ -44,6 +44,7 @@ _ENTRYS_OWN = frozenset(
 )
 """What it says of one entry that it cannot hold: others may do well."""
 _CHUNK_BYTES = 1 << 20
+_LONG_NAME_BYTES = 4096
 _DEPTH_LIMIT = 64
 _SHOWN_CHARS = 1000
 
@@ -60,6 +61,10 @@ class _CannotHold(Exception):
         self.name = name
 
 
+class NotThere(Exception):
+    """A file that was deleted since the run began."""
+
+
 @dataclass(frozen=True)
 class Packed:
     """An archive on disk: its hash as hex digits, its size in bytes."""
@@ -74,12 +79,22 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_in(pod: Path, name: str) -> str:
+    """The hash of a file in the pod. Raises NotThere if the pod is there and the file is not."""
+    try:
+        return sha256_of(pod / name)
+    except FileNotFoundError:
+        if pod.is_dir():
+            raise NotThere(name) from None
+        raise
+
+
 def pack(pod: Path, names: Iterable[str], target: Path, leave_out: frozenset[str]) -> Packed:
     """One tar archive of the folders ``names`` of the pod, without the files in ``leave_out``.
 
     Names are relative to the pod. Folders that are missing are left out, links are kept as links
     (they lead nowhere but inside the machine that they are sent to), devices and sockets are not
-    sent. Raises OSError.
+    sent. Raises OSError; ELOOP for a folder that a link leads to: what it leads to is not the pod's.
     """
 
     def wanted(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
@@ -92,6 +107,8 @@ def pack(pod: Path, names: Iterable[str], target: Path, leave_out: frozenset[str
     # Hard links are what tarfile makes of a file seen twice; a FUSE pod has none.
     with tarfile.open(target, "w", format=tarfile.GNU_FORMAT) as archive:
         for name in sorted(set(names)):
+            if (link := _link_on_the_way(pod, name)) is not None:
+                raise OSError(errno.ELOOP, "a link, which is not followed", link)
             if (pod / name).is_dir():
                 archive.add(pod / name, arcname=name, filter=wanted)
     return Packed(target, sha256_of(target), target.stat().st_size)
@@ -101,9 +118,31 @@ def matching(pod: Path, pattern: str) -> list[str]:
     """The regular files that a glob of the recipe matches, sorted, relative to the pod."""
     found = []
     for path in pod.glob(pattern):
-        if stat.S_ISREG(path.lstat().st_mode):
-            found.append(path.relative_to(pod).as_posix())
+        name = path.relative_to(pod).as_posix()
+        if stat.S_ISREG(path.lstat().st_mode) and _link_on_the_way(pod, name) is None:
+            found.append(name)
     return sorted(found)
+
+
+def _link_on_the_way(pod: Path, name: str) -> str | None:
+    """The first part of a path in the pod that is a link, as a path in the pod. A program that ran
+    in a sandbox may have put it there for us, who are in none."""
+    parts = PurePosixPath(name).parts
+    paths = (PurePosixPath(*parts[:depth]) for depth in range(1, len(parts) + 1))
+    return next((str(path) for path in paths if (pod / path).is_symlink()), None)
+
+
+class _Member(tarfile.TarInfo):
+    """An entry that is not read when its header alone is dear: `tarfile` takes minutes over some."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE):
+            raise BadArchive("an archive of the pax kind, which our script does not make")
+        long = self.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        if long and self.size > _LONG_NAME_BYTES:
+            raise BadArchive(f"a name of {self.size} bytes")
+        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]
+        return member
 
 
 class Unpacker:
@@ -127,7 +166,7 @@ class Unpacker:
         """
         missing: dict[str, str] = {}
         try:
-            with tarfile.open(archive, "r:") as members:
+            with tarfile.open(archive, "r:", tarinfo=_Member) as members:
                 for count, member in enumerate(members, 1):
                     if count > MAX_FILES:
                         raise BadArchive(f"more than {MAX_FILES} files in one archive")
@@ -135,7 +174,7 @@ class Unpacker:
                         self._take(members, member)
                     except _CannotHold as error:
                         missing.setdefault(repr(error.name[:_SHOWN_CHARS]), str(error))
-        except (tarfile.TarError, ValueError, EOFError) as error:
+        except (tarfile.TarError, ValueError, EOFError, RecursionError) as error:
             raise BadArchive(f"not a tar archive: {error}") from None
         return missing
 

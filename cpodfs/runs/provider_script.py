@@ -20,6 +20,7 @@ BASE = "/golem/work"
 HELPER = f"{BASE}/cpodfs.sh"
 INCOMING = f"{BASE}/cpodfs.in"
 OUTGOING = f"{BASE}/cpodfs.out"
+_NUMBER_CHARS = 20
 
 SCRIPT = r"""#!/bin/sh
 # cpodfs.sh COMMAND ...: see cpodfs/runs/provider_script.py
@@ -246,8 +247,13 @@ def parse_report(text: str) -> Report:
     words = text.split()
     if len(words) != 6 or words[0] != "cpodfs" or len(words[5]) != 64:
         raise ValueError(f"not a report: {text[:80]!a}")
+    if any(len(word) > _NUMBER_CHARS for word in words[1:5]):
+        raise ValueError("not a report: a number too large")
     code = None if words[1] == "-" else int(words[1])
-    return Report(code, int(words[2]), words[3] != "0", int(words[4]), words[5])
+    unsaid, size = int(words[2]), int(words[4])
+    if min(code or 0, unsaid, size) < 0 or (code or 0) > 255:
+        raise ValueError(f"not a report: {text[:80]!a}")
+    return Report(code, unsaid, words[3] != "0", size, words[5])
 
 
 def words_for(argv: tuple[str, ...], path: str, script: str) -> list[str]:

@@ -219,6 +219,18 @@ def test_the_program_is_never_replaced_and_links_cost_nothing(market: MarketMoun
     assert log.endswith("cpodfs: output/latest-one: not a file or a folder, so it is not brought\n")
 
 
+def test_a_file_deleted_meanwhile_fails_its_task_only(market: MarketMount) -> None:
+    pod = foreach_pod(market, "deleted", 6, workers=1, seconds=0.5, retries=2)
+    run("touch", pod / ".run")
+    until(lambda: (pod / "output").exists() and os.listdir(pod / "output"))
+    (pod / "payload/05.txt").unlink()
+    wait_gone(pod)
+    ended = check_tidy(market, run_folders(pod)[0])
+    assert (ended["state"], ended["exit_code"]) == ("failed", 1)
+    assert "payload/05.txt: the file is not there any more" in ended["error"]
+    assert ended["golem"]["tasks"] == {"total": 6, "done": 5, "failed": 1, "left": 0}
+
+
 def test_no_file_to_work_on(market: MarketMount) -> None:
     ended = check_tidy(market, run_to_end(foreach_pod(market, "none", 0)))
     assert ended["error"] == "golem.runtime.foreach: no file matches 'payload/*.txt'"

@@ -15,14 +15,23 @@ from pathlib import Path
 import pytest
 
 from cpodfs.runs import provider_files
-from cpodfs.runs.provider_files import BadArchive, TaskLog, Unpacker, matching, pack, sha256_of
+from cpodfs.runs.provider_files import (
+    BadArchive,
+    NotThere,
+    TaskLog,
+    Unpacker,
+    matching,
+    pack,
+    sha256_in,
+    sha256_of,
+)
 
 Entry = tuple[str, bytes | None, dict[str, object]]
 
 
 def archive(path: Path, entries: Iterable[Entry]) -> Path:
     """A tar archive of (name, content or None, attributes of the entry)."""
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for name, content, attributes in entries:
             member = tarfile.TarInfo(name)
             member.size = len(content or b"")
@@ -226,6 +235,44 @@ def test_no_archive_at_all(pod: Path, tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(os.urandom(5000))
     with pytest.raises(BadArchive, match="not a tar archive"):
         Unpacker(pod, "output").unpack(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        tarfile.TarInfo.create_pax_global_header({"a": "1" * 200_000}),
+        tarfile.TarInfo._create_gnu_long_header("x" * 5000, tarfile.GNUTYPE_LONGNAME, "utf8", ""),
+        tarfile.TarInfo._create_gnu_long_header("x", tarfile.GNUTYPE_LONGNAME, "utf8", "") * 3000,
+    ],
+    ids=["pax", "a long name", "many long names"],
+)
+def test_headers_that_are_dear_to_read_are_refused(
+    pod: Path, tmp_path: Path, header: bytes
+) -> None:
+    good = archive(tmp_path / "good", [("output/x", b"x", {})]).read_bytes()
+    (tmp_path / "t").write_bytes(header + good)
+    with pytest.raises(BadArchive):
+        Unpacker(pod, "output").unpack(tmp_path / "t")
+
+
+def test_what_a_link_leads_to_is_not_sent(pod: Path, tmp_path: Path) -> None:
+    """A program in a sandbox can make the link; who packs is in none."""
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    (home / ".ssh/key").write_text("secret")
+    (pod / "output").mkdir(exist_ok=True)
+    (pod / "output/l").symlink_to(home)
+    for name in ("output/l/.ssh", "output/l"):
+        with pytest.raises(OSError, match="a link, which is not followed: 'output/l'"):
+            pack(pod, [name], tmp_path / "sent", frozenset())
+    assert matching(pod, "output/*/.ssh/*") == []
+
+
+def test_a_file_that_was_deleted(pod: Path) -> None:
+    with pytest.raises(NotThere):
+        sha256_in(pod, "payload/none")
+    with pytest.raises(FileNotFoundError):
+        sha256_in(pod / "away", "payload/none")
 
 
 def test_a_task_log_is_appended_to(pod: Path) -> None:

@@ -269,6 +269,8 @@ def test_a_builtin_of_the_shell_is_no_program(box: Box, words: list[str]) -> Non
 def test_who_waits_for_the_program_is_killed(box: Box) -> None:
     box.call("start", "sleep", "60")
     pid = int((box.folder / "cpodfs.state/pid").read_text())
+    # Stopped first: it must not have the time to write the end down.
+    os.kill(pid, signal.SIGSTOP)
     subprocess.run(["pkill", "-KILL", "-P", str(pid)], check=True)
     os.kill(pid, signal.SIGKILL)
     assert "killed" in box.call("watch", "50").stderr
@@ -283,7 +285,17 @@ def test_no_exit_code_is_taken_from_an_earlier_task(box: Box) -> None:
     assert box.call("whole", "output", ok=False).returncode == 97
 
 
-@pytest.mark.parametrize("text", ["", "cpodfs", "cpodfs - 0 0 1 abc", "x 0 0 1 5 " + "0" * 64])
+HASH = "0" * 64
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "cpodfs", "cpodfs - 0 0 1 abc", f"x 0 0 1 5 {HASH}", f"cpodfs 256 0 1 5 {HASH}"),
+        *(f"cpodfs -1 0 1 5 {HASH}", f"cpodfs - -1 1 5 {HASH}", f"cpodfs - 0 1 -5 {HASH}"),
+        f"cpodfs {'9' * 4000} 0 1 5 {HASH}",
+    ],
+)
 def test_not_a_report(text: str) -> None:
     with pytest.raises(ValueError, match=r"not a report|invalid literal"):
         parse_report(text)
