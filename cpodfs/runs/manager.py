@@ -14,51 +14,30 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
 from cpodfs.errors import CpodfsError, RunError, RunInProgress
 from cpodfs.recipe import Recipe
 from cpodfs.runs import debts, state
+from cpodfs.runs.active import Run
 from cpodfs.runs.keep import newest_first
 from cpodfs.runs.launch import end_agreements, hand_over, open_supervisor, pidfd_of_child
 from cpodfs.runs.provider_link import GRACE_S
 from cpodfs.runs.spawn import AS_EVER, How, program_start
 
-if TYPE_CHECKING:
-    from cpodfs.runs.state import Record
-
 log = logging.getLogger(__name__)
 
 _UNIDENTIFIED_POLL_S = 0.1
 _LOCK_WAIT_S = 5.0
-_LOCK_RETRY_S = 0.5
+_ROOM_RETRY_S = 1.0
 _LOGS_S = 6.0
 _KILL_WAIT_S = 5.0
 _QUICK_PUBLISH_S = 5.0
 _NEW = ".new-"
-
-
-@dataclass
-class _Run:
-    pod: str
-    id: str
-    folder: Path
-    record: Record
-    # Held until the supervisor has it; None from then on.
-    lock: int | None = None
-    # Set once the supervisor listens to signals.
-    pidfd: int | None = None
-    cancelled: bool = False
-    ended: trio.Event = field(default_factory=trio.Event)
-
-    @property
-    def hires(self) -> bool:
-        """Whether it is a provider run."""
-        return bool(self.record["private"].get("hires"))
 
 
 class RunManager:
@@ -94,7 +73,7 @@ class RunManager:
         self._grace_s = cancel_grace_s
         self._keep = keep
         self._publish_s = publish_s
-        self._active: dict[str, _Run] = {}
+        self._active: dict[str, Run] = {}
         self._nursery: trio.Nursery | None = None
         self._closing = False
 
@@ -176,7 +155,7 @@ class RunManager:
         if run is None:
             return False
         run.cancelled = True
-        _signal(run, signal.SIGTERM)
+        run.signal(signal.SIGTERM)
         return True
 
     async def wait_end(self, pod: str, limit_s: float) -> None:
@@ -205,7 +184,7 @@ class RunManager:
                 await run.ended.wait()
             return
         for run in runs:
-            _signal(run, signal.SIGKILL)
+            run.signal(signal.SIGKILL)
         with trio.move_on_after(kill_wait_s):
             for run in runs:
                 await run.ended.wait()
@@ -232,7 +211,7 @@ class RunManager:
             raise RunError("runs are not being served (yet, or any more)")
         return self._nursery
 
-    def _journal(self, pod: str, recipe: Recipe, how: How) -> _Run:
+    def _journal(self, pod: str, recipe: Recipe, how: How) -> Run:
         """Put a new run on disk, locked. Under another name until it is complete."""
         parent = self._runs_dir / state.pod_key(pod)
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -255,9 +234,9 @@ class RunManager:
             if lock is not None:
                 os.close(lock)
             raise
-        return _Run(pod, run_id, parent / run_id, record, lock)
+        return Run(pod, run_id, parent / run_id, record, lock)
 
-    async def _drive(self, run: _Run, recipe: Recipe, how: How) -> None:
+    async def _drive(self, run: Run, recipe: Recipe, how: How) -> None:
         """A run of our own, from its journal entry to its end."""
         try:
             await self._supervise(run, recipe, how)
@@ -269,13 +248,13 @@ class RunManager:
             self._fail(run, f"cannot start the supervisor: {type(exc).__name__}")
         except trio.Cancelled:
             # The driver goes. Not started: the free lock says that it is lost.
-            _let_go(run)
+            run.let_go()
             raise
         await self._settle(run)
 
-    async def _supervise(self, run: _Run, recipe: Recipe, how: How) -> None:
+    async def _supervise(self, run: Run, recipe: Recipe, how: How) -> None:
         if run.cancelled:
-            self._write_end(run, state.CANCELLED, "cancelled before the program was started")
+            run.write_end(state.CANCELLED, "cancelled before the program was started")
             return
         folders = {name: getattr(recipe, name) for name in ("script", "payload", "output", "log")}
         job = {
@@ -295,12 +274,12 @@ class RunManager:
         with trio.move_on_after(_LOCK_WAIT_S, shield=True):
             await hand_over(process, job)
         run.pidfd = pidfd_of_child(process)
-        _pass_on_cancel(run)
+        run.pass_on_cancel()
         await process.wait()
 
-    async def _adopt(self, run: _Run) -> None:
+    async def _adopt(self, run: Run) -> None:
         """A run of an earlier driver: its supervisor is not our child."""
-        while (lock := await _try_lock(run)) is None:
+        while (lock := await run.try_lock()) is None:
             record = state.read_record(run.folder) or run.record
             run.pidfd = state.open_pidfd(record["private"].get("supervisor"))
             if run.pidfd is None:
@@ -309,22 +288,27 @@ class RunManager:
                 # It has just been started and has not said who it is, or has just ended.
                 await trio.sleep(_UNIDENTIFIED_POLL_S)
                 continue
-            _pass_on_cancel(run)
+            run.pass_on_cancel()
             await trio.lowlevel.wait_readable(run.pidfd)
-            _close_pidfd(run)
+            run.close_pidfd()
         run.lock = lock
         await self._settle(run)
 
-    async def _settle(self, run: _Run) -> None:
+    async def _settle(self, run: Run) -> None:
         """The supervisor is gone: complete what it left undone, then say that the run is over."""
-        _close_pidfd(run)
+        run.close_pidfd()
         try:
             with trio.move_on_after(_LOCK_WAIT_S):
                 while run.lock is None:
                     run.lock = state.take_lock(run.folder)
                     if run.lock is None:
                         await trio.sleep(_UNIDENTIFIED_POLL_S)
-            await trio.to_thread.run_sync(self._close_record, run)
+            written = await trio.to_thread.run_sync(self._close_record, run)
+            while not written:
+                # Not over for its user as long as nothing says so; begun again, it would be twice.
+                await trio.sleep(_ROOM_RETRY_S)
+                outcome, error = run.record["state"], run.record["error"]
+                written = await trio.to_thread.run_sync(run.write_end, outcome, error)
             # Even when the supervisor has tried: it may hang in a mount that is no more. A process
             # that starts now finds the one there is; later ones are `recover`'s.
             if run.lock is not None and not run.record["private"].get("published"):
@@ -335,7 +319,7 @@ class RunManager:
             if run.record["state"] not in state.ENDED:
                 state.end_record(run.record, state.LOST, "its record cannot be used")
         finally:
-            _let_go(run)
+            run.let_go()
         if debts.owes(run.record):
             self._started().start_soon(self._settle_debts, run.folder)
         self._forget(run)
@@ -343,7 +327,7 @@ class RunManager:
     async def _settle_debts(self, folder: Path) -> None:
         await debts.settle(folder, self._environment, self._publish_quickly)
 
-    def _forget(self, run: _Run) -> None:
+    def _forget(self, run: Run) -> None:
         del self._active[run.pod]
         log.info(
             "run ended pod=%r run=%s state=%s exit_code=%s signal=%s error=%r",
@@ -356,11 +340,12 @@ class RunManager:
         except Exception:
             log.exception("on_end failed pod=%r", run.pod)
 
-    def _close_record(self, run: _Run) -> None:
-        """Load the final record; if the supervisor wrote none, write that the run was lost."""
+    def _close_record(self, run: Run) -> bool:
+        """Load the final record; if the supervisor wrote none, write that the run was lost. False
+        when there is no room for it."""
         run.record = state.read_record(run.folder) or run.record
         if run.record["state"] in state.ENDED or run.lock is None:
-            return
+            return True
         state.kill_leftovers(run.id, run.record["private"].get("supervisor"))
         if run.record.get("golem"):
             try:
@@ -369,30 +354,20 @@ class RunManager:
                 # Of any kind: the record may be half written, the settings may lack the app-key.
                 log.exception("agreements may be open pod=%r run=%s", run.pod, run.id)
         if run.cancelled:
-            self._write_end(run, state.CANCELLED, "killed: it did not end in time")
-        else:
-            self._write_end(run, state.LOST, "the supervisor died")
+            return run.write_end(state.CANCELLED, "killed: it did not end in time")
+        return run.write_end(state.LOST, "the supervisor died")
 
-    def _fail(self, run: _Run, error: str) -> None:
+    def _fail(self, run: Run, error: str) -> None:
         log.error("run failed pod=%r run=%s error=%r", run.pod, run.id, error)
         # Without the lock a supervisor is there after all, and has the say.
         if run.lock is not None:
-            self._write_end(run, state.FAILED, error)
+            run.write_end(state.FAILED, error)
 
-    def _write_end(self, run: _Run, outcome: str, error: str) -> None:
-        state.end_record(run.record, outcome, error)
-        try:
-            with open(run.folder / state.STREAMS[1], "ab") as file:
-                file.write(f"cpodfs: {error}\n".encode(errors="backslashreplace"))
-            state.write_record(run.folder, run.record, durable=True)
-        except OSError:
-            log.exception("record not written pod=%r run=%s", run.pod, run.id)
-
-    def _scan(self) -> tuple[list[_Run], list[Path], list[Path]]:
+    def _scan(self) -> tuple[list[Run], list[Path], list[Path]]:
         """The runs that somebody minds, the folders of those not yet copied to their pods, and of
         those that may have left agreements open."""
         self._runs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        alive: list[_Run] = []
+        alive: list[Run] = []
         unpublished: list[Path] = []
         owing: list[Path] = []
         for parent in sorted(p for p in self._runs_dir.iterdir() if p.is_dir()):
@@ -403,7 +378,7 @@ class RunManager:
                 if record is None:
                     log.warning("run has no readable record folder=%s", folder)
                     continue
-                run = _Run(record["pod"], record["id"], folder, record)
+                run = Run(record["pod"], record["id"], folder, record)
                 run.lock = state.take_lock(folder)
                 if run.lock is None:
                     alive.append(run)
@@ -454,16 +429,6 @@ class RunManager:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _try_lock(run: _Run) -> int | None:
-    """The lock of a run; None when somebody minds it, or when it cannot be told now."""
-    try:
-        return state.take_lock(run.folder)
-    except OSError as exc:
-        log.warning("run's lock cannot be looked at pod=%r run=%s: %s", run.pod, run.id, exc)
-        await trio.sleep(_LOCK_RETRY_S)
-        return None
-
-
 def _run_folders(parent: Path) -> list[Path]:
     """The run folders of a pod, the newest first."""
     try:
@@ -471,30 +436,3 @@ def _run_folders(parent: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     return [parent / name for name in names]
-
-
-def _signal(run: _Run, number: signal.Signals) -> None:
-    if run.pidfd is not None:
-        try:
-            signal.pidfd_send_signal(run.pidfd, number)
-        except ProcessLookupError:
-            pass
-
-
-def _pass_on_cancel(run: _Run) -> None:
-    """Make up for a `RunManager.cancel` that came before the supervisor could be signalled."""
-    if run.cancelled:
-        _signal(run, signal.SIGTERM)
-
-
-def _let_go(run: _Run) -> None:
-    _close_pidfd(run)
-    if run.lock is not None:
-        os.close(run.lock)
-        run.lock = None
-
-
-def _close_pidfd(run: _Run) -> None:
-    if run.pidfd is not None:
-        os.close(run.pidfd)
-        run.pidfd = None

@@ -372,7 +372,10 @@ class Supervisor:
         """What the process said last, or that it said nothing."""
         last = state.bounded(link.end or {})
         error, code = last.get("error"), last.get("exit_code")
-        if link.end is None:
+        if link.end is None and cancelled and not self._record.get("golem"):
+            # It had begun nothing yet.
+            error = "cancelled"
+        elif link.end is None:
             # Its own exit code says nothing: a last word that was lost may have told of a failure.
             status = self._status or 0
             how = _signal_name(-status) if status < 0 else f"exit code {status}"

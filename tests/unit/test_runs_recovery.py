@@ -18,6 +18,7 @@ import trio.testing
 from runs_helpers import APP_KEY, Bench, Fifo, recipe, until
 
 from cpodfs.runs import debts, launch, state
+from cpodfs.runs import manager as manager_module
 from cpodfs.runs.provider_link import GRACE_S
 
 pytestmark = pytest.mark.anyio
@@ -264,6 +265,33 @@ async def test_a_lock_that_cannot_be_looked_at_is_looked_at_again(
         await bench.ended()
         assert len(tries) > 2
         assert manager.history("pod")[0]["state"] == "finished"
+
+
+async def test_a_run_is_over_when_its_end_is_written_down(
+    bench, told, gate, start_driver, monkeypatch
+):
+    """A full disk keeps it in progress: said to be over, it would be running for ever after."""
+    monkeypatch.setattr(manager_module, "_ROOM_RETRY_S", 0.01)
+    driver, _ = start_driver(counting(bench, told, gate))
+    await told.line()
+    kill(driver)
+    write_record, tries = state.write_record, []
+
+    def full(folder, record, *, durable):
+        tries.append(record["state"])
+        if len(tries) <= 2:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        write_record(folder, record, durable=durable)
+
+    async with bench.managed() as manager:
+        record = manager.current("pod")
+        folder = bench.runs_dir / "pod" / record["id"]
+        monkeypatch.setattr(state, "write_record", full)
+        private = state.read_record(folder)["private"]
+        os.kill(private["supervisor"]["pid"], signal.SIGKILL)
+        await bench.ended()
+        assert tries == ["lost"] * 3
+        assert manager.history("pod")[0]["state"] == "lost"
 
 
 GOLEM = {"phase": "running", "allocation": "x", "providers": [], "spent": 0, "accepted": 0}
