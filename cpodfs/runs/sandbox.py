@@ -94,9 +94,10 @@ def wrapper(bwrap: str, pod: Path, env: Mapping[str, str]) -> list[str]:
     arguments = [bwrap, *_ISOLATION, *_system()]
     for path in _readable(env):
         arguments += ["--ro-bind-try", path, path]
-    arguments += ["--bind-try", _YAGNA_SOCKET, _YAGNA_SOCKET]
     if own := box.named(env):
         arguments += ["--bind", own, own]
+    else:
+        arguments += ["--bind-try", _YAGNA_SOCKET, _YAGNA_SOCKET]
     # Over the mount point, in case it lies in one of those folders: nothing shows the other pods.
     arguments += ["--tmpfs", str(pod.parent), "--bind", str(pod), str(pod)]
     arguments += ["--remount-ro", str(pod.parent), "--remount-ro", "/"]
