@@ -19,6 +19,7 @@ import sys
 import time
 
 from cpodfs.runs import box, keep, keyring, mirror, provider_link, state
+from cpodfs.runs.program import Program
 from cpodfs.runs.stream import LOG_LIMIT_BYTES, Spool, Stream
 
 TYPE_CHECKING = False
@@ -27,13 +28,7 @@ if TYPE_CHECKING:
 
     from cpodfs.runs.state import Record
 
-_INTERRUPT_SHARE = 0.75
-"""Of the grace: from SIGINT to SIGTERM. A requestor of yapapi's ends its agreements and pays at the
-first, as at Ctrl-C, and drops everything at the second."""
-_KILL_LIMIT_S = 5.0
 _PRUNE_LIMIT_S = 10.0
-_SANDBOX_PROCESSES = 2
-"""What a sandbox has inside at least: its own init and the program."""
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -63,12 +58,7 @@ class Supervisor:
         self._job = job
         self._wake = wake
         self._pod = os.path.join(job["mountpoint"], record["pod"])
-        self._program: subprocess.Popen[bytes] | None = None
-        self._status: int | None = None
-        self._grace_ends: float | None = None
-        self._term_at: float | None = None
-        self._killed = False
-        self._beyond_us = False
+        self._program: Program
         self._box: box.Box | None = None
         self._spools: list[Spool] = []
         self._streams: list[Stream | provider_link.Link] = []
@@ -96,7 +86,7 @@ class Supervisor:
             state.end_record(self._record, state.FAILED, error)
             self._follower.start()
         else:
-            self._record.update(state=state.RUNNING, pid=self._pid)
+            self._record.update(state=state.RUNNING, pid=self._program.pid)
             self._save(durable=False)
             self._follower.start()
             self._mind()
@@ -105,11 +95,6 @@ class Supervisor:
         _finish_copy(self._follower, self._record, self._job["publish_s"])
         self._save(durable=False)
         keep.prune(self._pod, self._record["log"], self._job["keep"], _PRUNE_LIMIT_S)
-
-    @property
-    def _pid(self) -> int:
-        assert self._program is not None
-        return self._program.pid
 
     def _spool(self, name: str) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -138,7 +123,7 @@ class Supervisor:
             return
         if self._job["wrap"] and (own := box.named(env)):
             self._box = box.Box(own, [self._pod])
-        self._program = subprocess.Popen(
+        process = subprocess.Popen(
             [*self._job["wrap"], *self._record["exec"]],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -150,7 +135,8 @@ class Supervisor:
             preexec_fn=keyring.leave_session if self._job["wrap"] else None,  # noqa: PLW1509
         )
         # The thread that copies started later, so that nothing but this thread was forked.
-        pipes = (self._program.stdout, self._program.stderr)
+        self._program = Program(process, sandboxed=bool(self._job["wrap"]))
+        pipes = (process.stdout, process.stderr)
         self._streams = [
             Stream(pipe.fileno(), spool)
             for pipe, spool in zip(pipes, self._spools, strict=True)
@@ -162,7 +148,7 @@ class Supervisor:
         ours = os.environ.get("PYTHONPATH", "")
         env["PYTHONPATH"] = os.pathsep.join(p for p in (env.get("PYTHONPATH"), ours) if p)
         self._link_env = env
-        self._program = subprocess.Popen(
+        process = subprocess.Popen(
             provider_link.command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -171,7 +157,8 @@ class Supervisor:
             env=env,
             process_group=0,
         )
-        pipes = self._program.stdin, self._program.stdout, self._program.stderr
+        self._program = Program(process)
+        pipes = process.stdin, process.stdout, process.stderr
         assert pipes[0] is not None
         assert pipes[1] is not None
         assert pipes[2] is not None
@@ -205,7 +192,7 @@ class Supervisor:
         for pipe in by_pipe:
             poll.register(pipe, select.POLLIN)
         full: list[Stream | provider_link.Link] = []
-        while not self._over():
+        while not self._program.over():
             for fd, _ in poll.poll(self._timeout_ms(bool(full))):
                 if fd == self._wake:
                     self._signals()
@@ -220,11 +207,7 @@ class Supervisor:
                     poll.unregister(fd)
                     full.append(stream)
             full = self._retry(full, poll)
-            if self._term_at is not None and time.monotonic() >= self._term_at:
-                self._term_at = None
-                self._ask_to_end(signal.SIGTERM)
-            if self._grace_ends is not None and time.monotonic() >= self._grace_ends:
-                self._kill()
+            self._program.tick()
 
     def _retry(
         self, full: list[Stream | provider_link.Link], poll: select.poll
@@ -240,127 +223,46 @@ class Supervisor:
 
     def _timeout_ms(self, spool_full: bool) -> int | None:
         waits = [mirror.RETRY_S] if spool_full else []
-        if self._term_at is not None:
-            waits.append(max(0.0, self._term_at - time.monotonic()))
-        if self._grace_ends is not None and not self._killed:
-            waits.append(max(0.0, self._grace_ends - time.monotonic()))
-        if self._killed and self._grace_ends is not None:
-            waits.append(_KILL_LIMIT_S / 5)
+        if (tick_s := self._program.next_tick_s()) is not None:
+            waits.append(tick_s)
         return int(min(waits) * 1000) + 1 if waits else None
 
-    def _over(self) -> bool:
-        if self._status is None:
-            # It may have become another user, whom we may not kill.
-            late = self._killed and self._grace_ends is not None
-            return late and time.monotonic() >= (self._grace_ends or 0) + _KILL_LIMIT_S
-        # Cancelled: what the program started may still be putting its affairs in order.
-        return self._grace_ends is None or self._killed or not state.children(os.getpid())
-
     def _signals(self) -> None:
-        if signal.SIGTERM in os.read(self._wake, 4096) and self._grace_ends is None:
-            self._cancel()
-        self._reap()
-
-    def _cancel(self) -> None:
-        now = time.monotonic()
-        if self._link is not None:
-            self._grace_ends = now + provider_link.GRACE_S
-            # Not to its gftp, which it needs to come to an end.
-            if self._status is None:
-                self._send(self._pid, signal.SIGTERM)
-            return
-        self._grace_ends = now + self._job["grace_s"]
-        self._term_at = now + self._job["grace_s"] * _INTERRUPT_SHARE
-        self._ask_to_end(signal.SIGINT)
-
-    def _ask_to_end(self, number: int) -> None:
-        if self._status is not None:
-            return
-        if not self._job["wrap"]:
-            self._signal_group(number)
-            return
-        inside = state.descendants(self._pid)
-        if len(inside) < _SANDBOX_PROCESSES:
-            # The sandbox is still being made, and would swallow it.
-            self._kill()
-        # Not to the sandbox's own process: it would die of it, and the exit code would be lost.
-        for pid in inside:
-            self._send(pid, number)
-
-    def _signal_group(self, number: int) -> None:
-        try:
-            os.killpg(self._pid, number)
-        except ProcessLookupError:
-            pass
-        except PermissionError:
-            self._beyond_us = True
-
-    def _send(self, pid: int, number: int) -> None:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            pass
-        except PermissionError:
-            self._beyond_us = True
-
-    def _kill(self) -> None:
-        self._killed = True
-        if self._status is None:
-            self._signal_group(signal.SIGKILL)
-
-    def _reap(self) -> None:
-        """Collect dead children, ours and those that the program left to us."""
-        while True:
-            try:
-                dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                return
-            if dead is None:
-                return
-            if dead.si_pid == self._pid:
-                # Still a zombie, so the group's number cannot have been given to others.
-                if self._grace_ends is None:
-                    self._signal_group(signal.SIGKILL)
-                else:
-                    self._pass_on_term(dead.si_pid)
-            _, status = os.waitpid(dead.si_pid, 0)
-            if dead.si_pid == self._pid:
-                self._status = os.waitstatus_to_exitcode(status)
-                assert self._program is not None
-                self._program.returncode = self._status
-
-    def _pass_on_term(self, leader: int) -> None:
-        # Those in a session of their own did not get the group's SIGTERM.
-        for pid in state.children(os.getpid()):
-            if pid != leader:
-                self._send(pid, signal.SIGTERM)
+        if signal.SIGTERM in os.read(self._wake, 4096):
+            if self._link is None:
+                self._program.cancel(self._job["grace_s"])
+            else:
+                # Not its gftp, which it needs to come to an end.
+                self._program.cancel_alone(provider_link.GRACE_S)
+        self._program.reap()
 
     def _end(self) -> None:
         """Kill what is left, take in the last output, write down how it ended."""
-        self._kill_children()
+        self._program.kill_children(self._wake)
         for stream in self._streams:
             while stream.pump():
                 pass
         for spool in self._spools:
             spool.flush()
         self._follower.notify()
-        cancelled = self._grace_ends is not None
-        outcome = state.FINISHED if self._status == 0 else state.FAILED
+        cancelled, status = self._program.cancelled, self._program.status
+        outcome = state.FINISHED if status == 0 else state.FAILED
         error = self._complaint()
         state.end_record(self._record, state.CANCELLED if cancelled else outcome, error)
         if self._link is not None:
             self._end_link(self._link, cancelled)
-        elif self._status is None:
+        elif status is None:
             # Beyond us: nobody will tell how it ends.
             return
-        elif self._status < 0:
-            self._record["signal"] = _signal_name(-self._status)
+        elif status < 0:
+            self._record["signal"] = _signal_name(-status)
         else:
-            self._record["exit_code"] = self._status
+            self._record["exit_code"] = status
 
     def _complaint(self) -> str | None:
         """What did not go as it should, other than the program itself, in one line."""
-        if self._beyond_us and (self._status is None or state.children(os.getpid())):
+        program = self._program
+        if program.beyond_us and (program.status is None or state.children(os.getpid())):
             return "it could not be ended: processes of it belong to another user, and go on"
         if lost := sum(spool.lost + len(spool.pending) for spool in self._spools):
             return f"{lost} bytes or more of output were lost: no space for the log"
@@ -377,7 +279,7 @@ class Supervisor:
             error = "cancelled"
         elif link.end is None:
             # Its own exit code says nothing: a last word that was lost may have told of a failure.
-            status = self._status or 0
+            status = self._program.status or 0
             how = _signal_name(-status) if status < 0 else f"exit code {status}"
             error = f"the provider run's own process died ({how}); see stderr.log"
             code = status if status > 0 else None
@@ -389,19 +291,6 @@ class Supervisor:
         self._record["exit_code"] = code
         if error is not None and self._record["error"] is None and error != "cancelled":
             self._record["error"] = error
-
-    def _kill_children(self) -> None:
-        # We are the subreaper: as a process dies, its children become ours, until none is left.
-        deadline = time.monotonic() + _KILL_LIMIT_S
-        while time.monotonic() < deadline:
-            self._reap()
-            pids = state.children(os.getpid())
-            if not pids:
-                return
-            for pid in pids:
-                self._send(pid, signal.SIGKILL)
-            if select.select([self._wake], [], [], 0.05)[0]:
-                os.read(self._wake, 4096)
 
     def _save(self, *, durable: bool) -> None:
         """Write the record; a disk that is full is waited for, as long as the copy may be."""

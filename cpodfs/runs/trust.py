@@ -64,19 +64,25 @@ class TrustBook:
         digest = self._pods.get(pod, {}).get("trusted")
         return digest if isinstance(digest, str) else None
 
+    def is_boxed(self, pod: str) -> bool:
+        """Whether its being trusted is about a run in a sandbox, as the user was told."""
+        return bool(self._pods.get(pod, {}).get("boxed"))
+
     def own(self, pod: str) -> None:
         """The pod is the user's own, whatever becomes of it."""
         self._set(pod, {"own": True})
 
-    def trust(self, pod: str, digest: str) -> None:
-        """The pod may be run as long as its hash is this one."""
-        self._set(pod, {"trusted": digest})
+    def trust(self, pod: str, digest: str, *, boxed: bool = False) -> None:
+        """The pod may be run as long as its hash is this one; ``boxed``: in a sandbox only."""
+        self._set(pod, {"trusted": digest} | ({"boxed": True} if boxed else {}))
 
     def forget(self, pod: str) -> bool:
         """Take back whatever was said of the pod; False when nothing was."""
         if pod not in self._pods:
             return False
-        self._save({name: entry for name, entry in self._pods.items() if name != pod})
+        # Here at once: a full disk is no reason to go on trusting.
+        self._pods = {name: entry for name, entry in self._pods.items() if name != pod}
+        self._save(self._pods)
         return True
 
     def rename(self, old: str, new: str) -> None:

@@ -9,8 +9,9 @@ import types
 
 import pytest
 
+from cpodfs.runs import program as program_module
 from cpodfs.runs import state
-from cpodfs.runs import supervisor as supervisor_module
+from cpodfs.runs.program import Program
 from cpodfs.runs.spawn import run_environment, supervisor_command, supervisor_environment
 from cpodfs.runs.stream import Spool, Stream
 from cpodfs.runs.supervisor import Supervisor, read_job
@@ -68,7 +69,7 @@ def supervisor(tmp_path, **job):
 
 def test_a_provider_run_without_a_last_word_has_failed(tmp_path):
     minder, record = supervisor(tmp_path)
-    minder._status = 0
+    minder._program = types.SimpleNamespace(status=0)
     state.end_record(record, state.FINISHED)
     minder._end_link(types.SimpleNamespace(end=None), False)
     assert record["state"] == state.FAILED
@@ -81,15 +82,14 @@ def test_what_became_another_user_cannot_be_ended_and_is_told(tmp_path, monkeypa
     def refuse(*_):
         raise PermissionError
 
-    monkeypatch.setattr(supervisor_module, "_KILL_LIMIT_S", 0.2)
+    monkeypatch.setattr(program_module, "_KILL_LIMIT_S", 0.2)
     monkeypatch.setattr(os, "kill", refuse)
     monkeypatch.setattr(os, "killpg", refuse)
     minder, record = supervisor(tmp_path)
     with subprocess.Popen(["sleep", "60"]) as child:
-        minder._program = child
-        minder._grace_ends = 0.0
+        minder._program = Program(child)
         try:
-            minder._pass_on_term(0)
+            minder._program.cancel(0.0)
             minder._mind()
             minder._end()
         finally:
