@@ -1,6 +1,6 @@
 """What the user may choose, from flags, environment and one TOML file, as one frozen value.
 
-A leaf: imports only errors. Click reads flags and ``CPODFS_*`` variables; ``toml_defaults`` gives it
+A leaf: imports only errors. Click reads flags and ``CPODFS_*`` variables; ``toml_values`` gives it
 the file ``$XDG_CONFIG_HOME/cpodfs/config.toml`` as the lowest layer.
 """
 
@@ -23,7 +23,8 @@ import platformdirs
 from cpodfs.errors import ConfigError
 
 APP = "cpodfs"
-
+PASSWORD_S = 60.0
+"""A command may ask a person for something before it prints the password."""
 
 RUN_GRACE_S = 40.0
 """yapapi's shutdown takes up to 30 s when it waits for invoices, which is three quarters of this."""
@@ -57,20 +58,24 @@ def config_path() -> Path:
     return platformdirs.user_config_path(APP) / "config.toml"
 
 
-def toml_defaults(path: Path) -> dict[str, Any]:
-    """The file's values as click's defaults, dashes and underscores alike. Raises ConfigError."""
+def toml_values(path: Path) -> dict[str, Any]:
+    """The file's values by their keys as written there. Raises ConfigError."""
     try:
         with path.open("rb") as file:
             values = tomllib.load(file)
     except FileNotFoundError:
         return {}
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from error
-    if "password" in values:
-        raise ConfigError(
-            f"{path}: password: not here; use password-file, password-command or CPODFS_PASSWORD"
-        )
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    for key, value in values.items():
+        if key == "password":
+            advice = "use password-file, password-command or CPODFS_PASSWORD"
+            raise ConfigError(f"{path}: password: not here; {advice}")
+        if not isinstance(value, str | int | float):
+            raise ConfigError(f"{path}: {key}: must be text, a number, or true or false")
+    return values
 
 
 def account_cache(base: Path | None, server: str, user: str) -> Path:
@@ -102,13 +107,24 @@ def run_password_command(command: str) -> str:
     """What a credential helper prints on its first line. Raises ConfigError; shows no output."""
     try:
         argv = shlex.split(command)
+        if not argv:
+            raise ConfigError("password-command: is empty")
         done = subprocess.run(
-            argv, stdout=subprocess.PIPE, timeout=60, check=True, text=True, encoding="utf-8"
+            argv, stdout=subprocess.PIPE, timeout=PASSWORD_S, check=False, encoding="utf-8"
         )
-    except (OSError, ValueError, IndexError, subprocess.SubprocessError) as error:
-        kind = type(error).__name__
-        raise ConfigError(f"password-command {command!r} failed: {kind}") from None
-    password = done.stdout.partition("\n")[0]
-    if not password:
-        raise ConfigError(f"password-command {command!r} printed nothing")
-    return password
+    except subprocess.TimeoutExpired:
+        reason = f"did not end within {PASSWORD_S:g} s"
+    except OSError as error:
+        reason = f"{argv[0]}: {error.strerror}"
+    except UnicodeDecodeError:
+        reason = "printed something that is not UTF-8 text"
+    except ValueError as error:
+        reason = f"cannot be split into words: {str(error).lower()}"
+    else:
+        password = done.stdout.partition("\n")[0]
+        if done.returncode == 0 and password:
+            return password
+        reason = f"ended with exit code {done.returncode}" if done.returncode else "printed nothing"
+        if done.returncode < 0:
+            reason = f"was ended by signal {-done.returncode}"
+    raise ConfigError(f"password-command {command!r}: {reason}")

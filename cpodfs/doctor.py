@@ -11,7 +11,6 @@ import importlib
 import os
 import platform
 import shutil
-import stat
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,12 @@ from typing import Any
 import httpx
 import trio
 
+from cpodfs import fuse
 from cpodfs.cache.content import RESERVE
 from cpodfs.dfs import Client, Session, Timeouts
 from cpodfs.errors import ConfigError, CpodfsError, LoginRefused, Unreachable
 from cpodfs.runs import sandbox
+from cpodfs.words import size
 
 OK, WARN, BAD, UNKNOWN = "ok", "warn", "bad", "unknown"
 ANSWER_S = 10.0
@@ -94,43 +95,20 @@ def _python() -> list[Finding]:
 
 
 def _fuse(*, allow_other: bool) -> list[Finding]:
-    findings = [_fuse_device(), _fusermount()]
-    if allow_other and os.getuid() != 0:
-        findings.append(_allow_other())
+    findings = [
+        _settled(fuse.device(), str(fuse.DEVICE), "can be opened"),
+        _settled(fuse.program(), "fusermount3", shutil.which("fusermount3") or ""),
+    ]
+    if allow_other:
+        text = f"user_allow_other is in {fuse.CONFIGURATION}" if os.getuid() else "root may"
+        findings.append(_settled(fuse.others(), "allow-other", text))
     return findings
 
 
-def _fuse_device() -> Finding:
-    try:
-        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
-    except FileNotFoundError:
-        fix = "modprobe fuse; in a container --device /dev/fuse --cap-add SYS_ADMIN"
-        return Finding("/dev/fuse", BAD, "is not there", fix)
-    except OSError as error:
-        fix = "it should have mode 0666; in a container --device /dev/fuse --cap-add SYS_ADMIN"
-        return Finding("/dev/fuse", BAD, f"cannot be opened: {error.strerror}", fix)
-    return Finding("/dev/fuse", OK, "can be opened")
-
-
-def _fusermount() -> Finding:
-    program = shutil.which("fusermount3")
-    if program is None:
-        return Finding("fusermount3", BAD, "is not on PATH", "apt install fuse3")
-    if os.getuid() != 0 and not os.stat(program).st_mode & stat.S_ISUID:
-        fix = f"sudo chmod u+s {program}, or apt install --reinstall fuse3"
-        return Finding("fusermount3", BAD, f"{program} is not setuid root", fix)
-    return Finding("fusermount3", OK, program)
-
-
-def _allow_other() -> Finding:
-    fix = "as root: echo user_allow_other >> /etc/fuse.conf"
-    try:
-        lines = Path("/etc/fuse.conf").read_text(errors="replace").splitlines()
-    except OSError as error:
-        return Finding("allow-other", BAD, f"/etc/fuse.conf: {error.strerror}", fix)
-    if "user_allow_other" in (line.strip() for line in lines):
-        return Finding("allow-other", OK, "user_allow_other is in /etc/fuse.conf")
-    return Finding("allow-other", BAD, "user_allow_other is not in /etc/fuse.conf", fix)
+def _settled(trouble: fuse.Trouble | None, name: str, otherwise: str) -> Finding:
+    if trouble is None:
+        return Finding(name, OK, otherwise)
+    return Finding(name, BAD, trouble.text, trouble.fix)
 
 
 def _sandbox(subject: Subject) -> Finding:
@@ -151,7 +129,7 @@ def _cache(folder: Path) -> Finding:
         return Finding("cache", BAD, f"{folder}: others may look in", f"chmod 700 {folder}")
     disk = os.statvfs(there)
     free = disk.f_bavail * disk.f_frsize
-    text = f"{folder}: {free / (1 << 30):.1f} GiB free"
+    text = f"{folder}: {size(free)} free"
     fix = "make room there, or another --cache-dir"
     if free < 2 * RESERVE:
         return Finding("cache", BAD, text, fix)
@@ -196,8 +174,9 @@ async def _account(client: Client, subject: Subject, *, known: bool) -> Finding:
     try:
         await client.login()
         await client.logout()
-    except LoginRefused as error:
-        return Finding("account", BAD, f"{user}: {error.message}", "give the right password")
+    except LoginRefused:
+        text = f"{user}: the server refuses this password"
+        return Finding("account", BAD, text, "give the right password")
     except CpodfsError as error:
         return Finding("account", BAD, f"{user}: {error}", "look at the server's log")
     return Finding("account", OK, f"{user} can log in")

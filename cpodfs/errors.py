@@ -10,7 +10,8 @@ CpodfsError                     EIO
 │   └── RecipeMissing           EOPNOTSUPP  the pod has no recipe, so it cannot be run
 ├── RunError                    EIO
 │   ├── RunInProgress           EBUSY       one run per pod
-│   └── NotTrusted              EACCES      the code of somebody else, which nobody has vouched for
+│   ├── NotTrusted              EACCES      the code of somebody else, which nobody has vouched for
+│   └── NotNow                  EAGAIN      the machine is too busy to tell; trying again may help
 ├── CacheError                  EIO
 │   ├── CacheLocked             EBUSY       another driver owns this cache
 │   └── CacheVersion            EINVAL      written by a version of cpodfs that we do not know
@@ -77,6 +78,10 @@ class RunInProgress(RunError):
 
 class NotTrusted(RunError):
     errno = _errno.EACCES
+
+
+class NotNow(RunError):
+    errno = _errno.EAGAIN
 
 
 class CacheError(CpodfsError):

@@ -7,6 +7,7 @@ process ends. Whatever could not be uploaded stays journalled and is sent by the
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from cpodfs import mountpoint
+from cpodfs import fuse, mountpoint
 from cpodfs.cache.folder import Cache, opened
 from cpodfs.cache.schema import ROOT
 from cpodfs.config import Settings
@@ -53,6 +54,7 @@ DETACH_S = 5.0
 MIN_FRESH_S = 2.0
 """A listing younger than this is not asked for again before a write, whatever --attr-ttl says."""
 LEFT_OVER_NAMES = 1000
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 Environment = Callable[[], Mapping[str, str]]
 Progress = Callable[[dict[str, Any]], None]
@@ -68,6 +70,10 @@ class Driver:
         self._cache = cache
         self._dfs = dfs
         self._mounted = False
+        self._stall_s = settings.stall_s
+        self._ending = False
+        self._asked_to_end = trio.Event()
+        self._patience = trio.CancelScope()  # of what the end waits for just now
         store = cache.store
         handles = Handles(store, cache.content)
         merger = Merger(store, handles.discard)
@@ -104,12 +110,14 @@ class Driver:
         )
         self.files = files
         tree = Tree(store, handles, self.engine, self.lister, files)
+        self.lister.on_answer = self.engine.answered
         self.engine.is_read = self.downloads.is_read
         self._status = Status(
             *(settings, cache, dfs.session, self.engine, self.downloads, self.runs)
         )
         guard = Guard(tree, TrustBook(trust_file(cache.folder)), settings.sandbox)
         self._run_files = run_files = RunFiles(tree, self.runs, guard)
+        merger.on_taken = lambda pod: run_files.not_ours([pod])
         attributes = Attributes(tree, run_files)
         requests = Requests(tree, run_files, guard, dfs, self._refresh_pods)
         attributes.ask, attributes.answer = requests.ask, requests.answer
@@ -118,6 +126,7 @@ class Driver:
             b"drain": self._command_drain,
             b"refresh": self._command_refresh,
             b"runs": self._command_runs,
+            b"stall": self._command_stall,
         }
         self.evictor = Evictor(
             *(store, cache.content),
@@ -149,9 +158,10 @@ class Driver:
             await nursery.start(self.evictor.run)
             await nursery.start(self.files.run)
             await nursery.start(self.engine.run)
+            await nursery.start(self._watch_signals)
             self._mount()
             try:
-                await self._serve_mounted(ready, progress)
+                await self._serve_mounted(ready)
             finally:
                 self._mounted = False
                 pyfuse3.close(unmount=False)
@@ -181,19 +191,20 @@ class Driver:
             pyfuse3.init(self._operations, str(self._settings.mountpoint), options)
         except RuntimeError as error:
             raise MountError(
-                f"{self._settings.mountpoint}: cannot mount: {error}; is /dev/fuse there, and "
-                "fusermount3 (apt install fuse3)? allow_other needs user_allow_other in fuse.conf"
+                f"{self._settings.mountpoint}: cannot mount: "
+                f"{fuse.why_not(allow_other=self._settings.allow_other)}"
             ) from error
         self._mounted = True
 
-    async def _serve_mounted(self, ready: Callable[[], None], progress: Progress) -> None:
+    async def _serve_mounted(self, ready: Callable[[], None]) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_signals, nursery)
+            nursery.start_soon(self._detach)
             nursery.start_soon(self._start_up, nursery, ready)
             await pyfuse3.main(max_tasks=MAX_REQUESTS)
             log.info("unmounted")
+            self._ending = True
             sd_notify(STOPPING="1", STATUS="uploading what is pending")
-            await self.runs.cancel_all()
+            await self._end_runs()
             nursery.cancel_scope.cancel()
 
     async def _start_up(self, nursery: trio.Nursery, ready: Callable[[], None]) -> None:
@@ -205,16 +216,35 @@ class Driver:
         sd_notify(READY="1", STATUS=f"{self._settings.mountpoint} is mounted")
         ready()
 
-    async def _watch_signals(self, nursery: trio.Nursery) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+    async def _watch_signals(
+        self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """The first one ends the mount; each further one what its end waits for just then.
+
+        From before the mount until after its end, without a gap: in one, a signal would kill us.
+        """
+        with trio.open_signal_receiver(*SIGNALS) as signals:
+            task_status.started()
             async for number in signals:
-                log.info("signal %s: unmounting", signal.Signals(number).name)
-                sd_notify(STOPPING="1", STATUS="unmounting")
-                await self._detach()
+                log.info("signal %s", signal.Signals(number).name)
+                if not self._ending:
+                    self._ending = True
+                    self._asked_to_end.set()
+                elif number != signal.SIGHUP:  # a closed terminal is no reason for haste
+                    self._patience.cancel()
+
+    async def _end_runs(self) -> None:
+        """When somebody is in a hurry they end without us, and the next mount records it."""
+        if not self._patience.cancel_called:
+            with trio.CancelScope() as self._patience:
+                await self.runs.cancel_all()
 
     async def _detach(self) -> None:
-        """End the runs, then the mount; one that is in use is detached all the same."""
-        await self.runs.cancel_all()
+        """When asked to: end the runs, then the mount; one that is in use is detached all the same."""
+        await self._asked_to_end.wait()
+        log.info("unmounting")
+        sd_notify(STOPPING="1", STATUS="unmounting")
+        await self._end_runs()
         path = self._settings.mountpoint
         try:
             await trio.to_thread.run_sync(mountpoint.unmount, path)
@@ -230,11 +260,11 @@ class Driver:
     async def _finish(self, progress: Progress) -> list[str]:
         """Upload what is pending; a signal gives up at once. Returns the paths of what is left."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._give_up_on_signal, nursery.cancel_scope)
+            self._patience = nursery.cancel_scope
             nursery.start_soon(self._report, progress)
-            with trio.move_on_after(self._settings.timeout_s):
+            with trio.move_on_after(min(self._settings.timeout_s, self._stall_s)):
                 await self.lister.stop()
-            await self.engine.drain(self._settings.stall_s)
+            await self.engine.drain(self._stall_s)
             nursery.cancel_scope.cancel()
         progress(self.status())
         left = self._left_over()
@@ -242,12 +272,6 @@ class Driver:
         with suppress(OSError):  # a full disk must not keep us from ending well
             (self._cache.folder / "last-unmount.json").write_text(json.dumps(report))
         return [entry["path"] for entry in left]
-
-    async def _give_up_on_signal(self, scope: trio.CancelScope) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async for number in signals:
-                if number != signal.SIGHUP:  # a closed terminal is no reason
-                    scope.cancel()
 
     async def _report(self, progress: Progress) -> None:
         while True:
@@ -276,6 +300,10 @@ class Driver:
         if not self._mounted:
             return
         for change in outcome.changes:
+            if change.appeared and not self._operations.absences.believed(
+                change.parent, change.name
+            ):
+                continue
             pyfuse3.invalidate_entry_async(
                 pyfuse3.InodeT(change.parent), os.fsencode(change.name), ignore_enoent=True
             )
@@ -309,6 +337,13 @@ class Driver:
             await self.runs.cancel_all()
         else:
             self.runs.reopen()
+
+    async def _command_stall(self, _ino: int, value: bytes) -> None:
+        """How long the end may go on without progress, in seconds; empty: as when mounted."""
+        try:
+            self._stall_s = max(0.0, float(value)) if value else self._settings.stall_s
+        except ValueError:
+            raise OSError(errno.EINVAL, "stall") from None
 
     async def _refresh_pods(self) -> None:
         await self.lister.refresh_from_others(ROOT)

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cpodfs.errors import MountError
 
 FSTYPE = "fuse.cpodfs"
 ANSWER_S = 10.0
+SUPERVISOR = b"cpodfs.runs.supervisor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +45,29 @@ def find(path: Path) -> MountEntry | None:
     return next((m for m in reversed(mounts()) if m.mountpoint == path), None)
 
 
+def resolved(path: Path) -> Path:
+    """The path, absolute and without symbolic links. Raises MountError without a current folder.
+
+    In our mounts no link is looked for: a driver may hang.
+    """
+    try:
+        absolute = Path(os.path.abspath(path))
+    except FileNotFoundError:
+        raise MountError(f"{path}: the current folder is gone; cd to one that is there") from None
+    if _holding(absolute) is not None:
+        return absolute
+    above = Path(os.path.realpath(absolute.parent), absolute.name)
+    return above if _holding(above) is not None else Path(os.path.realpath(absolute))
+
+
 def containing(path: Path) -> MountEntry | None:
     """The cpodfs mount that a path is in, if any."""
-    path = Path(os.path.abspath(path))
+    return _holding(resolved(path))
+
+
+def _holding(absolute: Path) -> MountEntry | None:
     ours = [m for m in mounts() if m.fstype == FSTYPE]
-    inside = [m for m in ours if m.mountpoint in (path, *path.parents)]
+    inside = [m for m in ours if m.mountpoint in (absolute, *absolute.parents)]
     return max(inside, key=lambda m: len(m.mountpoint.parts), default=None)
 
 
@@ -56,7 +76,7 @@ def prepare(path: Path) -> Path:
 
     What a crashed driver left mounted there (ENOTCONN) is taken down first.
     """
-    absolute = Path(os.path.realpath(path.parent), path.name) if path.name else path.resolve()
+    absolute = resolved(path)
     entry = find(absolute)
     if entry is not None and entry.fstype == FSTYPE:
         if not is_dead(absolute):
@@ -107,6 +127,53 @@ def is_dead(path: Path) -> bool:
         ) from None
     dead = (os.strerror(errno.ENOTCONN), os.strerror(errno.ECONNABORTED))
     return done.returncode != 0 and any(reason in done.stderr for reason in dead)
+
+
+def holders(path: Path) -> list[str]:
+    """Who keeps a mount from being taken down, each as "name (pid)": whose working directory is in
+    there, or an open file, or the program itself. The mount's runs do not count: they end with it.
+
+    Only those that we may look into, which is all of the user's own.
+    """
+    device = os.stat(path).st_dev
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    found = []
+    for pid in pids:
+        with suppress(OSError):  # it has ended meanwhile, or is none of our business
+            if _is_inside(pid, path, device) and not _is_of_a_run(pid):
+                found.append(f"{Path(f'/proc/{pid}/comm').read_text().strip()} ({pid})")
+    return found
+
+
+def _is_inside(pid: int, path: Path, device: int) -> bool:
+    links = [f"/proc/{pid}/{name}" for name in ("cwd", "root", "exe")]
+    links += [f"/proc/{pid}/fd/{fd}" for fd in os.listdir(f"/proc/{pid}/fd")]
+    for link in links:
+        with suppress(OSError):
+            # By name first, which touches no file system: others may hang. The name may also be
+            # that of the folder that we are mounted on, in which somebody was before.
+            if _is_below(os.readlink(link), path) and os.stat(link).st_dev == device:
+                return True
+    maps = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape")
+    mark = f"{os.major(device):02x}:{os.minor(device):02x}"
+    return any(line.split(maxsplit=4)[3] == mark for line in maps.splitlines())
+
+
+def _is_below(name: str, path: Path) -> bool:
+    return name == str(path) or name.startswith(f"{path}/")
+
+
+def _is_of_a_run(pid: int) -> bool:
+    """By the mark in its environment, or the supervisor that leads its session."""
+    if any(v.startswith(b"CPODFS_RUN_ID=") for v in _words(pid, "environ")):
+        return True
+    with suppress(ProcessLookupError, FileNotFoundError):
+        return SUPERVISOR in _words(os.getsid(pid), "cmdline")
+    return False
+
+
+def _words(pid: int, what: str) -> list[bytes]:
+    return Path(f"/proc/{pid}/{what}").read_bytes().split(b"\0")
 
 
 def unmount(path: Path, *, lazy: bool = False) -> None:

@@ -42,6 +42,11 @@ COMMAND_LIMIT_CHARS = 64 * 1024
 
 _NAME_LIMIT_BYTES = 255
 _WARNINGS_LIMIT = 10
+_PROBLEMS_LIMIT = 5
+_SHELL_WORD = re.compile(
+    r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|(?<!\S)(&&?|\|\|?|\d?>>?|\d>&\d|<|;)(?!\S)""", re.DOTALL
+)
+"""Group 1: a word that means something to a shell only. What is quoted is passed over."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def parse_recipe(data: bytes, *, file: str, others: Sequence[str] = ()) -> Recip
     try:
         document = _Document.model_validate(raw)
     except ValidationError as exc:
-        raise RecipeError(f"{_shown(file)}: {_first_problem(exc)}") from None
+        raise RecipeError(f"{_shown(file)}: {_problems(exc)}") from None
     golem = document.golem
     extra = dict(document.model_extra or {})
     extra |= {f"golem.{key}": value for key, value in (golem.model_extra or {}).items()}
@@ -157,7 +162,7 @@ def parse_recipe(data: bytes, *, file: str, others: Sequence[str] = ()) -> Recip
         log=golem.log,
         runtime=None if golem.runtime is None else golem.runtime.result(),
         extra=extra,
-        warnings=_warnings(file, extra, others),
+        warnings=_warnings(file, golem.command, extra, others),
         raw=raw,
     )
 
@@ -392,8 +397,16 @@ class _Document(BaseModel):
     golem: _Golem
 
 
-def _warnings(file: str, extra: dict[str, Any], others: Sequence[str]) -> tuple[str, ...]:
+def _warnings(
+    file: str, command: str, extra: dict[str, Any], others: Sequence[str]
+) -> tuple[str, ...]:
     found = [f"{_shown(file)}: {_shown(key)}: unknown key, kept" for key in extra]
+    if for_a_shell := next(filter(None, (m[1] for m in _SHELL_WORD.finditer(command))), None):
+        found.insert(
+            0,
+            f"{_shown(file)}: golem.exec: no shell runs it, so {for_a_shell} is but an argument; if it "
+            "is meant for a shell: sh -c '…'",
+        )
     if others:
         listed = ", ".join(_shown(name) for name in others[:_WARNINGS_LIMIT])
         found.insert(0, f"{_shown(file)}: is used; there are other recipes: {listed}")
@@ -403,12 +416,14 @@ def _warnings(file: str, extra: dict[str, Any], others: Sequence[str]) -> tuple[
     return tuple(found)
 
 
-def _first_problem(exc: ValidationError) -> str:
+def _problems(exc: ValidationError) -> str:
     problems = exc.errors(include_url=False)
-    first = problems[0]
-    field = ".".join(_shown(str(part)) for part in first["loc"])
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{field}: {_reason(first)}{more}"
+    shown = [
+        f"{'.'.join(_shown(str(part)) for part in problem['loc'])}: {_reason(problem)}"
+        for problem in problems[:_PROBLEMS_LIMIT]
+    ]
+    more = f" (and {len(problems) - len(shown)} more)" if len(problems) > len(shown) else ""
+    return f"{'; '.join(shown)}{more}"
 
 
 def _reason(problem: Any) -> str:

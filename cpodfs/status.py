@@ -129,7 +129,9 @@ class Status:
                     "running": pod.name in running,
                 }
             )
-        return {"pods": shown, "pod_count": len(pods)}
+        root = store.get(ROOT)
+        listed = root is not None and bool(root.listed_s)
+        return {"pods": shown, "pod_count": len(pods), "pods_listed": listed}
 
 
 def _cut(report: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +28,11 @@ class Cache:
 
 @contextmanager
 def opened(folder: Path) -> Iterator[Cache]:
-    """The cache in ``folder``, made if missing. Raises CacheLocked, CacheVersion or CacheError."""
+    """The cache in ``folder``, made if missing. Raises CacheLocked, CacheVersion or CacheError.
+
+    One made just now that has come to hold nothing goes again when the block fails, as at login.
+    """
+    is_new = not folder.exists()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -36,10 +41,16 @@ def opened(folder: Path) -> Iterator[Cache]:
     try:
         _lock(folder, lock)
         store = Store(folder / "meta.db")
+        in_vain = False
         try:
             yield Cache(folder, store, Content(folder / "content"))
+        except BaseException:
+            in_vain = is_new and store.is_blank()
+            raise
         finally:
             store.close()
+            if in_vain:
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
 

@@ -166,6 +166,11 @@ class Store:
         query = "SELECT 1 FROM inode WHERE parent = ? LIMIT 1"
         return self._db.execute(query, (parent,)).fetchone() is not None
 
+    def is_blank(self) -> bool:
+        """Whether nothing is in here: no pod was made, and none was ever looked for."""
+        root = self.get(ROOT)
+        return not self.has_children(ROOT) and (root is None or not root.listed_s)
+
     def create(
         self,
         parent: int,

@@ -10,6 +10,7 @@ import click
 from cpodfs import __version__
 from cpodfs.cli.demo import demo
 from cpodfs.cli.doctor import doctor
+from cpodfs.cli.forget import forget
 from cpodfs.cli.inspect import refresh, sync
 from cpodfs.cli.mount import mount
 from cpodfs.cli.run import cancel, logs, run, runs
@@ -48,7 +49,8 @@ def main() -> None:
 
 for command in (
     *(mount, umount, status, sync, refresh),
-    *(run, runs, logs, cancel, trust, fork, share, receive),
+    *(run, runs, logs, cancel),
+    *(trust, fork, share, receive, forget),
     *(doctor, demo, devnet),
 ):
     main.add_command(command)

@@ -15,10 +15,11 @@ from cpodfs import mountpoint as mp
 from cpodfs.errors import MountError
 
 
-def mount_of(path: Path | None) -> Path:
+def mount_of(path: Path | None, *, dead_too: bool = False) -> Path:
     """The mount that ``path`` is in; without one, the only mount there is.
 
-    Raises MountError, also when its driver hangs: whoever asks it would hang as well.
+    Raises MountError, also when its driver hangs (whoever asks it would hang as well) or has died,
+    unless that will do (``dead_too``).
     """
     if path is not None:
         entry = mp.containing(path)
@@ -27,10 +28,15 @@ def mount_of(path: Path | None) -> Path:
         ours = [entry.mountpoint]
     else:
         ours = [m.mountpoint for m in mp.mounts() if m.fstype == mp.FSTYPE]
+    if not ours:
+        raise MountError("nothing is mounted; mount with: cpodfs mount DIR")
     if len(ours) != 1:
-        listed = ", ".join(map(str, ours)) or "none"
+        listed = ", ".join(map(str, ours))
         raise MountError(f"which mount? Give its path; there are: {listed}")
-    mp.is_dead(ours[0])
+    if mp.is_dead(ours[0]) and not dead_too:
+        raise MountError(
+            f"{ours[0]}: its driver has died; mount again, which uploads what was pending"
+        )
     return ours[0]
 
 

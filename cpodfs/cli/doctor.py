@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,45 +16,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cpodfs.cli.mount import configured_option, known_password
-from cpodfs.config import account_cache, config_path, toml_defaults
+from cpodfs.cli.options import Configured, configured_option, password_source, subject_options
+from cpodfs.config import account_cache
 from cpodfs.devnet import launch
 from cpodfs.devnet.state import default_state
-from cpodfs.runs.sandbox import MODES
 
 if TYPE_CHECKING:
     from cpodfs.doctor import Finding, Subject
 
-_PATH = click.Path(path_type=Path)
 _COLOURS = {"ok": "green", "warn": "yellow", "bad": "red", "unknown": "yellow"}
 
 
-class _Configured(click.Command):
+class _Doctor(Configured):
     """Reads the configuration file of ``mount``, of which it knows only a part."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not set(args) & set(ctx.help_option_names):
-            ctx.default_map = toml_defaults(config_path())
-        return super().parse_args(ctx, args)
+    knows_all = False
 
 
-@click.command(cls=_Configured)
-@configured_option(
-    "--server", metavar="URL", default="http://127.0.0.1:9090", help="The FairOS-DFS server."
-)
-@configured_option("--user", metavar="NAME", help="The account's name at the server.")
-@configured_option("--password-file", type=_PATH, help="File with the password.")
-@configured_option("--password-command", metavar="COMMAND", help="Command that prints it.")
-@configured_option("--devnet", is_flag=True, help="Look at the local store and market instead.")
-@configured_option("--devnet-state", type=_PATH, help="Folder of their state.")
-@configured_option("--cache-dir", type=_PATH, help="Folder for caches.")
-@configured_option(
-    "--yagna-url",
-    metavar="URL",
-    aliases=["YAGNA_API_URL"],
-    default="http://127.0.0.1:7465",
-    help="The yagna daemon; its key is YAGNA_APPKEY's.",
-)
+@click.command(cls=_Doctor)
+@subject_options
 @configured_option(
     "--network",
     metavar="NAME",
@@ -72,12 +51,9 @@ class _Configured(click.Command):
     show_default=True,
     help="What to pay with.",
 )
-@configured_option(
-    "--sandbox", type=click.Choice(MODES), default="auto", show_default=True, help="As in mount."
-)
-@configured_option("--allow-other", is_flag=True, help="Ask for what that needs, too.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def doctor(as_json: bool, **options: Any) -> None:
+@click.pass_context
+def doctor(ctx: click.Context, /, as_json: bool, **_options: Any) -> None:
     """Say whether everything is there for mounting and running, and how to mend what is not.
 
     Give it the options that you mount with. Exits with 1 when something needed is broken. To see
@@ -86,7 +62,7 @@ def doctor(as_json: bool, **options: Any) -> None:
     # Here: it imports much, which the other commands need not wait for.
     from cpodfs.doctor import BAD, examine
 
-    with _subject(options) as subject:
+    with _subject(ctx) as subject:
         findings = examine(subject)
     if as_json:
         click.echo(json.dumps([dataclasses.asdict(f) for f in findings], indent=2))
@@ -107,17 +83,19 @@ def _table(findings: list[Finding]) -> Table:
 
 
 @contextlib.contextmanager
-def _subject(options: Mapping[str, Any]) -> Iterator[Subject]:
+def _subject(ctx: click.Context) -> Iterator[Subject]:
     from cpodfs.doctor import Subject
 
+    options = ctx.params
     shared = {name: options[name] for name in ("network", "driver", "sandbox", "allow_other")}
     path = os.environ.get("PATH", os.defpath)
     if not options["devnet"]:
         server, user = options["server"], options["user"]
+        password = password_source(ctx)
         yield Subject(
             server=server,
             user=user,
-            password=known_password(options),
+            password=None if password is None else password(),
             cache=account_cache(options["cache_dir"], server, user or "nobody"),
             yagna_url=options["yagna_url"],
             app_key=os.environ.get("YAGNA_APPKEY") or None,
@@ -141,30 +119,8 @@ def _subject(options: Mapping[str, Any]) -> Iterator[Subject]:
 @contextlib.contextmanager
 def _devnet(state: Path) -> Iterator[launch.Devnet]:
     """The devnet that has this folder, such as a mount's; or one for as long as we look."""
-    if not _is_running(state):
-        with launch.start(state) as running:
-            yield running.devnet
+    if (found := launch.found(state)) is not None:
+        yield found
         return
-    ports = json.loads((state / "ports.json").read_text())
-    yield launch.Devnet(
-        dfs_url=f"http://127.0.0.1:{ports.get('dfs')}",
-        user="dev",
-        password_file=state / "dev.password",
-        yagna_url=f"http://127.0.0.1:{ports.get('market')}",
-        app_key_file=state / "app.key",
-        gftp_dir=state / "gftp",
-        run_path_dir=state / "tools" / "bin",
-        pid=0,
-        state=state,
-    )
-
-
-def _is_running(state: Path) -> bool:
-    try:
-        with (state / "lock").open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+    with launch.start(state) as running:
+        yield running.devnet

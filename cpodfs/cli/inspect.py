@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from cpodfs.cli.control import mount_of, tell
+from cpodfs.cli.options import Number
 from cpodfs.cli.progress import drain_progress
 from cpodfs.cli.umount import wait_until_idle
 
@@ -16,13 +17,13 @@ from cpodfs.cli.umount import wait_until_idle
 @click.argument("path", type=Path, required=False)
 @click.option(
     "--stall",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=30.0,
     show_default=True,
     help="Give up after so many seconds without progress.",
 )
 def sync(path: Path | None, stall: float) -> None:
-    """Wait until everything in the mount of PATH is uploaded."""
+    """Wait until everything in the mount of PATH (default: the only mount) is uploaded."""
     point = mount_of(path)
     tell(point, "drain")
     try:
@@ -36,8 +37,8 @@ def sync(path: Path | None, stall: float) -> None:
 
 
 @click.command()
-@click.argument("path", type=Path)
-def refresh(path: Path) -> None:
-    """Look at the server for changes of the folder PATH, now."""
-    mount_of(path)
-    tell(path, "refresh")
+@click.argument("path", type=Path, required=False)
+def refresh(path: Path | None) -> None:
+    """Look at the server for changes of the folder PATH, now; without PATH: for other pods."""
+    point = mount_of(path)
+    tell(path or point, "refresh")

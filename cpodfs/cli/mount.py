@@ -7,54 +7,33 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import platformdirs
 import trio
 
 from cpodfs import mountpoint as mp
-from cpodfs.cli.progress import drain_progress
-from cpodfs.config import (
-    RUN_GRACE_S,
-    Settings,
-    account_cache,
-    config_path,
-    read_password_file,
-    run_password_command,
-    toml_defaults,
+from cpodfs.cli.options import (
+    PATH,
+    Configured,
+    Number,
+    WholeNumber,
+    configured_option,
+    password_source,
+    subject_options,
 )
+from cpodfs.cli.progress import drain_progress
+from cpodfs.config import RUN_GRACE_S, Settings, account_cache
 from cpodfs.devnet import launch
 from cpodfs.devnet.run_env import run_environment
-from cpodfs.errors import ConfigError, CpodfsError, LoginRefused, Unreachable
-from cpodfs.runs.sandbox import MODES
+from cpodfs.errors import ConfigError, CpodfsError, DfsError, LoginRefused, Unreachable
+from cpodfs.words import count
 
-_F = TypeVar("_F", bound=Callable[..., Any])
+log = logging.getLogger(__name__)
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s %(message)s"
-
-
-class _Configured(click.Command):
-    """A command whose options may also stand in the configuration file, below all else."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if not set(args) & set(ctx.help_option_names):
-            path = config_path()
-            values = toml_defaults(path)
-            known = {param.name for param in self.params if isinstance(param, click.Option)}
-            if unknown := sorted(values.keys() - known):
-                raise ConfigError(f"{path}: {unknown[0]}: no such option; see: cpodfs mount --help")
-            ctx.default_map = values
-        return super().parse_args(ctx, args)
-
-
-def configured_option(
-    *names: str, aliases: Sequence[str] = (), **settings: Any
-) -> Callable[[_F], _F]:
-    """An option that is also the variable CPODFS_<NAME>; ``aliases`` are asked after that."""
-    variable = "CPODFS_" + names[0].removeprefix("--").replace("-", "_").upper()
-    return click.option(*names, envvar=[variable, *aliases], **settings)
 
 
 def _size(_ctx: click.Context, _param: click.Parameter, value: str | int) -> int:
@@ -65,51 +44,15 @@ def _size(_ctx: click.Context, _param: click.Parameter, value: str | int) -> int
     return int(found[1]) << (10 * " KMGT".index(found[2].upper() or " "))
 
 
-_PATH = click.Path(path_type=Path)
-
-
 @click.command(
-    cls=_Configured,
+    cls=Configured,
     epilog="Every option can also be set by a variable of the environment (--attr-ttl by "
     "CPODFS_ATTR_TTL, and so on) or in config.toml in $XDG_CONFIG_HOME/cpodfs (attr-ttl = 10). "
     "Flags come first, then the environment, then the file.",
 )
 @click.argument("mountpoint", type=Path)
-@configured_option(
-    "--server",
-    metavar="URL",
-    default="http://127.0.0.1:9090",
-    show_default=True,
-    help="The FairOS-DFS server.",
-)
-@configured_option("--user", metavar="NAME", help="The account's name at the server.")
-@configured_option(
-    "--password-file",
-    type=_PATH,
-    help="File whose first line is the password; only you may read it (mode 0600).",
-)
-@configured_option(
-    "--password-command",
-    metavar="COMMAND",
-    help="Command that prints the password, such as 'pass show dfs'. With neither, the password is "
-    "that in CPODFS_PASSWORD, or asked for.",
-)
-@configured_option(
-    "--devnet",
-    is_flag=True,
-    help="Use a store and a Golem market on this machine, started and stopped with the mount.",
-)
-@configured_option(
-    "--devnet-state",
-    type=_PATH,
-    help="Folder of their state.  [default: $XDG_STATE_HOME/cpodfs/devnet]",
-)
+@subject_options
 @configured_option("--daemon", is_flag=True, help="Return as soon as the mount answers.")
-@configured_option(
-    "--cache-dir",
-    type=_PATH,
-    help="Folder for caches, one below it per account.  [default: $XDG_CACHE_HOME/cpodfs]",
-)
 @configured_option(
     "--cache-size",
     metavar="SIZE",
@@ -129,7 +72,7 @@ _PATH = click.Path(path_type=Path)
 @configured_option(
     "--writeback-delay",
     metavar="SECONDS",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=5.0,
     show_default=True,
     help="Time for which a file must be left alone before it is uploaded.",
@@ -137,7 +80,7 @@ _PATH = click.Path(path_type=Path)
 @configured_option(
     "--attr-ttl",
     metavar="SECONDS",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=60.0,
     show_default=True,
     help="Time for which a folder's listing is taken as current.",
@@ -145,7 +88,7 @@ _PATH = click.Path(path_type=Path)
 @configured_option(
     "--timeout",
     metavar="SECONDS",
-    type=click.FloatRange(0.1),
+    type=Number(0.1),
     default=30.0,
     show_default=True,
     help="Time that one call to the server may take, transfers excepted.",
@@ -153,7 +96,7 @@ _PATH = click.Path(path_type=Path)
 @configured_option(
     "--stall",
     metavar="SECONDS",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=30.0,
     show_default=True,
     help="At the end: give up after so long without progress; the next mount uploads the rest.",
@@ -161,7 +104,7 @@ _PATH = click.Path(path_type=Path)
 @configured_option(
     "--uploads",
     metavar="N",
-    type=click.IntRange(1, 64),
+    type=WholeNumber(1, 64),
     default=4,
     show_default=True,
     help="Uploads at a time.",
@@ -169,31 +112,15 @@ _PATH = click.Path(path_type=Path)
 @configured_option(
     "--downloads",
     metavar="N",
-    type=click.IntRange(1, 64),
+    type=WholeNumber(1, 64),
     default=4,
     show_default=True,
     help="Downloads at a time.",
 )
 @configured_option(
-    "--yagna-url",
-    metavar="URL",
-    aliases=["YAGNA_API_URL"],
-    default="http://127.0.0.1:7465",
-    show_default=True,
-    help="The yagna daemon that runs talk to (also YAGNA_API_URL); its key is YAGNA_APPKEY's.",
-)
-@configured_option(
-    "--sandbox",
-    type=click.Choice(MODES),
-    default="auto",
-    show_default=True,
-    help="Run programs in bwrap, where only their pod can be written and other pods and your home are "
-    "not to be seen. auto: those of pods that are not your own, where bwrap works.",
-)
-@configured_option(
     "--keep-runs",
     metavar="N",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=20,
     show_default=True,
     help="Runs whose logs stay in a pod; the oldest folders go first.",
@@ -201,34 +128,32 @@ _PATH = click.Path(path_type=Path)
 @configured_option(
     "--run-grace",
     metavar="SECONDS",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=RUN_GRACE_S,
     show_default=True,
     help="How long a cancelled run may take to end: from SIGINT, as at Ctrl-C, to SIGKILL, with SIGTERM "
     "after three quarters of it.",
 )
-@configured_option("--allow-other", is_flag=True, help="Let other users of this machine in.")
 @configured_option(
     "--log-file",
-    type=_PATH,
+    type=PATH,
     help="Append the log to this file.  [default: stderr; with --daemon a file in "
     "$XDG_STATE_HOME/cpodfs]",
 )
 @configured_option("--verbose", "-v", is_flag=True, help="Log more.")
-def mount(mountpoint: Path, **options: Any) -> None:
+@click.pass_context
+def mount(ctx: click.Context, /, mountpoint: Path, **options: Any) -> None:
     """Mount the pods of an account at MOUNTPOINT, an empty folder of your own.
 
     In the foreground, until it is unmounted or gets SIGTERM or Ctrl-C; either way what is pending is
     uploaded first. A second Ctrl-C leaves the rest to the next mount.
     """
     point = mp.prepare(mountpoint)
-    if options["devnet"]:
-        password: Callable[[], str] | None = None
-    else:
-        password = _password(options)
+    password = None if options["devnet"] else _password(ctx)
     serve = functools.partial(_serve, point, password, options)
     if options["daemon"]:
-        _daemonize(functools.partial(serve, log_file=options["log_file"] or _default_log(point)))
+        log_file = options["log_file"] or _default_log(point)
+        _daemonize(functools.partial(serve, log_file=log_file), log_file)
     else:
         sys.exit(
             serve(
@@ -238,30 +163,17 @@ def mount(mountpoint: Path, **options: Any) -> None:
         )
 
 
-def known_password(options: Mapping[str, Any]) -> str | None:
-    """The password, from wherever it comes without asking. Raises ConfigError."""
-    if options["password_file"]:
-        return read_password_file(options["password_file"])
-    if options["password_command"]:
-        return run_password_command(options["password_command"])
-    return os.environ.get("CPODFS_PASSWORD") or None
-
-
-def _password(options: Mapping[str, Any]) -> Callable[[], str]:
+def _password(ctx: click.Context) -> Callable[[], str]:
     """Where the password comes from: file, command, variable, prompt. Never a flag's value."""
-    if not options["user"]:
+    user = ctx.params["user"]
+    if not user:
         raise ConfigError("--user: whose pods? Give --user NAME or set CPODFS_USER")
-    if options["password_file"]:
-        return functools.partial(read_password_file, options["password_file"])
-    if options["password_command"]:
-        return functools.partial(run_password_command, options["password_command"])
-    known = os.environ.pop("CPODFS_PASSWORD", "")
-    if not known:
-        if not sys.stdin.isatty():
-            raise ConfigError(
-                "no password: use --password-file, --password-command or CPODFS_PASSWORD"
-            )
-        known = click.prompt(f"Password of {options['user']}", hide_input=True, err=True)
+    source = password_source(ctx)
+    if source is not None:
+        return source
+    if not sys.stdin.isatty():
+        raise ConfigError("no password: use --password-file, --password-command or CPODFS_PASSWORD")
+    known: str = click.prompt(f"Password of {user}", hide_input=True, err=True)
     return lambda: known
 
 
@@ -281,10 +193,11 @@ def _serve(
         raise _explained(_cause(group), options) from None
     except CpodfsError as error:
         raise _explained(error, options) from None
-    for path in left[:50]:
+    for path in list(dict.fromkeys(left))[:50]:
         click.echo(f"cpodfs: not uploaded: {path}", err=True)
     if left:
-        click.echo(f"cpodfs: {len(left)} changes wait in the cache for the next mount", err=True)
+        what = f"{count(len(left), 'change')} kept in the cache for the next mount"
+        click.echo(f"cpodfs: {what}", err=True)
     return 1 if left else 0
 
 
@@ -300,11 +213,19 @@ def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
 def _explained(error: BaseException, options: Mapping[str, Any]) -> BaseException:
     """What kept us from mounting, with what the user can do about it."""
     if isinstance(error, LoginRefused):
-        return LoginRefused(f"{options['user']} at {options['server']}: {error}")
+        unknown = "no user" in error.message
+        reason = "no such user" if unknown else "the server refuses this password"
+        return LoginRefused(f"{options['user']} at {options['server']}: {reason}")
     if isinstance(error, Unreachable):
         return Unreachable(
             f"{options['server']} does not answer, and this account has no cache to serve from: "
             f"{error}"
+        )
+    if isinstance(error, DfsError):
+        log.warning("%s", error)
+        said = f"{error.status or 'no HTTP'} for {error.endpoint}"
+        return CpodfsError(
+            f"{options['server']} does not answer as FairOS-DFS does ({said}); is --server right?"
         )
     return error
 
@@ -377,12 +298,16 @@ def _settings(
 
 def _default_log(point: Path) -> Path:
     """Where a daemon's log goes: one file per mount point, in $XDG_STATE_HOME/cpodfs."""
-    folder = platformdirs.user_state_path("cpodfs", ensure_exists=True)
+    folder = platformdirs.user_state_path("cpodfs")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{folder}: no place for the log: {error.strerror}; --log-file") from None
     return folder / f"{str(point).strip('/').replace('/', '-') or 'root'}.log"
 
 
 def _log_to(path: Path | None, *, verbose: bool) -> None:
-    handler = logging.StreamHandler() if path is None else logging.FileHandler(path)
+    handler = logging.StreamHandler() if path is None else _log_file(path)
     logging.basicConfig(
         handlers=[handler], format=LOG_FORMAT, level=logging.DEBUG if verbose else logging.INFO
     )
@@ -391,7 +316,18 @@ def _log_to(path: Path | None, *, verbose: bool) -> None:
     logging.getLogger("cpodfs").setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
-def _daemonize(serve: Callable[..., int]) -> None:
+def _log_file(path: Path) -> logging.Handler:
+    try:
+        # It names files: a new one is for its owner only.
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        return logging.FileHandler(path)
+    except OSError as error:
+        raise ConfigError(
+            f"--log-file: {path}: cannot be written to: {error.strerror}; choose another"
+        ) from None
+
+
+def _daemonize(serve: Callable[..., int], log_file: Path) -> None:
     """Fork; the parent returns when the child says that the mount answers, or why it will not."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -401,13 +337,13 @@ def _daemonize(serve: Callable[..., int]) -> None:
             verdict = said.read()
         if verdict == "ready":
             return
-        raise CpodfsError(verdict or "the driver ended before the mount answered; see its log")
+        raise CpodfsError(verdict or f"the driver ended unexpectedly; see {log_file}")
     os.close(reader)
     os.setsid()
-    _as_daemon(serve, writer)
+    _as_daemon(serve, writer, log_file)
 
 
-def _as_daemon(serve: Callable[..., int], writer: int) -> None:
+def _as_daemon(serve: Callable[..., int], writer: int, log_file: Path) -> None:
     told = False
 
     def tell(verdict: str) -> None:
@@ -425,7 +361,7 @@ def _as_daemon(serve: Callable[..., int], writer: int) -> None:
         code = serve(lambda: tell("ready"))
     except CpodfsError as error:
         tell(str(error))
-    except BaseException as error:  # the parent must hear of it: nobody else will
-        tell(f"the driver failed: {error!r}")
-        logging.getLogger(__name__).exception("driver failed")
+    except BaseException:  # the parent must hear of it: nobody else will
+        log.exception("driver failed")
+        tell(f"the driver failed unexpectedly; see {log_file}")
     os._exit(code)

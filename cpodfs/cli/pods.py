@@ -40,7 +40,7 @@ class Pod:
 
 def find_pod(text: str) -> Pod:
     """The pod that an argument means. Raises MountError."""
-    path = Path(os.path.abspath(text))
+    path = mp.resolved(Path(text))
     entry = mp.containing(path)
     if entry is None and "/" not in text:
         return _existing(Pod(mount_of(None), text), text)

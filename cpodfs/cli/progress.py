@@ -12,10 +12,22 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
+from rich.text import Text
+
+from cpodfs.words import count, size
+
+
+class _Speed(ProgressColumn):
+    """In the units that everything else has."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{size(int(speed))}/s", style="progress.data.speed")
 
 
 @contextmanager
@@ -24,8 +36,8 @@ def drain_progress() -> Iterator[Callable[[dict[str, Any]], None]]:
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
+        DownloadColumn(binary_units=True),
+        _Speed(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
@@ -47,7 +59,7 @@ def drain_progress() -> Iterator[Callable[[dict[str, Any]], None]]:
             bar.start()
         bar.update(
             task,
-            description=f"{changes} changes left",
+            description=f"{count(changes, 'change')} left",
             total=most or None,
             completed=most - left,
         )

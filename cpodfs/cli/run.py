@@ -5,14 +5,15 @@ Imports `follow` and `pods`. Everything goes through the mount, whose driver doe
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,11 +26,13 @@ from rich.text import Text
 from cpodfs import mountpoint as mp
 from cpodfs.cli.control import mount_of
 from cpodfs.cli.follow import POLL_S, Logs, follow, in_progress, log_folder, read_record, run_ids
+from cpodfs.cli.options import WholeNumber
 from cpodfs.cli.pods import Pod, find_pod, printable
-from cpodfs.errors import ConfigError, RunError
+from cpodfs.errors import ConfigError, CpodfsError, RunError, RunInProgress
 
 CANCELLED_EXIT = 130
 _WIDE = 400
+_CELL_LIMIT = 200
 
 
 @click.command()
@@ -56,17 +59,37 @@ def run(pod: str, wait: bool, settings: Sequence[str]) -> None:
         if not equals or not key:
             raise ConfigError(f"--set {setting}: must be KEY=VALUE")
         changes[key] = value
-    answer = found.ask("run", changes=changes)
+    answer = _begin(found, changes)
     if not wait:
         click.echo(answer["run"])
         return
     _cancel_on_interrupt(found, answer["run"])
-    follow(found, answer["run"], found.path / answer["log"])
+    follow(found, answer["run"], answer["log"])
     record = found.ask("record", run=answer["run"])["record"]
     if record["state"] != "finished":
-        reason = f": {record['error']}" if record["error"] else ""
+        # Why a program could not be executed is in its stderr.log, too, and was shown.
+        shown = record["started"] and record["exit_code"] is record["signal"] is None
+        reason = f": {record['error']}" if record["error"] and not shown else ""
         click.echo(f"cpodfs: run {answer['run']}: {record['state']}{printable(reason)}", err=True)
     sys.exit(exit_code(record))
+
+
+def _begin(pod: Pod, changes: dict[str, str]) -> dict[str, Any]:
+    """Start it, and print what its recipe is warned of."""
+    try:
+        answer = pod.ask("run", changes=changes)
+    except CpodfsError:
+        state = in_progress(pod)
+        if state is None:
+            raise
+        name = shlex.quote(pod.name)
+        raise RunInProgress(
+            f"{pod.name}: run {state.get('id')} is in progress; see it: cpodfs logs -f {name}; "
+            f"end it: cpodfs cancel {name}"
+        ) from None
+    for warning in pod.ask("record", run=answer["run"])["record"].get("warnings") or ():
+        click.echo(f"cpodfs: warning: {printable(warning)}", err=True)
+    return answer
 
 
 def exit_code(record: dict[str, Any]) -> int:
@@ -126,19 +149,21 @@ def logs(pod: str, run: str | None, following: bool) -> None:
     Its standard output and its standard error go to ours.
     """
     found = find_pod(pod)
-    folder = log_folder(found)
+    logs_in = log_folder(found)
     current = in_progress(found) or {}
     # Of a run just begun the folder may not be there yet.
-    known = sorted({*run_ids(folder), *filter(None, [current.get("id")])}, reverse=True)
+    known = sorted({*run_ids(found, logs_in), *filter(None, [current.get("id")])}, reverse=True)
     chosen = next((name for name in known if name.startswith(run or "")), None)
     if chosen is None:
         raise RunError(f"{found.name}: no such run" if run else f"{found.name}: it never ran")
-    if chosen == current.get("id"):
-        folder = (found.path / current["log"]).parent
+    folder = current["log"] if chosen == current.get("id") else f"{logs_in}/{chosen}"
     if following:
-        follow(found, chosen, folder / chosen)
+        shown = follow(found, chosen, folder)
     else:
-        Logs(folder / chosen).step()
+        shown = Logs(found, folder)
+        shown.step()
+    if shown.refused:
+        sys.exit(1)
 
 
 @click.command()
@@ -147,7 +172,7 @@ def logs(pod: str, run: str | None, following: bool) -> None:
 @click.option(
     "--last",
     metavar="N",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=10,
     show_default=True,
     help="So many of each pod.",
@@ -159,7 +184,8 @@ def runs(pod: str | None, as_json: bool, last: int) -> None:
     ]
     found.sort(key=lambda record: str(record["created"]), reverse=True)
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        # Of the control characters JSON leaves this one as it is.
+        click.echo(json.dumps(found, indent=2).replace("\x7f", "\\u007f"))
     else:
         # Where nobody looks at it but a program, nothing is cut off.
         width = None if sys.stdout.isatty() else _WIDE
@@ -167,7 +193,7 @@ def runs(pod: str | None, as_json: bool, last: int) -> None:
 
 
 def _pods(pod: str | None) -> list[Pod]:
-    if pod is not None and mp.find(Path(os.path.abspath(pod))) is None:
+    if pod is not None and mp.find(mp.resolved(Path(pod))) is None:
         return [find_pod(pod)]
     mount = mount_of(None if pod is None else Path(pod))
     return [Pod(mount, entry.name) for entry in mount.iterdir()]
@@ -175,12 +201,15 @@ def _pods(pod: str | None) -> list[Pod]:
 
 def _records(pod: Pod, last: int) -> list[dict[str, Any]]:
     try:
-        folder = log_folder(pod)
-        found = [read_record(folder / name) for name in run_ids(folder)[:last]]
-    except OSError as error:
-        click.echo(f"cpodfs: {pod.name}: {error.strerror}", err=True)
+        logs_in = log_folder(pod)
+        records = (read_record(pod, f"{logs_in}/{run}") for run in run_ids(pod, logs_in))
+        # A fork has the logs of the pod that it was made from.
+        own = (record for record in records if record.get("pod", pod.name) == pod.name)
+        found = list(itertools.islice(own, last))
+    except (OSError, RunError) as error:
+        problem = str(error) if isinstance(error, RunError) else f"{pod.name}: {error.strerror}"
+        click.echo(f"cpodfs: {printable(problem)}", err=True)
         return []
-    # The pod's name is not the record's: a fork has the logs of the pod that it was made from.
     return [
         {key: value for key, value in record.items() if key != "recipe"} | {"pod": pod.name}
         for record in found
@@ -203,26 +232,34 @@ def _table(records: list[dict[str, Any]]) -> Table:
 
 
 def _cell(value: Any) -> Text:
-    return Text("" if value is None else printable(str(value)))
+    # A cell is one line: a record must not look like several.
+    text = "" if value is None else str(value)[:_CELL_LIMIT].replace("\n", " ")
+    return Text(printable(text)[:_CELL_LIMIT])
 
 
 def _moment(value: Any) -> datetime | None:
+    """A time in a record, in UTC as the records' are unless they say otherwise."""
     try:
-        return datetime.fromisoformat(value)
-    except (TypeError, ValueError):
+        moment = datetime.fromisoformat(value)
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except (TypeError, ValueError, OverflowError):
         return None
 
 
 def _local(value: Any) -> Text:
     moment = _moment(value)
-    return Text("" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S}")
+    try:
+        return Text("" if moment is None else f"{moment.astimezone():%Y-%m-%d %H:%M:%S}")
+    except (ValueError, OverflowError, OSError):
+        # At the end of the years that there are.
+        return Text()
 
 
 def _duration(record: dict[str, Any]) -> Text:
     start = _moment(record.get("started"))
     if start is None:
         return Text()
-    end = _moment(record.get("ended")) or datetime.now(start.tzinfo)
+    end = _moment(record.get("ended")) or datetime.now(UTC)
     seconds = (end - start).total_seconds()
     if seconds < 60:
         return Text(f"{seconds:.1f} s")

@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.filesize import decimal
 from rich.live import Live
 from rich.table import Table
 
 from cpodfs.cli.control import ask, mount_of
+from cpodfs.words import count, size
 
 WATCH_S = 1.0
 PODS_SHOWN = 10
@@ -79,19 +79,22 @@ def _line(report: dict[str, Any]) -> str:
 
 def _table(report: dict[str, Any]) -> Table:
     table = Table(show_header=False, box=None)
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("mount", report["mountpoint"])
     table.add_row("account", f"{report['user']} at {report['server']}")
     answers = "does not answer" if report["offline"] else "answers"
-    calls = f"{report['calls']} calls, {report['calls_per_s']} per second"
+    calls = f"{count(report['calls'], 'call')}, {report['calls_per_s']} per second"
     table.add_row("server", f"{answers}; {calls}")
     table.add_row("pods", _pods(report))
     table.add_row("runs", ", ".join(report["runs"]) or "none")
     use = report["cache_use"]
     table.add_row("cache", report["cache"])
-    table.add_row("", f"{decimal(use['clean'])} clean of at most {decimal(use['limit'])}")
-    table.add_row("", f"{decimal(use['dirty'])} dirty, in {report['files']} files")
+    table.add_row("", f"{size(use['clean'])} clean of at most {size(use['limit'])}")
+    table.add_row("", f"{size(use['dirty'])} dirty, in {count(report['files'], 'file')}")
     table.add_row("reads", _reads(report["reads"]))
-    table.add_row("pending", f"{report['pending']} changes, {report['deletions']} deletions")
+    changes, deletions = count(report["pending"], "change"), count(report["deletions"], "deletion")
+    table.add_row("pending", f"{changes}, {deletions}")
     _add_transfers(table, report)
     return table
 
@@ -102,22 +105,24 @@ def _pods(report: dict[str, Any]) -> str:
         for pod in report["pods"][:PODS_SHOWN]
     ]
     more = report["pod_count"] - len(shown)
-    return ", ".join([*shown, *([f"{more} more"] if more else [])]) or "none"
+    none = "none" if report["pods_listed"] else "not listed yet"
+    return ", ".join([*shown, *([f"{more} more"] if more else [])]) or none
 
 
 def _reads(reads: dict[str, Any]) -> str:
     if reads["hit_rate"] is None:
         return "none yet"
-    return f"{reads['hit_rate']:.0%} of {reads['hits'] + reads['misses']} opens were cached"
+    opens = count(reads["hits"] + reads["misses"], "open")
+    return f"{reads['hit_rate']:.0%} of {opens} from the cache"
 
 
 def _add_transfers(table: Table, report: dict[str, Any]) -> None:
     for upload in report["uploads"]:
-        progress = f"{decimal(upload['sent'])} of {decimal(upload['size'])}"
+        progress = f"{size(upload['sent'])} of {size(upload['size'])}"
         again = f"; before: {upload['error']}" if upload["error"] else ""
         table.add_row("uploading", f"{upload['path']}  {progress}{again}")
     for download in report["downloads"]:
-        progress = f"{decimal(download['received'])} of {decimal(download['size'])}"
+        progress = f"{size(download['received'])} of {size(download['size'])}"
         table.add_row("fetching", f"{download['path']}  {progress}")
     for failure in report["failed"]:
         table.add_row("failed", f"{failure['path']}: {failure['error']}")

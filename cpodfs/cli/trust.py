@@ -6,14 +6,15 @@ Imports `pods`. What a stranger wrote is made harmless before it reaches the ter
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.filesize import decimal
 
+from cpodfs import words
 from cpodfs.cli.control import mount_of, tell
 from cpodfs.cli.pods import Pod, find_pod, printable, request
 from cpodfs.cli.progress import drain_progress
@@ -21,6 +22,13 @@ from cpodfs.cli.umount import wait_until_idle
 from cpodfs.errors import CpodfsError, RecipeError
 
 _STALL_S = 30.0
+_HOW = {
+    "provider": ("at providers, for money", "Let this be run at providers, for your money?"),
+    "sandbox": ("on this machine, in a sandbox", "Let this be run as you, in a sandbox?"),
+    "bare": ("on this machine, WITHOUT a sandbox", "Let this be run as you, WITHOUT a sandbox?"),
+    "refused": ("not now", "Let this be run as you, in a sandbox only?"),
+}
+"""How it would be run: what is said of it, and the question."""
 
 
 @click.command()
@@ -31,8 +39,10 @@ _STALL_S = 30.0
 def trust(pod: str, yes: bool, own: bool, revoke: bool) -> None:
     """Show what running POD would execute and, if you confirm it, allow that.
 
-    The permission ends when the recipe or the script folder changes. Pods that you make in the mount
-    need none; those that were forked, received or made elsewhere do.
+    The permission ends when anything in the pod changes but the payload, output and log folders; one
+    of these counts, too, if the command speaks of it, and the payload if the command could find it
+    unnamed (a line for a shell, a pattern, a variable). What is left out is said. Pods that you make
+    in the mount need no permission; those that were forked, received or made elsewhere do.
     """
     if own and revoke:
         raise click.UsageError("--own and --revoke contradict each other")
@@ -41,7 +51,7 @@ def trust(pod: str, yes: bool, own: bool, revoke: bool) -> None:
         known = found.ask("revoke")["known"]
         click.echo(f"{found.name} {'is not trusted any more' if known else 'was not trusted'}")
         return
-    report = found.ask("trust")
+    report = found.ask("trust", own=own)
     _show(found, report)
     if report["own"]:
         click.echo("It is your own: it runs without being asked for.")
@@ -51,8 +61,8 @@ def trust(pod: str, yes: bool, own: bool, revoke: bool) -> None:
         return
     if report["trusted"] not in (None, report["hash"]):
         click.echo("It has CHANGED since it was trusted.")
-    question = "Is it your own, and all that it will become?" if own else "Let this be run as you?"
     if not yes:
+        question = "Is it your own, and all that it will become?" if own else _HOW[report["how"]][1]
         click.confirm(question, abort=True, err=True)
     if own:
         found.ask("own")
@@ -73,14 +83,30 @@ def _show(pod: Pod, report: dict[str, Any]) -> None:
     recipe = parse_recipe(raw, file=name)
     click.echo(f"{printable(name)}:")
     click.echo(printable(raw.decode("utf-8", "replace")).rstrip())
-    click.echo(f"\nIt runs: {printable(shlex.join(recipe.exec_argv))}")
-    click.echo("at providers, for money" if recipe.runtime is not None else "on this machine")
+    click.echo(f"\nIt runs: {_line(shlex.join(recipe.exec_argv))}")
+    why = f": {_line(report['why'])}" if report["why"] else ""
+    click.echo(f"{_HOW[report['how']][0]}{why}")
     click.echo(f"\nIts code, {report['count']} files and folders:")
     for path, size, executable in report["files"]:
-        click.echo(f"  {printable(path)}  {decimal(size)}{'  executable' if executable else ''}")
+        click.echo(f"  {_name(path)}  {words.size(size)}{'  executable' if executable else ''}")
     if report["count"] > len(report["files"]):
-        click.echo(f"  and {report['count'] - len(report['files'])} more")
+        click.echo(f"  and {report['count'] - len(report['files'])} more, not shown")
+    if left_out := [_name(f"{folder}/") for folder in report["left_out"]]:
+        some = " and ".join(filter(None, (", ".join(left_out[:-1]), left_out[-1])))
+        click.echo(f"{some} {'are' if left_out[1:] else 'is'} not part of what you trust")
     click.echo(f"\nHash: {report['hash']}")
+
+
+def _line(text: str) -> str:
+    """A stranger's text that stays in its line, whatever it is, and however wide the terminal."""
+    one = printable(text).replace("\n", "\\n")
+    return re.sub(" {2,}", lambda spaces: "\\x20" * len(spaces[0]), one)
+
+
+def _name(path: str) -> str:
+    """A file's name, in quotes unless it is a plain one: it must not look like what follows it."""
+    line = _line(path)
+    return line if re.fullmatch(r"[\w@%+=:,./-]+", line) else f"'{line}'"
 
 
 @click.command()

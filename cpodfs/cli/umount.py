@@ -16,18 +16,22 @@ import click
 
 from cpodfs import mountpoint as mp
 from cpodfs.cli.control import ask, mount_of, tell
+from cpodfs.cli.options import Number
 from cpodfs.cli.progress import drain_progress
 from cpodfs.errors import MountError
 
 POLL_S = 0.2
 END_S = 60.0
+LAST_S = 1.0
+SHOWN = 5
+LEAVE = ": close what is open there, or leave the folder"
 
 
 @click.command()
 @click.argument("mountpoint", type=Path)
 @click.option(
     "--stall",
-    type=click.FloatRange(0),
+    type=Number(0),
     default=30.0,
     show_default=True,
     help="Give up after so many seconds without progress; what is left stays in the cache.",
@@ -35,30 +39,43 @@ END_S = 60.0
 def umount(mountpoint: Path, stall: float) -> None:
     """End the runs at MOUNTPOINT, upload what is pending, then unmount it.
 
+    While a program is in there it refuses, before anything else, and says which; runs do not count.
+
     Exits with 1, naming the files, if something could not be uploaded: it waits in the cache and is
     sent by the next mount.
     """
-    point = mount_of(mountpoint)
+    point = mount_of(mountpoint, dead_too=True)
     if mp.is_dead(point):
         mp.unmount(point, lazy=True)
         raise MountError(f"{point}: the driver had died; unmounted. Mount again to upload the rest")
+    os.chdir("/")  # whoever called us may have stayed in there; we need not
+    _refuse_if_busy(point)
     _end_runs(point)
     tell(point, "drain")
     with drain_progress() as progress:
         status = wait_until_idle(point, stall, progress)
     driver = os.pidfd_open(status["pid"])
+    # The driver goes on with what came in since; not once more with what we have waited for.
+    tell(point, "stall", str(min(stall, LAST_S) if _left(status) else stall))
     try:
         mp.unmount(point)
     except MountError as error:
+        tell(point, "stall", "")
         tell(point, "drain", "0")
         tell(point, "runs", "1")
         if error.errno == errno.EBUSY:
-            raise MountError(
-                f"{point}: in use: close what is open there, or leave the folder"
-            ) from error
+            _refuse_if_busy(point)
+            raise MountError(f"{point}: in use{LEAVE}") from error
         raise
     select.select([driver], [], [], stall + END_S)
     sys.exit(_verdict(status))
+
+
+def _refuse_if_busy(point: Path) -> None:
+    """Before anything is done that would be for nothing, such as ending the runs."""
+    if busy := mp.holders(point):
+        shown = [*busy[:SHOWN], *([f"{len(busy) - SHOWN} more"] if len(busy) > SHOWN else [])]
+        raise MountError(f"{point}: in use by {', '.join(shown)}{LEAVE}")
 
 
 def _end_runs(point: Path) -> None:
@@ -80,12 +97,17 @@ def wait_until_idle(
         now = (status["done"], sum(u["sent"] for u in status["uploads"]))
         if now != last or status["storing"]:
             moved, last = time.monotonic(), now
-        changes = status["pending"] + status["deletions"]
+        changes = _left(status)
         stuck = changes <= status["errors"] and not status["uploads"] and not status["offline"]
         waited = time.monotonic() - moved
         if not changes or waited > stall_s or (stuck and waited > min(stall_s, 3.0)):
             return status
         time.sleep(POLL_S)
+
+
+def _left(status: dict[str, Any]) -> int:
+    changes: int = status["pending"] + status["deletions"]
+    return changes
 
 
 def _verdict(status: dict[str, Any]) -> int:
@@ -97,10 +119,12 @@ def _verdict(status: dict[str, Any]) -> int:
     if report.get("pid") != status["pid"]:
         click.echo("cpodfs: the driver has not ended yet; it is still uploading", err=True)
         return 1
-    for entry in report["left"][:50]:
-        click.echo(
-            f"cpodfs: not uploaded: {entry['path']}: {entry['error'] or 'no answer'}", err=True
-        )
+    # Of one path there may be two: a file, and the one at the server whose place it takes.
+    left: dict[str, str] = {}
+    for entry in report["left"]:
+        left.setdefault(entry["path"], entry["error"] or "no answer")
+    for path, error in list(left.items())[:50]:
+        click.echo(f"cpodfs: not uploaded: {path}: {error}", err=True)
     if report["left"]:
         click.echo("cpodfs: kept in the cache; the next mount uploads it", err=True)
     return 1 if report["left"] else 0

@@ -7,6 +7,8 @@ are bound to 127.0.0.1 and nothing else can be asked for. ``ledger`` only reads 
 
 from __future__ import annotations
 
+import functools
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,8 @@ def devnet(
     Prints one JSON line with the addresses when both answer. State survives restarts; the faults
     can be changed while it runs through POST /devnet/faults at the store, and POST
     /devnet/misbehave at the market; POST /devnet/vanish there makes a provider disappear.
+
+    To use it: cpodfs mount --devnet, with this --state as --devnet-state when that is given.
     """
     if context.invoked_subcommand is not None:
         return
@@ -119,9 +123,19 @@ def devnet(
             token_lifetime_s=token_lifetime,
             **market,
         )
-        asyncio.run(serve(options, click.echo))
+        asyncio.run(serve(options, functools.partial(_announce, options.state, stdin_eof)))
     except (ValueError, ConfigError) as error:
         raise click.ClickException(str(error)) from error
+
+
+def _announce(state: Path, for_its_parent: bool, line: str) -> None:
+    click.echo(line)
+    if for_its_parent:
+        return
+    where = (
+        "" if state == default_state().absolute() else f"--devnet-state {shlex.quote(str(state))} "
+    )
+    click.echo(f"cpodfs: mount it with: cpodfs mount --devnet {where}DIR", err=True)
 
 
 _MISBEHAVIOUR = (

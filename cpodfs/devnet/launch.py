@@ -23,11 +23,13 @@ from typing import IO, Any
 
 import trio
 
-from cpodfs.devnet.state import default_state
+from cpodfs.devnet.state import announcement, default_state, is_taken
 from cpodfs.errors import CpodfsError
 
 READY_DEADLINE_S = 10.0
 STOP_DEADLINE_S = 5.0
+_PREDECESSOR_DEADLINE_S = 10.0
+_PREDECESSOR_POLL_S = 0.05
 _LOG_NAME = "devnet.log"
 _LOG_TAIL = 2000
 
@@ -38,7 +40,8 @@ class DevnetFailed(CpodfsError):
 
 @dataclass(frozen=True)
 class Devnet:
-    """The ready line. The market's fields are None without a market."""
+    """The ready line. The market's fields are None without a market. ``stays``: it does not end with
+    whoever started it."""
 
     dfs_url: str
     user: str
@@ -49,6 +52,7 @@ class Devnet:
     run_path_dir: Path | None
     pid: int
     state: Path
+    stays: bool
 
     def password(self) -> str:
         """The default user's password, read from its file."""
@@ -64,12 +68,32 @@ class Devnet:
         return cls(**known)
 
 
+def found(state: Path) -> Devnet | None:
+    """The devnet that has this folder; None when none does, or does not answer yet."""
+    line = announcement(state)
+    return None if line is None else Devnet.parse(line)
+
+
+def _to_join(state: Path) -> Devnet | None:
+    other = found(state)
+    return other if other is not None and other.stays else None
+
+
 @asynccontextmanager
 async def running(
     state: Path | None = None, extra_args: Sequence[str] = ()
 ) -> AsyncIterator[Devnet]:
-    """A devnet for the time of the block. Raises DevnetFailed when it is not ready in 10 s."""
-    folder = state or default_state()
+    """A devnet for the time of the block: one that runs by itself with this folder, else our own.
+
+    Raises DevnetFailed when that is not ready in 10 s, after 10 s at most in which another one may
+    end.
+    """
+    folder = (state or default_state()).absolute()
+    for pause_s in _while_taken(folder):
+        await trio.sleep(pause_s)
+    if (other := _to_join(folder)) is not None:
+        yield other
+        return
     with _log(folder) as log:
         process = await trio.lowlevel.open_process(
             _command(folder, extra_args),
@@ -142,8 +166,10 @@ class Running:
 
 
 def start(state: Path | None = None, extra_args: Sequence[str] = ()) -> Running:
-    """Start a devnet and wait until it answers. Raises DevnetFailed."""
+    """Start a devnet and wait until it answers, as ``running`` does. Raises DevnetFailed."""
     folder = state or default_state()
+    for pause_s in _while_taken(folder):
+        time.sleep(pause_s)
     with _log(folder) as log:
         process = subprocess.Popen(
             _command(folder, extra_args),
@@ -159,6 +185,17 @@ def start(state: Path | None = None, extra_args: Sequence[str] = ()) -> Running:
             process.kill()
             _close(process)
             raise
+
+
+def _while_taken(state: Path) -> Iterator[float]:
+    """Pauses (s) to make while another devnet has the folder, up to a limit.
+
+    The one whose parent was killed is still ending when the parent's successor comes. One that goes
+    on is for the new devnet to find and to name.
+    """
+    deadline = time.monotonic() + _PREDECESSOR_DEADLINE_S
+    while is_taken(state) and _to_join(state) is None and time.monotonic() < deadline:
+        yield _PREDECESSOR_POLL_S
 
 
 def _read_line(process: subprocess.Popen[bytes]) -> tuple[bytes, bool]:
@@ -203,7 +240,7 @@ class _Log:
 
     def tail(self) -> str:
         text = Path(self.file.name).read_bytes()[self.start :]
-        return text[-_LOG_TAIL:].decode("utf-8", "replace").strip()
+        return text[-_LOG_TAIL:].decode("utf-8", "replace").strip().removeprefix("Error: ")
 
 
 @contextlib.contextmanager

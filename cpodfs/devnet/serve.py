@@ -27,7 +27,7 @@ from cpodfs.devnet.dfs_server import TOKEN_LIFETIME_S, create_app
 from cpodfs.devnet.faults import Faults
 from cpodfs.devnet.misbehave import Misbehaviour
 from cpodfs.devnet.provider import DEFAULT_PROVIDERS, ProviderSpec
-from cpodfs.devnet.state import bound_socket, locked, secret_file
+from cpodfs.devnet.state import announced, bound_socket, locked, secret_file
 
 USER = "dev"
 _GRACE_S = 1.0
@@ -66,8 +66,11 @@ async def serve(options: Options, announce: Callable[[str], None]) -> None:
         stack.enter_context(locked(options.state))
         ready = await stack.enter_async_context(_dfs(options))
         ready |= await stack.enter_async_context(_market(options))
-        announce(json.dumps(ready | {"pid": os.getpid(), "state": str(options.state)}))
-        await stop.wait()
+        ready |= {"pid": os.getpid(), "state": str(options.state), "stays": not options.stdin_eof}
+        line = json.dumps(ready)
+        with announced(options.state, line):
+            announce(line)
+            await stop.wait()
 
 
 @asynccontextmanager

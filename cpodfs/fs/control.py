@@ -121,7 +121,7 @@ class RunFiles:
             self._refused(pod, str(error))
             raise
         except OSError as error:
-            self._refused(pod, f"{self._pod_name(pod)}: {error.strerror}{_advice(error)}")
+            self._refused(pod, f"{self._pod_name(pod)}: {error.strerror}{advice(error)}")
             raise
         finally:
             self._starting.discard(pod)
@@ -150,7 +150,7 @@ class RunFiles:
         self._note(lambda: self._guard.book.rename(old, new))
 
     def not_ours(self, pods: Iterable[str]) -> None:
-        """Under these names pods were deleted, or have come and gone elsewhere."""
+        """Under these names pods were deleted, or made elsewhere."""
         for pod in pods:
             self._note(partial(self._guard.book.forget, pod))
 
@@ -219,7 +219,8 @@ class RunFiles:
         return inode_of(self._tree.store, pod).name or ""
 
 
-def _advice(error: OSError) -> str:
+def advice(error: OSError) -> str:
+    """What to do about a refusal, to be added to what is said of it."""
     if error.errno == errno.EROFS:
         return "; it was received: make a pod of your own of it with cpodfs fork"
     return ""

@@ -7,6 +7,7 @@ reads through the tree. What it reads was written by strangers, so all of it is 
 from __future__ import annotations
 
 import logging
+import posixpath
 import re
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import trio
 
 from cpodfs.cache.schema import LINK
 from cpodfs.cache.store import Inode
-from cpodfs.errors import NotTrusted
+from cpodfs.errors import NotNow, NotTrusted, RunError
 from cpodfs.fs.tree import Tree
 from cpodfs.recipe import Recipe
 from cpodfs.runs import sandbox
@@ -26,6 +27,9 @@ CODE_LIMIT_BYTES = 64 << 20
 CODE_LIMIT_FILES = 5000
 DEPTH_LIMIT = 64
 _IN_A_THREAD_BYTES = 1 << 20
+_SHELL = re.compile(r"(ba|da|a|z|k|mk|c|tc|fi)?sh|busybox")
+_PROGRAM_TEXT = re.compile(r"CPODFS_|[$`*?()\[\];&|<>\\'\"\n]")
+"""What makes of a word something that can find a folder without naming it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,18 @@ class PodRecipe:
         return self.pod.name or ""
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """How a pod would be run now, and why so. ``kind``: "provider" (there), "sandbox", "bare" (here,
+    without one), "refused". ``bwrap``: its path, for a sandbox; ``error``: what a refusal raises."""
+
+    kind: str
+    why: str = ""
+    bwrap: str | None = None
+    error: type[RunError] = NotTrusted
+    by_choice: bool = True
+
+
 class Guard:
     """``mode``: one of ``sandbox.MODES``."""
 
@@ -48,7 +64,7 @@ class Guard:
         self.book = book
         self._tree = tree
         self._mode = mode
-        self._probed: tuple[str | None, str | None] | None = None
+        self._works: str | None = None
         self._probing = trio.Lock()
 
     async def admit(self, what: PodRecipe) -> str | None:
@@ -66,45 +82,91 @@ class Guard:
                     f"{what.name}: its code has changed since it was trusted; look "
                     f"again: cpodfs trust {what.name}"
                 )
-        return await self._sandbox(what, own=own)
+        how = await self.outlook(what, own=own)
+        if how.kind == "refused":
+            raise how.error(f"{what.name}: {how.why}")
+        if how.kind == "bare" and not how.by_choice:
+            if not own and self.book.is_boxed(what.name):
+                raise NotTrusted(
+                    f"{what.name}: was trusted to run in a sandbox, and there is none: {how.why}; "
+                    f"look again: cpodfs trust {what.name}"
+                )
+            log.warning("no sandbox pod=%r: %s", what.name, how.why)
+        return how.bwrap
 
-    async def _sandbox(self, what: PodRecipe, *, own: bool) -> str | None:
-        # With a runtime the pod's code runs at providers; what runs here is ours.
-        if self._mode == "off" or (self._mode == "auto" and own) or what.recipe.runtime is not None:
-            return None
-        async with self._probing:
-            if self._probed is None:
-                program = sandbox.program()
-                self._probed = program, await trio.to_thread.run_sync(sandbox.broken, program)
-        program, reason = self._probed
+    async def outlook(self, what: PodRecipe, *, own: bool) -> Outlook:
+        """How it would be run, were it trusted."""
+        if what.recipe.runtime is not None:  # what runs here is ours
+            return Outlook("provider")
+        if self._mode == "off":
+            return Outlook("bare", "--sandbox off")
+        if self._mode == "auto" and own:
+            return Outlook("bare", "it is your own")
+        try:
+            reason = await self._probe()
+        except NotNow as error:
+            # To run it bare for that would be to let it choose: it can keep the machine busy.
+            return Outlook("refused", str(error), error=NotNow)
         if reason is None:
-            return program
+            return Outlook("sandbox", bwrap=self._works)
         if self._mode == "on":
-            raise NotTrusted(f"{what.name}: --sandbox on: {reason}")
-        log.warning("no sandbox pod=%r: %s", what.name, reason)
+            return Outlook("refused", f"--sandbox on: {reason}")
+        return Outlook("bare", reason, by_choice=False)
+
+    async def _probe(self) -> str | None:
+        """Why bwrap does not work here. What works is not asked again, what fails is."""
+        async with self._probing:
+            if self._works is None:
+                program = sandbox.program()
+                reason = await trio.to_thread.run_sync(sandbox.never_works, program)
+                if reason is not None:
+                    return reason
+                self._works = program
         return None
 
     async def fingerprint(self, what: PodRecipe) -> Fingerprint:
         """What trust in a pod is bound to: all that is in it but the folders for payload, output
         and logs, and those too that ``exec`` speaks of. Raises NotTrusted if it is too much, or
         has a link, behind which there can be another thing at any time."""
-        sheet = _Sheet(self._tree, what.name, _not_code(what.recipe))
-        await sheet.add("recipe", what.recipe.file, what.raw)
+        recipe = what.recipe
+        left_out = not_code(recipe)
+        sheet = _Sheet(self._tree, what.name, frozenset(left_out))
+        await sheet.add("recipe", recipe.file, what.raw)
         await sheet.folder(what.pod, "", 0)
-        # It counts even inside a folder that does not.
-        await sheet.script(what.pod, what.recipe.script)
+        # They count even inside a folder that does not.
+        for folder in dict.fromkeys((recipe.script, recipe.payload)):
+            if folder not in left_out:
+                await sheet.inside(what.pod, folder)
         return sheet.print
 
 
-def _not_code(recipe: Recipe) -> frozenset[str]:
-    """The folders on which trust does not depend. A word of exec may name one as a path, a module
-    (``payload.main``) or in a line for a shell: whatever speaks of it makes it code."""
-    folders = {recipe.payload, recipe.output, recipe.log} - {recipe.script}
-    return frozenset(
+def not_code(recipe: Recipe) -> tuple[str, ...]:
+    """The folders on which trust does not depend: of those for payload, output and logs the ones
+    that are not inside the script folder, and of which ``exec`` does not speak. A word may name a
+    folder as a path, a module (``payload.main``) or in a line for a shell. A command that can find
+    the payload without its name speaks of it, too; that the other two are filled by runs, whose
+    results would end the trust in the next one.
+    """
+    left_out = [recipe.output, recipe.log]
+    if not _can_lead_anywhere(recipe.exec_argv):
+        left_out.insert(0, recipe.payload)
+    return tuple(
         folder
-        for folder in folders
-        if not any(_speaks_of(word, folder) for word in recipe.exec_argv)
+        for folder in dict.fromkeys(left_out)
+        if not f"{folder}/".startswith(f"{recipe.script}/")
+        and not any(_speaks_of(word, folder) for word in recipe.exec_argv)
     )
+
+
+def _can_lead_anywhere(argv: tuple[str, ...]) -> bool:
+    if any(_PROGRAM_TEXT.search(word) for word in argv):
+        return True
+    if any(w[:1] == "/" or posixpath.normpath(w).split("/")[0] in (".", "..") for w in argv[1:]):
+        return True  # the pod as a whole, or what is above it
+    shell = any(
+        _SHELL.fullmatch(posixpath.basename(word)) for part in argv for word in part.split()
+    )
+    return shell and any(re.search(r"(^|\s)-\w*c", word) for word in argv)
 
 
 def _speaks_of(word: str, folder: str) -> bool:
@@ -132,8 +194,8 @@ class _Sheet:
             if not (child.is_dir and below in self._not_code):
                 await self.walk(child, below, depth + 1)
 
-    async def script(self, pod: Inode, path: str) -> None:
-        """The script folder, if `folder` passed it over."""
+    async def inside(self, pod: Inode, path: str) -> None:
+        """A folder that counts, if `folder` passed it over."""
         inode = pod
         for part in path.split("/"):
             found = await self._tree.lookup(inode.ino, part)

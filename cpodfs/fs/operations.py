@@ -23,6 +23,7 @@ from cpodfs.cache.content import RESERVE
 from cpodfs.cache.schema import LINK, ROOT
 from cpodfs.cache.store import Inode
 from cpodfs.errors import CpodfsError
+from cpodfs.fs.absences import ABSENT_TIMEOUT_S, Absences
 from cpodfs.fs.control import (
     CONTROL_HANDLE_BIT,
     RUN_INO_BIT,
@@ -40,8 +41,6 @@ log = logging.getLogger(__name__)
 KINDS = {"f": stat.S_IFREG, "d": stat.S_IFDIR, "l": stat.S_IFLNK}
 BLOCK = 4096
 READDIR_BATCH = 64
-ABSENT_TIMEOUT_S = 1.0
-"""How long the kernel may remember that there is no such name."""
 _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
 
 
@@ -89,6 +88,7 @@ class Operations(pyfuse3.Operations):
         self._attributes = attributes
         self._timeout_s = timeout_s
         self._fsync_remote = fsync_remote
+        self.absences = Absences()
         self._uid, self._gid = os.getuid(), os.getgid()
 
     # -- entries ----------------------------------------------------------------------------------
@@ -146,8 +146,12 @@ class Operations(pyfuse3.Operations):
             if self._runs.exists(parent_inode):
                 return self._run_entry(parent_inode)
             return self._absent(0)
+        self.absences.asked(parent_inode, text)
         inode = await self._tree.lookup(parent_inode, text)
-        return self._absent(ABSENT_TIMEOUT_S) if inode is None else self._given(inode)
+        if inode is not None:
+            return self._given(inode)
+        self.absences.told(parent_inode, text)
+        return self._absent(ABSENT_TIMEOUT_S)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         """There is no way to answer with an error, so none may leave here."""

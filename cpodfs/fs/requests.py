@@ -10,18 +10,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Awaitable, Callable
+import posixpath
+import re
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from cpodfs import paths
 from cpodfs.cache.schema import ROOT
 from cpodfs.cache.store import Inode
 from cpodfs.dfs import Client
-from cpodfs.errors import AlreadyExists, ConfigError, CpodfsError, NotFound, NotTrusted
-from cpodfs.fs.control import RunFiles
-from cpodfs.fs.guard import Guard
+from cpodfs.errors import AlreadyExists, ConfigError, CpodfsError, NotFound, NotTrusted, Refused
+from cpodfs.fs.control import RunFiles, advice
+from cpodfs.fs.guard import Guard, not_code
 from cpodfs.fs.pods import check_writable
 from cpodfs.fs.tree import Tree
+from cpodfs.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +32,9 @@ ANSWERS_KEPT = 64
 ANSWER_LIMIT_BYTES = 60_000
 """An attribute's value has 64 KiB at most."""
 FILES_SHOWN = 100
-RECORD_KEYS = ("state", "exit_code", "signal", "error", "started", "ended", "log")
+FILES_SHOWN_BYTES = 40_000
+_REFERENCE = re.compile("([0-9a-fA-F]{2})+")
+RECORD_KEYS = ("state", "exit_code", "signal", "error", "started", "ended", "log", "warnings")
 
 Answer = dict[str, Any]
 
@@ -68,6 +73,7 @@ class Requests:
             "fork": self._fork,
             "share": self._share,
             "receive": self._receive,
+            "forget": self._forget,
         }
 
     async def ask(self, key: bytes, value: bytes) -> None:
@@ -85,7 +91,7 @@ class Requests:
         except CpodfsError as error:
             answer = {"error": str(error)}
         except OSError as error:
-            answer = {"error": f"{error.filename or 'failed'}: {error.strerror}"}
+            answer = {"error": f"{error.filename or 'failed'}: {error.strerror}{advice(error)}"}
         except (ValueError, KeyError, TypeError, AttributeError):
             log.info("request not understood", exc_info=True)
             answer = {"error": "not understood; is the mount's driver of another version?"}
@@ -107,24 +113,32 @@ class Requests:
         record = self._runs.record(pod, run) or {}
         return {"record": {key: record.get(key) for key in RECORD_KEYS}}
 
-    async def _trust(self, pod: str) -> Answer:
+    async def _trust(self, pod: str, own: bool = False) -> Answer:
         what = await self._runs.recipe((await self._pod(pod)).ino)
         sheet = await self._guard.fingerprint(what)
+        book = self._guard.book
+        how = await self._guard.outlook(what, own=own or book.is_own(pod))
+        # What was trusted to run in a sandbox is not trusted to run without.
+        lapsed = book.is_boxed(pod) and how.kind == "bare" and not how.by_choice
         return {
-            "own": self._guard.book.is_own(pod),
-            "trusted": self._guard.book.trusted(pod),
+            "own": book.is_own(pod),
+            "trusted": None if lapsed else book.trusted(pod),
+            "how": how.kind,
+            "why": how.why,
             "hash": sheet.hexdigest(),
             "recipe": what.recipe.file,
             "recipe_sha256": hashlib.sha256(what.raw).hexdigest(),
-            "files": [(path[:500], size, x) for path, size, x in sheet.files[1:][:FILES_SHOWN]],
+            "files": _shown(what.recipe, sheet.files[1:]),
             "count": len(sheet.files) - 1,
+            "left_out": not_code(what.recipe),
         }
 
     async def _confirm(self, pod: str, digest: str) -> Answer:
         what = await self._runs.recipe((await self._pod(pod)).ino)
         if (await self._guard.fingerprint(what)).hexdigest() != digest:
             raise NotTrusted(f"{pod}: changed while you looked; look again")
-        self._guard.book.trust(pod, digest)
+        how = await self._guard.outlook(what, own=False)
+        self._guard.book.trust(pod, digest, boxed=how.kind in ("sandbox", "refused"))
         log.info("pod trusted pod=%r hash=%s", pod, digest)
         return {}
 
@@ -142,10 +156,11 @@ class Requests:
     async def _fork(self, pod: str, new: str) -> Answer:
         await self._pod(pod)
         await self._check_free(new)
-        own = self._guard.book.is_own(pod)
         await self._dfs.fork_pod(pod, new)
         await self._refresh()
         await self._pod(new)
+        # Only now: the server's pod of this name, which was copied, may be none of ours.
+        own = self._guard.book.is_own(pod)
         if own:
             self._guard.book.own(new)
         return {"pod": new, "own": own}
@@ -157,15 +172,36 @@ class Requests:
     async def _receive(self, reference: str, new: str | None) -> Answer:
         if new is not None:
             await self._check_free(new)
+        if not _REFERENCE.fullmatch(reference):
+            raise ConfigError("not a reference to a pod; it is what `cpodfs share` prints")
         # First of all, because a fork of nothing is no error to the server.
-        name = (await self._dfs.receive_info(reference)).pod
+        try:
+            name = (await self._dfs.receive_info(reference)).pod
+        except (NotFound, Refused) as error:
+            raise NotFound("the server finds no pod at this reference") from error
         if new is None:
+            if await self._dfs.pod_present(name):
+                raise AlreadyExists(
+                    f"{name}: you have a pod of that name, your own or received; for a copy under "
+                    "another name: cpodfs receive --fork NEW"
+                )
             await self._dfs.receive_pod(reference)
         else:
             await self._dfs.fork_from_reference(new, reference)
         await self._refresh()
         await self._pod(new or name)
         return {"pod": new or name}
+
+    async def _forget(self, pod: str) -> Answer:
+        """Take a pod out of those received; its owner's is not touched."""
+        found = await self._dfs.pods()
+        if pod in found.own or pod not in found.shared:
+            raise NotFound(
+                f"{pod}: was not received, so it cannot be forgotten; for your own: rmdir"
+            )
+        await self._dfs.delete_pod(pod)
+        await self._refresh()
+        return {}
 
     async def _pod(self, pod: str) -> Inode:
         inode = await self._tree.lookup(ROOT, pod)
@@ -179,3 +215,39 @@ class Requests:
         paths.check_pod_name(new)
         if await self._tree.lookup(ROOT, new) is not None:
             raise AlreadyExists(f"{new}: there is a pod of that name")
+
+
+_File = tuple[str, int, bool]
+
+
+def _shown(recipe: Recipe, files: list[_File]) -> list[_File]:
+    """As many as an answer can hold, what is executed first: padding must not hide it."""
+    named = {path: at for at, path in reversed(list(enumerate(_named(recipe.exec_argv))))}
+
+    def rank(file: _File) -> tuple[int, int]:
+        path = file[0]
+        if path == recipe.file:
+            return 0, 0
+        if path in named:
+            return 1, named[path]
+        return (2 if f"{path}/".startswith(f"{recipe.script}/") else 3), 0
+
+    shown: list[_File] = []
+    left = FILES_SHOWN_BYTES
+    for path, size, executable in sorted(files, key=rank)[:FILES_SHOWN]:
+        left -= len(json.dumps(path[:500]))
+        if left < 0:
+            break
+        shown.append((path[:500], size, executable))
+    return shown
+
+
+def _named(argv: Iterable[str]) -> list[str]:
+    """The paths that a command may name: as they are, in a line for a shell, or as modules."""
+    found = []
+    for word in argv:
+        for name in (word, *re.findall(r"[\w./+-]+", word)):
+            path = posixpath.normpath(name)
+            module = name.replace(".", "/")
+            found += [path, f"{path}/__main__.py", f"{module}.py", f"{module}/__main__.py"]
+    return found

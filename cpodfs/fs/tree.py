@@ -50,6 +50,10 @@ class Tree:
         self.engine = engine
         self.files = files
         self._lister = lister
+        root = store.get(ROOT)
+        if root is not None and not root.mtime_ns:  # a new cache; the server has no date for it
+            now = time.time_ns()
+            store.set(ROOT, atime_ns=now, mtime_ns=now, ctime_ns=now)
         for ino in store.unlinked():  # the last driver died while these were open
             handles.purge(ino)
 
@@ -66,9 +70,17 @@ class Tree:
         await self._lister.opened(self._directory(ino))
 
     async def lookup(self, parent: int, name: str) -> Inode | None:
-        """The child of that name, or None. Costs no call when the listing is known."""
-        await self.directory(parent)
-        return self.store.child(parent, name)
+        """The child of that name, or None. Costs no call when the listing is known and current.
+
+        What is known is answered at once, however old the listing. What is not may have been made
+        elsewhere since, so an outdated listing is renewed first.
+        """
+        directory = await self.directory(parent)
+        found = self.store.child(parent, name)
+        if found is None and not self.engine.offline:
+            await self._lister.renewed(directory)
+            found = self.store.child(parent, name)
+        return found
 
     # -- names ------------------------------------------------------------------------------------
 

@@ -182,6 +182,10 @@ class Engine:
         """Somebody else found that the server does not answer."""
         self._retry.went_offline()
 
+    def answered(self) -> None:
+        """Somebody else got an answer of the server."""
+        self._retry.answered()
+
     def hurry(self) -> None:
         """From now on nothing waits for its delay, and what has failed is tried at once."""
         self._draining = True

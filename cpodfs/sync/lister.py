@@ -17,7 +17,7 @@ import trio
 from cpodfs.cache.schema import ROOT
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import Client, Entry
-from cpodfs.errors import BadReply, CpodfsError, NotFound, TimedOut
+from cpodfs.errors import BadReply, CpodfsError, NotFound, TimedOut, Unreachable
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.lookahead import Lookahead
 from cpodfs.sync.merge import Merger, Outcome
@@ -25,11 +25,13 @@ from cpodfs.sync.ops import child_path, pod_of
 
 log = logging.getLogger(__name__)
 
-READ_ONLY_DIR_MODE = 0o500
+POD_MODE = 0o700
 ATTEMPTS = 3
 RESOLVE_S = 10.0
 QUIET_S = 60.0
 REOPEN_MIN_S = 2.0
+RELOOK_MIN_S = 1.0
+"""Nobody waits for a listing to be renewed that is younger than this, whatever the metadata TTL."""
 REOPEN_TTLS = 5
 """A pod that is looked at is opened anew after so many times the metadata TTL."""
 
@@ -64,6 +66,9 @@ class Lister:
         self._lookahead = Lookahead(store, self._begin)
         self._stopping = False
         self._opened: dict[int, float] = {}
+        self._asking: set[int] = set()
+        self._silent = False
+        self.on_answer: Callable[[], None] = lambda: None
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -96,6 +101,22 @@ class Lister:
             if now is None or now.listed_s or self._store.remote_of(now.ino) is None:
                 return
         raise BadReply(f"{self._store.path(directory.ino)}: kept moving while it was listed")
+
+    async def renewed(self, directory: Inode) -> None:
+        """For somebody who misses a name: return when a listing that was outdated at the last
+        ``ensure`` has been renewed, or at once where that would take longer than the server does.
+        """
+        ino = directory.ino
+        remote, age = self._store.remote_of(ino), time.time() - directory.listed_s
+        if ino not in self._running or remote is None or self._silent or 0 <= age < RELOOK_MIN_S:
+            return
+        if ino not in self._asking and self._locks.blocker((remote.rid,)) is not None:
+            return  # uploads of ours go first
+        try:
+            await self.refresh(ino, patience_s=self._patience_s)
+        except CpodfsError as error:
+            # One wait is enough: a shell or git looks for many names that are not there.
+            self._silent = self._silent or isinstance(error, Unreachable)
 
     async def refresh(self, ino: int, *, patience_s: float = math.inf) -> None:
         """List now, or join whoever does. Raises a DfsError.
@@ -209,6 +230,7 @@ class Lister:
             self._retry_at.pop(ino, None)
             self._listed_s = trio.current_time()
         except CpodfsError as error:
+            self._silent = self._silent or isinstance(error, Unreachable)
             log.info("listing failed ino=%d: %s", ino, error)
             self._failed[ino] = error
             self._retry_at[ino] = time.monotonic() + min(self._ttl_s, 10.0)
@@ -227,10 +249,14 @@ class Lister:
         await self._reopen_if_old(remote)
         await self._locks.wait_free((remote.rid,))
         self._locks.take((remote.rid,))
+        self._asking.add(ino)
         try:
             async with self._limit:
                 await self.list_locked(remote.rid)
+            self._silent = False
+            self.on_answer()
         finally:
+            self._asking.discard(ino)
             self._locks.free((remote.rid,))
 
     async def _until_known(self, rid: int) -> None:
@@ -245,9 +271,8 @@ class Lister:
     async def _fetch(self, parts: list[str]) -> tuple[tuple[Entry, ...], set[str]]:
         if not parts:
             pods = await self._dfs.pods()
-            own = [_pod_entry(name, 0o700) for name in pods.own]
-            shared = [_pod_entry(n, READ_ONLY_DIR_MODE) for n in pods.shared if n not in pods.own]
-            return (*own, *shared), set(pods.shared) - set(pods.own)
+            received = set(pods.shared) - set(pods.own)
+            return tuple(map(_pod_entry, [*pods.own, *sorted(received)])), received
         listing = await self._dfs.list_dir(parts[0], "/" + "/".join(parts[1:]))
         return listing.entries, set()
 
@@ -278,5 +303,7 @@ class Lister:
         return pods.own, pods.shared
 
 
-def _pod_entry(name: str, mode: int) -> Entry:
-    return Entry(name, True, 0, mode, 0, 0, 0)
+def _pod_entry(name: str) -> Entry:
+    # Received ones too: with a mode that forbids writing, the kernel would refuse (EACCES) what we
+    # refuse with a reason (EROFS).
+    return Entry(name, True, 0, POD_MODE, 0, 0, 0)

@@ -30,10 +30,14 @@ LATEST_S = 1 << 33
 
 @dataclass(frozen=True, slots=True)
 class NameChange:
-    """A name under which the kernel may remember something that is no longer so."""
+    """A name under which the kernel may remember something that is no longer so.
+
+    ``appeared``: there was nothing by that name, which is all that the kernel can remember of it.
+    """
 
     parent: int
     name: str
+    appeared: bool = False
 
 
 @dataclass(slots=True)
@@ -53,12 +57,15 @@ class Merger:
     """``discard(ino)`` is told of an inode that lost its name, and frees it once nobody has it open.
 
     ``replaced``: inodes that lost their name to a newer version, while somebody may have them open.
+    ``on_taken(pod)`` is told, before it is so, that a pod known here under this name turns out to be,
+    or to have been joined with, one that was made elsewhere.
     """
 
     def __init__(self, store: Store, discard: Callable[[int], None]) -> None:
         self._store = store
         self._discard = discard
         self.replaced: dict[int, tuple[tuple[int, ...], str]] = {}
+        self.on_taken: Callable[[str], None] = lambda _pod: None
 
     def revive(self, ino: int, outcome: Outcome) -> None:
         """Somebody writes to a version that another from the server has replaced under its name,
@@ -74,7 +81,7 @@ class Merger:
             name = self._free_name(parent, name)
             self._store.place(ino, parent, name)
             self._store.mark(ino, PLACE)
-        outcome.changes.append(NameChange(parent, name))
+        outcome.changes.append(NameChange(parent, name, appeared=True))
         outcome.work.append(("ino", ino))
 
     def listing(
@@ -99,10 +106,17 @@ class Merger:
                 elif remote is None:
                     self._new(directory, rid, entry, entry.name in readonly, outcome)
                 else:
+                    if directory.ino == ROOT and bool(remote.readonly) != (entry.name in readonly):
+                        self._taken(remote, readonly=not remote.readonly)
                     self._seen(directory, remote, entry, outcome)
             outcome.missing += [r for r in known.values() if r.to_parent is None]
             self._store.set(directory.ino, listed_s=time.time())
         return outcome
+
+    def _taken(self, remote: Remote, *, readonly: bool) -> None:
+        """A pod of one's own has become a received one, or the reverse: it is another pod."""
+        self.on_taken(remote.name)
+        self._store.set_remote(remote.rid, readonly=int(readonly))
 
     def _may_show(self, directory: Inode, name: str) -> bool:
         return is_safe_remote_name(name) and not (name == RUN_NAME and directory.parent == ROOT)
@@ -150,7 +164,7 @@ class Merger:
             inode = self._store.create(home.ino, name, DIR, remote.mode)
             self._store.set_remote(rid, ino=inode.ino)
             self._store.replace(inode.ino)
-            outcome.changes.append(NameChange(home.ino, name))
+            outcome.changes.append(NameChange(home.ino, name, appeared=True))
             outcome.work.append(("ino", inode.ino))
 
     # -- one entry --------------------------------------------------------------------------------
@@ -180,9 +194,7 @@ class Merger:
             if ours and (elsewhere is None or local.is_dir):
                 ino = local.ino
                 if local.is_dir:
-                    self._store.unmark(ino, SENT)
-                    if (local.mode ^ entry.mode) & 0o700:
-                        self._store.mark(ino, MODE)
+                    self._join(local, entry)
                 if elsewhere is not None:
                     # Its new home, made by us or not: the children will follow.
                     outcome.work += left_behind(self._store, elsewhere)
@@ -199,11 +211,9 @@ class Merger:
             else:
                 self._set_aside(local, outcome)
         if ino is None:
-            ino = self._create(directory.ino, entry, readonly).ino
-            if directory.listed_s:
-                # Only then may the kernel remember that there was no such name. Needless news would
-                # unhash a name just looked up, and with it somebody's working directory.
-                outcome.changes.append(NameChange(directory.ino, entry.name))
+            ino = self._create(directory.ino, entry).ino
+            if directory.listed_s:  # else nobody can have been told that there was no such name
+                outcome.changes.append(NameChange(directory.ino, entry.name, appeared=True))
         self._store.add_remote(
             *(rid, entry.name, DIR if entry.is_dir else FILE),
             size=entry.size,
@@ -213,6 +223,15 @@ class Merger:
             readonly=int(readonly),
         )
         self._store.replace(ino)
+
+    def _join(self, local: Inode, entry: Entry) -> None:
+        """A directory of ours and the server's of that name are one from now on."""
+        if local.parent == ROOT:
+            # Or ours after all, made by a call that got no answer: nothing tells.
+            self.on_taken(entry.name)
+        self._store.unmark(local.ino, SENT)
+        if (local.mode ^ entry.mode) & 0o700:
+            self._store.mark(local.ino, MODE)
 
     def _seen(self, directory: Inode, remote: Remote, entry: Entry, outcome: Outcome) -> None:
         """An object that we knew, here under the name that we knew."""
@@ -256,16 +275,16 @@ class Merger:
         occupant = self._store.child(parent, wanted)
         if occupant is not None:
             self._set_aside(occupant, outcome)
-        inode = self._create(parent, entry, readonly=False, name=wanted)
+        inode = self._create(parent, entry, wanted)
         self._store.set_remote(rid, ino=inode.ino)
         self._store.replace(inode.ino)
         outcome.changes.append(NameChange(parent, wanted))
         outcome.work.append(("ino", inode.ino))
 
-    def _create(self, parent: int, entry: Entry, readonly: bool, name: str | None = None) -> Inode:
+    def _create(self, parent: int, entry: Entry, name: str | None = None) -> Inode:
         return self._store.create(
             *(parent, name or entry.name, DIR if entry.is_dir else FILE),
-            entry.mode & ~0o222 if readonly else entry.mode,
+            entry.mode,
             size=entry.size,
             mtime_ns=min(entry.mtime_s, LATEST_S) * 1_000_000_000
             or None,  # the list of pods has no times
@@ -277,7 +296,10 @@ class Merger:
         assert local.name is not None
         name = self._free_name(local.parent, local.name)
         log.warning("conflict: %s changed here and at the server; ours is now %r", local.name, name)
-        outcome.changes += [NameChange(local.parent, local.name), NameChange(local.parent, name)]
+        outcome.changes += [
+            NameChange(local.parent, local.name),
+            NameChange(local.parent, name, appeared=True),
+        ]
         self._store.place(local.ino, local.parent, name)
         outcome.work.append(("ino", local.ino))
 

@@ -8,42 +8,30 @@ import os
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from cpodfs import mountpoint
+from cpodfs import fuse, mountpoint
 from cpodfs.cli import main
 from cpodfs.cli.mount import mount as mount_command
+from cpodfs.cli.umount import _verdict
 from tests.mount.harness import CPODFS, Mount, Server, mounted
-
-NOWHERE = "http://127.0.0.1:1"
+from tests.mount.refusals import NOWHERE, refused
 
 
 @pytest.fixture
 def ready(tmp_path: Path, server: Server) -> Mount:
     """An account and a folder, not yet mounted."""
     return Mount(tmp_path, server)
-
-
-def refused(mount: Mount, *options: str, point: Path | None = None) -> str:
-    """What ``cpodfs mount`` says when it refuses; it must leave nothing mounted."""
-    command = [*mount.command(), *options]
-    if point is not None:
-        command[command.index("mount") + 1] = str(point)
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=mount.env, timeout=60
-    )
-    assert done.returncode == 1, done.stderr
-    assert done.stdout == ""
-    assert "Traceback" not in done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("cpodfs: ")
-    return last
 
 
 # -- what keeps a mount from being made ----------------------------------------------------------
@@ -60,13 +48,44 @@ def test_server_that_is_not_there(ready: Mount, daemon: list[str]) -> None:
 def test_wrong_password(ready: Mount, daemon: list[str]) -> None:
     ready.password_file.write_text("not the password\n")
     said = refused(ready, *daemon)
-    assert f"{ready.user} at {ready.server.url}" in said
-    assert "not the password" not in said
+    assert said == (f"cpodfs: {ready.user} at {ready.server.url}: the server refuses this password")
     assert mountpoint.find(ready.point) is None
 
 
 def test_unknown_user(ready: Mount) -> None:
-    assert "nobody-here at" in refused(ready, "--user", "nobody-here")
+    said = refused(ready, "--user", "nobody-here")
+    assert said == f"cpodfs: nobody-here at {ready.server.url}: no such user"
+
+
+def test_what_failed_leaves_no_cache(ready: Mount) -> None:
+    refused(ready, "--user", "nobody-here")
+    refused(ready, "--server", NOWHERE)
+    assert list(ready.cache.iterdir()) == []
+
+
+class _NotFairOS(BaseHTTPRequestHandler):
+    """As yagna answers."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = b'{"message": "the app-key is missing or wrong"}'
+        self.send_response(401)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+def test_server_that_is_something_else(ready: Mount) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _NotFairOS) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{other.server_port}"
+        said = refused(ready, "--server", url)
+        other.shutdown()
+    assert said.startswith(f"cpodfs: {url} does not answer as FairOS-DFS does (401 for ")
+    assert said.endswith("is --server right?")
 
 
 @pytest.mark.parametrize(
@@ -75,10 +94,44 @@ def test_unknown_user(ready: Mount) -> None:
         (["--server", "gopher://x"], "http://"),
         (["--password-file", "/nonexistent"], "/nonexistent: cannot read the password"),
         (["--password-file", "/dev/null"], "/dev/null: "),
+        (["--log-file", "/proc/none/x"], "--log-file: /proc/none/x: cannot be written to: No such"),
     ],
 )
-def test_options_that_cannot_be(ready: Mount, options: list[str], reason: str) -> None:
-    assert reason in refused(ready, *options)
+@pytest.mark.parametrize("daemon", [[], ["--daemon"]])
+def test_options_that_cannot_be(
+    ready: Mount, options: list[str], reason: str, daemon: list[str]
+) -> None:
+    assert reason in refused(ready, *options, *daemon)
+
+
+def test_fuse_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a mount that failed says; the machine's own device is not to be touched."""
+    assert "what FUSE has printed above" in fuse.why_not(allow_other=False)
+    monkeypatch.setattr(fuse, "CONFIGURATION", tmp_path / "fuse.conf")
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert "fuse.conf: No such file" in fuse.why_not(allow_other=True)
+    (tmp_path / "fuse.conf").write_text("# user_allow_other\n")
+    said = fuse.why_not(allow_other=True)
+    assert said.startswith(
+        f"allow-other: user_allow_other is not in {tmp_path}/fuse.conf; as root: "
+    )
+    (tmp_path / "fuse.conf").write_text("user_allow_other\n")
+    assert "what FUSE has printed above" in fuse.why_not(allow_other=True)
+    monkeypatch.setattr(fuse, "DEVICE", tmp_path / "fuse")
+    said = fuse.why_not(allow_other=True)
+    assert said.startswith(f"{tmp_path}/fuse: is not there; as root: modprobe fuse")
+    (tmp_path / "fuse").touch(mode=0o600)
+    tmp_path.chmod(0o755)
+
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    said = fuse.why_not(allow_other=True)
+    assert said == (
+        f"{tmp_path}/fuse: may not be opened by this user (mode 0600); "
+        f"as root: chmod 0666 {tmp_path}/fuse"
+    )
 
 
 def test_password_file_that_others_may_read(ready: Mount) -> None:
@@ -114,6 +167,32 @@ def test_mount_points_that_cannot_be(ready: Mount, tmp_path: Path) -> None:
     assert list(full.iterdir()) == [full / "inside"]
 
 
+def test_mount_point_that_is_a_link(ready: Mount, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(ready.point.name)
+    command = ready.command()
+    command[command.index("mount") + 1] = str(link)
+    ready.command = lambda: command  # type: ignore[method-assign]
+    ready.start()
+    assert mountpoint.find(ready.point) is not None
+    ready.pod()
+    assert json.loads(ready.cli("status", "--json", str(link / "pod")).stdout)["pid"] == ready.pid
+    ready.cli("sync", str(link))
+    ready.cli("umount", str(link))
+    assert ready.wait() == 0
+
+
+def test_commands_without_a_current_folder(mount: Mount, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"cd {gone}; rmdir {gone}; exec {sys.executable} -P -m cpodfs runs relative"
+    env = mount.env | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 1
+    assert "cpodfs: relative: the current folder is gone; cd to " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_mounted_twice(mount: Mount, tmp_path: Path) -> None:
     assert f"already mounted; see: cpodfs status {mount.point}" in refused(mount)
     other = tmp_path / "other"
@@ -142,6 +221,11 @@ def test_left_over_from_a_crash(mount: Mount) -> None:
     with pytest.raises(OSError) as caught:
         os.listdir(mount.point)
     assert caught.value.errno == errno.ENOTCONN
+    for command in (("status",), ("runs",), ("sync",), ("run", "pod")):
+        place = mount.point / "pod" if command[1:] else mount.point
+        done = mount.cli(command[0], str(place), check=False)
+        assert done.returncode == 1
+        assert f"{mount.point}: its driver has died; mount again" in done.stderr
     mount.start()
     assert (mount.point / "pod/file").read_text() == "not yet uploaded"
     mount.remount(wipe=True)
@@ -219,6 +303,20 @@ def test_umount_names_what_could_not_be_uploaded(broken: Mount) -> None:
     assert broken.wait() == 1
 
 
+def test_what_could_not_be_uploaded_is_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = [("a", "refused"), ("b", None), ("a", "not yet deleted")]
+    report = {"pid": 1, "left": [{"path": path, "error": error} for path, error in left]}
+    (tmp_path / "last-unmount.json").write_text(json.dumps(report))
+    assert _verdict({"cache": str(tmp_path), "pid": 1}) == 1
+    first, second, _ = capsys.readouterr().err.splitlines()
+    assert (first, second) == (
+        "cpodfs: not uploaded: a: refused",
+        "cpodfs: not uploaded: b: no answer",
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_name_what_could_not_be_uploaded(broken: Mount, number: signal.Signals) -> None:
     assert broken.process is not None
@@ -282,6 +380,7 @@ def test_daemon_returns_when_the_mount_answers(ready: Mount) -> None:
         pid = ready.status()["pid"]
         assert {os.readlink(f"/proc/{pid}/fd/{fd}") for fd in (0, 1, 2)} == {"/dev/null"}
         assert os.getsid(pid) == pid
+        assert stat.S_IMODE(ready.log.stat().st_mode) == 0o600
     finally:
         assert ready.cli("umount", str(ready.point), check=False).returncode == 0
     assert mountpoint.find(ready.point) is None
@@ -314,76 +413,7 @@ def test_systemd_is_told(ready: Mount) -> None:
         assert "STOPPING=1" in systemd.recv(4096).decode().splitlines()
 
 
-# -- configuration -------------------------------------------------------------------------------
-
-
-def test_flags_before_environment_before_file(ready: Mount, tmp_path: Path) -> None:
-    config = tmp_path / "config" / "cpodfs" / "config.toml"
-    config.parent.mkdir(parents=True)
-    config.write_text(
-        f'server = "{NOWHERE}"\nuser = "of-the-file"\ncache_dir = "{tmp_path}/of-the-file"\n'
-        f'password-file = "{ready.password_file}"\nattr-ttl = 7\nlog-file = "{ready.log}"\n'
-    )
-    ready.env |= {"CPODFS_SERVER": "http://127.0.0.1:2", "CPODFS_USER": ready.user}
-    command = [*CPODFS, "mount", str(ready.point), "--server", ready.server.url]
-    ready.command = lambda: command  # type: ignore[method-assign]
-    ready.start()
-    try:
-        status = ready.status()
-        assert status["server"] == ready.server.url
-        assert status["user"] == ready.user
-        assert Path(status["cache"]).parent == tmp_path / "of-the-file"
-    finally:
-        assert ready.stop() == 0
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("usr = 'x'", "usr: no such option"),
-        ("user = ", "Invalid value"),
-        ("password = 'secret'", "password: not here"),
-    ],
-)
-def test_configuration_file_with_a_mistake(
-    ready: Mount, tmp_path: Path, text: str, reason: str
-) -> None:
-    config = tmp_path / "config" / "cpodfs" / "config.toml"
-    config.parent.mkdir(parents=True)
-    config.write_text(text)
-    said = refused(ready)
-    assert f"{config}: " in said
-    assert reason in said
-    assert "secret" not in said
-    assert " mount [OPTIONS] MOUNTPOINT" in ready.cli("mount", "--help").stdout
-
-
-@pytest.mark.parametrize("source", ["file", "command", "variable"])
-def test_password_is_seen_nowhere(ready: Mount, source: str) -> None:
-    password = ready.password_file.read_text()
-    command = ready.command()
-    at = command.index("--password-file")
-    if source == "command":
-        command[at : at + 2] = ["--password-command", f"cat '{ready.password_file}'"]
-    elif source == "variable":
-        del command[at : at + 2]
-        ready.env["CPODFS_PASSWORD"] = password
-    command.append("--verbose")
-    ready.command = lambda: command  # type: ignore[method-assign]
-    ready.start()
-    try:
-        (ready.pod() / "file").write_text("text")
-        ready.sync()
-        for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                assert password.encode() not in cmdline.read_bytes()
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    finally:
-        assert ready.stop() == 0
-    assert password not in ready.logged() + ready.said
-    for file in ready.cache.rglob("*"):
-        assert file.is_dir() or password.encode() not in file.read_bytes()
+# -- help ---------------------------------------------------------------------------------------
 
 
 def test_every_option_of_mount_has_its_variable() -> None:

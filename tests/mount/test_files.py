@@ -222,6 +222,15 @@ def test_statfs_and_owner(mount: Mount) -> None:
     assert stat.S_IMODE(mount.point.stat().st_mode) == 0o700
 
 
+def test_the_top_and_a_pod_have_sensible_dates(mount: Mount) -> None:
+    for wipe in (False, True):
+        for folder in (mount.point, mount.pod()):
+            found = folder.stat()
+            for date in (found.st_mtime, found.st_ctime, found.st_atime):
+                assert abs(time.time() - date) < 100
+        mount.remount(wipe=wipe)
+
+
 def test_mtime_moves_with_writes_only(pod: Path) -> None:
     path = pod / "file"
     path.write_text("x")

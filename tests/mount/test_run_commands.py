@@ -65,7 +65,10 @@ def test_run_does_what_touch_does(mount: Mount, gated: Path, gate: Gate) -> None
     assert done.stdout == f"{folder.name}\n"
     busy = mount.cli("run", str(gated), check=False)
     assert busy.returncode == 1
-    assert "busy" in busy.stderr
+    assert busy.stderr == (
+        f"cpodfs: {gated.name}: run {folder.name} is in progress; see it: cpodfs logs -f "
+        f"{gated.name}; end it: cpodfs cancel {gated.name}\n"
+    )
     gate.open()
     wait_gone(gated)
     assert gate.starts == 1
@@ -77,7 +80,7 @@ def test_run_does_what_touch_does(mount: Mount, gated: Path, gate: Gate) -> None
         ("sh -c 'echo out; echo err >&2; exit 0'", 0, ""),
         ("sh -c 'echo out; echo err >&2; exit 42'", 42, "failed"),
         ("sh -c 'echo out; echo err >&2; kill -SEGV $$'", 139, "failed"),
-        ("no-such-program", 1, "failed: golem.exec: 'no-such-program': no such program"),
+        ("no-such-program", 1, "golem.exec: 'no-such-program': no such program"),
     ],
 )
 def test_wait_prints_the_output_and_exits_as_the_run_did(
@@ -90,6 +93,20 @@ def test_wait_prints_the_output_and_exits_as_the_run_did(
     assert ("err\n" in done.stderr) == ("echo" in command)
     assert said in done.stderr
     assert (done.stderr == "err\n") == (code == 0)
+    assert done.stderr.count(said) == 1 or not said
+
+
+def test_warnings_are_shown_to_who_runs(mount: Mount) -> None:
+    pod = mount.pod("warned")
+    golem = {"exec": "echo a && echo b", "ouput": "out"}
+    (pod / "a.recipe").write_text(json.dumps({"golem": golem}))
+    done = mount.cli("run", "--wait", str(pod))
+    assert done.stdout == "a && echo b\n"
+    shell, unknown = done.stderr.splitlines()
+    assert shell.startswith("cpodfs: warning: a.recipe: golem.exec: no shell runs it, so && is but")
+    assert unknown == "cpodfs: warning: a.recipe: golem.ouput: unknown key, kept"
+    assert mount.cli("run", str(pod)).stderr == done.stderr
+    wait_gone(pod)
 
 
 def test_what_cannot_be_run_says_why(mount: Mount, tmp_path: Path) -> None:
@@ -227,6 +244,35 @@ def test_following_may_begin_before_the_first_word(mount: Mount, gated: Path, ga
     assert (following.returncode, out, err) == (0, "one\ntwo\n", "")
 
 
+@pytest.mark.parametrize("place", ["file", "run", "logs"])
+def test_logs_do_not_lead_out_of_the_pod(mount: Mount, tmp_path: Path, place: str) -> None:
+    """What a program has put there, sandboxed or not."""
+    pod = compute_pod(mount, f"linked {place}", "echo said")
+    name = "20991124T000000.000Z-abcd"
+    secret = tmp_path / "logs" / name / "stdout.log"
+    secret.parent.mkdir(parents=True)
+    secret.write_text("secret")
+    link = {"file": f"logs/{name}/stdout.log", "run": f"logs/{name}", "logs": "logs"}[place]
+    (pod / link).parent.mkdir(parents=True, exist_ok=True)
+    (pod / link).symlink_to(tmp_path / link)
+    for option in ((), ("-f",)):
+        done = mount.cli("logs", *option, str(pod), check=False)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("cpodfs: ")
+        assert "link" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_run_that_turns_its_own_log_into_a_link(mount: Mount, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    command = f'ln -sf {secret} "$CPODFS_RUN_LOG/stdout.log"; exit 3'
+    pod = compute_pod(mount, "turns", ["sh", "-c", command])
+    done = mount.cli("run", "--wait", str(pod), check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "stdout.log: is a link, which is not followed\n" in done.stderr
+
+
 # -- runs -----------------------------------------------------------------------------------------
 
 
@@ -247,6 +293,19 @@ def test_runs_are_listed_the_newest_first(mount: Mount) -> None:
     assert len(json.loads(mount.cli("runs", "--json", "--last", "1", str(one)).stdout)) == 1
 
 
+def test_runs_of_the_pod_that_a_fork_was_made_from_are_not_its_own(mount: Mount) -> None:
+    pod = compute_pod(mount, "origin", "true")
+    first = run_to_end(pod).name
+    mount.cli("fork", str(pod), "forked")
+    fork = mount.point / "forked"
+    assert [folder.name for folder in run_folders(fork)] == [first]
+    assert mount.cli("runs", "--json", str(fork)).stdout == "[]\n"
+    mount.cli("run", "--wait", str(fork))
+    second = run_folders(fork)[-1].name
+    shown = json.loads(mount.cli("runs", "--json", str(fork)).stdout)
+    assert [(each["id"], each["pod"]) for each in shown] == [(second, "forked")]
+
+
 def test_a_run_in_progress_is_listed(mount: Mount, gated: Path, gate: Gate) -> None:
     mount.cli("run", str(gated))
     gate.wait()
@@ -264,6 +323,83 @@ def test_broken_records_do_no_harm(mount: Mount) -> None:
         (folder / "run.json").write_text(text)
     shown = mount.cli("runs", str(pod)).stdout
     assert good in shown
+
+
+RECORD = {
+    "id": "x",
+    "state": "finished",
+    "created": "2026-01-01T00:00:00Z",
+    "started": "2026-01-01T00:00:00Z",
+    "ended": "2026-01-01T00:00:01Z",
+    "exit_code": 0,
+}
+
+
+def nested(levels: int) -> str:
+    return '{"created": "1", "x": ' + "[" * levels + "]" * levels + "}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(
+            json.dumps(RECORD | change)
+            for change in (
+                {"started": "2026-01-01T00:00:00"},
+                {"ended": "2026-01-01T00:00:01"},
+                {"started": "0001-01-01T00:00:00+14:00"},
+                {"started": "9999-12-31T23:59:59-12:00"},
+                {"ended": "9999-12-31T23:59:59Z"},
+                {"created": {"a": [1]}, "state": {"b": None}, "exit_code": {}, "signal": [1]},
+                {"exit_code": 10**4000},
+                {"exit_code": None, "error": "\x1b[31m\x9b2J\r\n\x7f\u202e\ud800 end\n" * 1000},
+                {"\x1b[2J\x7f": "\x7f"},
+            )
+        ),
+        json.dumps(RECORD).replace("0}", "NaN}"),
+        json.dumps(RECORD).replace("0}", "1e999}"),
+        json.dumps(RECORD).replace("0}", "1" * 5000 + "}"),
+        *map(nested, (100, 330, 900, 100_000)),
+    ],
+)
+def test_nothing_in_a_record_breaks_the_listing(mount: Mount, text: str) -> None:
+    pod = compute_pod(mount, "hostile", "true")
+    if not run_folders(pod):
+        run_to_end(pod)
+    good, hostile = run_folders(pod)[-1], pod / "logs/20200101T000000.000Z-0000"
+    hostile.mkdir(exist_ok=True)
+    (hostile / "run.json").write_text(text)
+    for option in ((), ("--json",)):
+        done = mount.cli("runs", *option, str(pod))
+        assert good.name in done.stdout
+        assert done.stderr == ""
+        assert all(c == "\n" or c.isprintable() for c in done.stdout)
+    # Two runs at most, whatever one of them says, and a heading.
+    assert len(mount.cli("runs", str(pod)).stdout.splitlines()) <= 3
+    json.loads(done.stdout, parse_constant=pytest.fail)
+
+
+def test_a_record_that_is_a_link_is_none(mount: Mount, tmp_path: Path) -> None:
+    pod = compute_pod(mount, "linked record", "true")
+    folder = pod / "logs/20200101T000000.000Z-0000"
+    folder.mkdir(parents=True)
+    (tmp_path / "run.json").write_text(json.dumps(RECORD))
+    (folder / "run.json").symlink_to(tmp_path / "run.json")
+    assert json.loads(mount.cli("runs", "--json", str(pod)).stdout) == []
+
+
+def test_the_run_that_has_just_ended_keeps_its_logs(tmp_path: Path, server: Server) -> None:
+    """Whatever dates others have: of a clock that was wrong, or of a program's invention."""
+    with mounted(tmp_path, server, None, "--keep-runs", "3") as mount:
+        pod = compute_pod(mount, "future", "echo said")
+        for number in range(3):
+            (pod / f"logs/2099010{number}T000000.000Z-abcd").mkdir(parents=True)
+        for number in range(4):
+            assert mount.cli("run", "--wait", str(pod)).stdout == "said\n"
+            wait_gone(pod)
+            dated = [folder.name[:4] for folder in run_folders(pod)]
+            assert len(dated) == 3
+            assert dated.count("2099") == max(0, 2 - number)
 
 
 def test_the_last_runs_are_kept(tmp_path: Path, server: Server) -> None:

@@ -40,8 +40,8 @@ def test_what_is_cached_pending_and_failed(slow: Mount, own_server: Server) -> N
     assert status["failed"][0]["path"] == "pod/dirty"
     assert status["recent_errors"]
     shown = slow.cli("status", str(pod)).stdout
-    assert "300 bytes dirty, in 1 files" in shown
-    assert "1.0 kB clean of at most 1.1 GB" in shown
+    assert "300 bytes dirty, in 1 file " in shown
+    assert "1000 bytes clean of at most 1.0 GiB" in shown
     assert "pod/dirty" in shown
 
 
@@ -55,7 +55,7 @@ def test_hit_rate(slow: Mount) -> None:
     for _ in range(3):
         (pod / "a").read_text()
     assert slow.status()["reads"] == {"hits": 3, "misses": 1, "hit_rate": 0.75}
-    assert "75% of 4 opens were cached" in slow.cli("status", str(pod)).stdout
+    assert "75% of 4 opens from the cache" in slow.cli("status", str(pod)).stdout
 
 
 def test_it_fits_into_one_attribute(slow: Mount, own_server: Server) -> None:

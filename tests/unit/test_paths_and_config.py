@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cpodfs import config, paths
-from cpodfs.errors import ConfigError, NameRefused, NameTooLong
+from cpodfs import config, mountpoint, paths
+from cpodfs.errors import ConfigError, MountError, NameRefused, NameTooLong
 
 
 @pytest.mark.parametrize("name", ["a", "ü" * 127, "with space", "-dash", "q\"uo'te", "a" * 255])
@@ -77,19 +77,56 @@ def test_password_command_shows_no_output() -> None:
     with pytest.raises(ConfigError) as caught:
         config.run_password_command("sh -c 'echo hidden; exit 1'")
     assert "hidden" not in str(caught.value).replace("'echo hidden; exit 1'", "")
-    for command in ("", "unbalanced '", "/nonexistent", "true"):
-        with pytest.raises(ConfigError):
-            config.run_password_command(command)
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("", "is empty"),
+        ("unbalanced '", "cannot be split into words: no closing quotation"),
+        ("/nonexistent x", "/nonexistent: No such file or directory"),
+        ("/etc/passwd", "/etc/passwd: Permission denied"),
+        ("true", "printed nothing"),
+        ("sh -c 'exit 42'", "ended with exit code 42"),
+        ("sh -c 'kill -9 $$'", "was ended by signal 9"),
+        (r"printf '\377'", "not UTF-8 text"),
+        ("nul\0", "cannot be"),
+    ],
+)
+def test_password_command_that_fails_says_how(command: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason) as caught:
+        config.run_password_command(command)
+    assert "Error" not in str(caught.value)
 
 
 def test_toml_layer(tmp_path: Path) -> None:
     path = tmp_path / "config.toml"
-    assert config.toml_defaults(path) == {}
+    assert config.toml_values(path) == {}
     path.write_text("writeback-delay = 2\nuser = 'me'\n")
-    assert config.toml_defaults(path) == {"writeback_delay": 2, "user": "me"}
-    path.write_text("password = 'x'\n")
-    with pytest.raises(ConfigError, match="password-file"):
-        config.toml_defaults(path)
-    path.write_text("broken =")
-    with pytest.raises(ConfigError, match=r"config\.toml"):
-        config.toml_defaults(path)
+    assert config.toml_values(path) == {"writeback-delay": 2, "user": "me"}
+    for text, reason in (
+        ("password = 'x'", "password-file"),
+        ("broken =", r"config\.toml"),
+        ("uploads = [1]", r"config\.toml: uploads: must be text, a number"),
+        ("[user]", "user: must be text"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=reason):
+            config.toml_values(path)
+    with pytest.raises(ConfigError, match="Is a directory"):
+        config.toml_values(tmp_path)
+
+
+def test_a_path_is_found_through_links_and_without_a_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert mountpoint.resolved(tmp_path / "link/x") == tmp_path / "real/x"
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert mountpoint.resolved(tmp_path) == tmp_path
+    with pytest.raises(MountError, match="the current folder is gone"):
+        mountpoint.resolved(Path("x"))

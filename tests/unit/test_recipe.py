@@ -283,9 +283,44 @@ def test_bom_is_accepted():
     assert parse_recipe(data, file="a.recipe").name == "blender"
 
 
-def test_several_problems_name_the_first_and_count_the_rest():
+def test_several_problems_are_all_named():
     text = refusal('{"name": 1, "author": 2, "golem": {"exec": "x"}}')
-    assert text == "a.recipe: name: must be text, not a number (and 1 more)"
+    assert text == (
+        "a.recipe: name: must be text, not a number; author: must be text, not a number"
+    )
+
+
+def test_very_many_problems_are_counted():
+    text = golem_refusal(runtime=dict.fromkeys(["poll", "workers", "retries", "timeout"], "?"))
+    assert "golem.runtime.image: is missing; golem.runtime.budget: is missing; " in text
+    assert text.endswith(" (and 1 more)")
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        ("make && ./run", "&&"),
+        ("a || b", "||"),
+        ("sort x | uniq", "|"),
+        ("echo 'a b' > out", ">"),
+        ("x 2>&1", "2>&1"),
+        ("a ; b", ";"),
+        ("a &", "&"),
+        ("sh -c 'a && b | c > d; e'", None),
+        ('sh -c "a \\" && b"', None),
+        (r"find . -exec ls {} \;", None),
+        ("expr 2 '>' 1", None),
+        (r"expr 2 \> 1", None),
+        ("a&&b", None),
+        ("it\\'s && x", "&&"),
+    ],
+)
+def test_what_is_meant_for_a_shell_is_warned_of(command, word):
+    warnings = parse({"exec": command}).warnings
+    expected = f"a.recipe: golem.exec: no shell runs it, so {word} is but an argument"
+    assert [w.partition(";")[0] for w in warnings] == (
+        [] if word is None else [expected.partition(";")[0]]
+    )
 
 
 def test_a_hostile_file_name_stays_on_one_line():

@@ -1,0 +1,73 @@
+"""What mounting needs of this machine: the device, the program, the permission for others.
+
+A leaf. Looks, and changes nothing: `doctor` asks before somebody mounts, `mount` after it has failed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+DEVICE = Path("/dev/fuse")
+CONFIGURATION = Path("/etc/fuse.conf")
+_IN_A_CONTAINER = "in a container: --device /dev/fuse --cap-add SYS_ADMIN"
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """``name``: of what is amiss; ``text``: how; ``fix``: what to do about it."""
+
+    name: str
+    text: str
+    fix: str
+
+
+def device() -> Trouble | None:
+    try:
+        os.close(os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return Trouble(str(DEVICE), "is not there", f"as root: modprobe fuse; {_IN_A_CONTAINER}")
+    except PermissionError as error:
+        mode = stat.S_IMODE(DEVICE.stat().st_mode)
+        if mode & 0o006 != 0o006:
+            text = f"may not be opened by this user (mode {mode:04o})"
+            return Trouble(str(DEVICE), text, f"as root: chmod 0666 {DEVICE}")
+        return Trouble(str(DEVICE), f"cannot be opened: {error.strerror}", _IN_A_CONTAINER)
+    except OSError as error:
+        return Trouble(str(DEVICE), f"cannot be opened: {error.strerror}", _IN_A_CONTAINER)
+    return None
+
+
+def program() -> Trouble | None:
+    found = shutil.which("fusermount3")
+    if found is None:
+        return Trouble("fusermount3", "is not on PATH", "apt install fuse3")
+    if os.getuid() != 0 and not os.stat(found).st_mode & stat.S_ISUID:
+        fix = f"sudo chmod u+s {found}, or apt install --reinstall fuse3"
+        return Trouble("fusermount3", f"{found} is not setuid root", fix)
+    return None
+
+
+def others() -> Trouble | None:
+    """Whether this user may let others in."""
+    if os.getuid() == 0:
+        return None
+    fix = f"as root: echo user_allow_other >> {CONFIGURATION}; or mount without --allow-other"
+    try:
+        lines = CONFIGURATION.read_text(errors="replace").splitlines()
+    except OSError as error:
+        return Trouble("allow-other", f"{CONFIGURATION}: {error.strerror}", fix)
+    if "user_allow_other" not in (line.strip() for line in lines):
+        return Trouble("allow-other", f"user_allow_other is not in {CONFIGURATION}", fix)
+    return None
+
+
+def why_not(*, allow_other: bool) -> str:
+    """In words, why a mount that was tried may have failed."""
+    found = device() or program() or (others() if allow_other else None)
+    if found is None:
+        return "what FUSE has printed above says why; in a container, SYS_ADMIN may be missing"
+    return f"{found.name}: {found.text}; {found.fix}"
