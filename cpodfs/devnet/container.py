@@ -138,8 +138,9 @@ class Container:
             )
             os.close(writer)
             writer = -1
-            proc = f"/proc/{_read_json(reader)['child-pid']}/ns"
-            self.handles = tuple(os.open(f"{proc}/{kind}", os.O_RDONLY) for kind in ("user", "pid"))
+            proc = Path(f"/proc/{_read_json(reader)['child-pid']}")
+            _wait_for_users(proc)
+            self.handles = tuple(os.open(proc / "ns" / k, os.O_RDONLY) for k in ("user", "pid"))
         except (OSError, ValueError, KeyError) as error:
             raise ContainerError(f"the container cannot be started: {error!r}") from None
         finally:
@@ -295,6 +296,16 @@ class Container:
                 process.stdout.close()
                 process.stderr.close()
         return code if code >= 0 else 128 - code
+
+
+def _wait_for_users(proc: Path) -> None:
+    """bwrap tells of its child before that is somebody in its own user namespace: whoever joins it
+    too soon is nobody there, and fails. Raises ContainerError or OSError."""
+    deadline = time.monotonic() + _START_S
+    while not all((proc / name).read_text().strip() for name in ("uid_map", "gid_map")):
+        if time.monotonic() >= deadline:
+            raise ContainerError("bwrap did not make its user namespace")
+        time.sleep(0.001)
 
 
 def _read_json(handle: int) -> Any:
