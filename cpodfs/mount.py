@@ -1,4 +1,4 @@
-"""The driver: puts the parts together, serves the mount, and takes it down without losing a byte.
+"""The driver: serves a mount, and takes it down without losing a byte.
 
 Imports everything below the CLI. Order at the end: no new runs, running ones cancelled; the mount
 detached (which makes the kernel hand over its dirty pages); what is pending uploaded; only then the
@@ -7,13 +7,12 @@ process ends. Whatever could not be uploaded stays journalled and is sent by the
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -26,37 +25,18 @@ from cpodfs.cache.schema import ROOT
 from cpodfs.config import Settings
 from cpodfs.dfs import Client, Session, Timeouts
 from cpodfs.errors import LoginRefused, MountError, Unreachable
-from cpodfs.fs.control import Attributes, RunFiles
-from cpodfs.fs.files import Files
-from cpodfs.fs.guard import Guard
-from cpodfs.fs.handles import Handles
-from cpodfs.fs.operations import Operations
-from cpodfs.fs.requests import Requests
-from cpodfs.fs.tree import Tree
 from cpodfs.notify import sd_notify
-from cpodfs.paths import RUN_NAME
-from cpodfs.runs.manager import RunManager
-from cpodfs.runs.trust import TrustBook, trust_file
-from cpodfs.status import Status
-from cpodfs.sync.downloads import Downloads
-from cpodfs.sync.engine import Engine, Limits
-from cpodfs.sync.eviction import Evictor
-from cpodfs.sync.lister import Lister
-from cpodfs.sync.locks import DirLocks
-from cpodfs.sync.merge import Merger, Outcome
+from cpodfs.parts import Environment, Parts
+from cpodfs.sync.drain import drain
 
 log = logging.getLogger(__name__)
 
-KERNEL_TIMEOUT_S = 10.0
 MAX_REQUESTS = 500
 """Requests served at once. Readers that wait for the network must not keep others out."""
 DETACH_S = 5.0
-MIN_FRESH_S = 2.0
-"""A listing younger than this is not asked for again before a write, whatever --attr-ttl says."""
 LEFT_OVER_NAMES = 1000
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-Environment = Callable[[], Mapping[str, str]]
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -69,80 +49,10 @@ class Driver:
         self._settings = settings
         self._cache = cache
         self._dfs = dfs
-        self._mounted = False
-        self._stall_s = settings.stall_s
+        self._parts = Parts(settings, cache, dfs, environment)
         self._ending = False
         self._asked_to_end = trio.Event()
         self._patience = trio.CancelScope()  # of what the end waits for just now
-        store = cache.store
-        handles = Handles(store, cache.content)
-        merger = Merger(store, handles.discard)
-        locks = DirLocks(store)
-        self.lister = Lister(
-            *(store, dfs, merger, locks),
-            ttl_s=settings.attr_ttl_s,
-            parallel=settings.changes,
-            patience_s=settings.timeout_s,
-            on_outcome=self._on_outcome,
-        )
-        self.engine = Engine(
-            *(store, cache.content, dfs, self.lister, merger, locks),
-            delay_s=settings.writeback_delay_s,
-            fresh_s=max(settings.attr_ttl_s, MIN_FRESH_S),
-            limits=Limits(settings.uploads, settings.changes),
-            on_outcome=self._on_outcome,
-        )
-        self.downloads = Downloads(
-            *(store, cache.content, dfs),
-            parallel=settings.downloads,
-            patience_s=settings.timeout_s,
-        )
-        self.runs = RunManager(
-            *(cache.folder / "runs", settings.mountpoint),
-            environment=environment,
-            on_end=self._on_run_end,
-            cancel_grace_s=settings.run_grace_s,
-            keep=settings.keep_runs,
-        )
-        files = Files(
-            *(store, cache.content, handles, self.engine, self.lister, self.downloads),
-            *(merger, self._on_outcome),
-        )
-        self.files = files
-        tree = Tree(store, handles, self.engine, self.lister, files)
-        self.lister.on_answer = self.engine.answered
-        self.engine.is_read = self.downloads.is_read
-        self._status = Status(
-            *(settings, cache, dfs.session, self.engine, self.downloads, self.runs)
-        )
-        guard = Guard(tree, TrustBook(trust_file(cache.folder)), settings.sandbox)
-        self._run_files = run_files = RunFiles(tree, self.runs, guard)
-        merger.on_taken = lambda pod: run_files.not_ours([pod])
-        attributes = Attributes(tree, run_files)
-        requests = Requests(tree, run_files, guard, dfs, self._refresh_pods)
-        attributes.ask, attributes.answer = requests.ask, requests.answer
-        attributes.reports = {b"status": self.status}
-        attributes.commands = {
-            b"drain": self._command_drain,
-            b"refresh": self._command_refresh,
-            b"runs": self._command_runs,
-            b"stall": self._command_stall,
-        }
-        self.evictor = Evictor(
-            *(store, cache.content),
-            size=settings.cache_size,
-            is_open=lambda ino: handles.opened(ino) is not None,
-        )
-        self.evictor.on_shortage = files.sweep_now
-        cache.content.make_room = self.evictor.make_room
-        self.engine.on_clean = self.downloads.on_complete = self.evictor.poke
-        self._operations = Operations(
-            *(tree, run_files, attributes),
-            fsync_remote=settings.fsync_remote,
-            timeout_s=min(KERNEL_TIMEOUT_S, settings.attr_ttl_s),
-        )
-
-    # -- life -------------------------------------------------------------------------------------
 
     async def serve(self, ready: Callable[[], None], progress: Progress) -> list[str]:
         """Mount, call ``ready`` when the mount answers, and serve until unmounted or signalled.
@@ -153,17 +63,13 @@ class Driver:
         """
         await self._check_account()
         async with trio.open_nursery() as nursery:
-            await nursery.start(self.lister.run)
-            await nursery.start(self.downloads.run)
-            await nursery.start(self.evictor.run)
-            await nursery.start(self.files.run)
-            await nursery.start(self.engine.run)
+            await self._parts.run(nursery)
             await nursery.start(self._watch_signals)
             self._mount()
             try:
                 await self._serve_mounted(ready)
             finally:
-                self._mounted = False
+                self._parts.mounted = False
                 pyfuse3.close(unmount=False)
             left = await self._finish(progress)
             nursery.cancel_scope.cancel()
@@ -179,7 +85,7 @@ class Driver:
             if root is None or not root.listed_s:
                 raise
             log.warning("the server does not answer; serving from the cache: %s", error)
-            self.engine.went_offline()
+            self._parts.engine.went_offline()
 
     def _mount(self) -> None:
         options = set(pyfuse3.default_options) | {
@@ -188,13 +94,13 @@ class Driver:
         if self._settings.allow_other:
             options.add("allow_other")
         try:
-            pyfuse3.init(self._operations, str(self._settings.mountpoint), options)
+            pyfuse3.init(self._parts.operations, str(self._settings.mountpoint), options)
         except RuntimeError as error:
             raise MountError(
                 f"{self._settings.mountpoint}: cannot mount: "
                 f"{fuse.why_not(allow_other=self._settings.allow_other)}"
             ) from error
-        self._mounted = True
+        self._parts.mounted = True
 
     async def _serve_mounted(self, ready: Callable[[], None]) -> None:
         async with trio.open_nursery() as nursery:
@@ -212,7 +118,7 @@ class Driver:
         await trio.run_process(
             ["stat", "-f", "--", str(self._settings.mountpoint)], capture_stdout=True
         )
-        await nursery.start(self.runs.run)
+        await nursery.start(self._parts.runs.run)
         sd_notify(READY="1", STATUS=f"{self._settings.mountpoint} is mounted")
         ready()
 
@@ -237,7 +143,7 @@ class Driver:
         """When somebody is in a hurry they end without us, and the next mount records it."""
         if not self._patience.cancel_called:
             with trio.CancelScope() as self._patience:
-                await self.runs.cancel_all()
+                await self._parts.runs.cancel_all()
 
     async def _detach(self) -> None:
         """When asked to: end the runs, then the mount; one that is in use is detached all the same."""
@@ -262,11 +168,11 @@ class Driver:
         async with trio.open_nursery() as nursery:
             self._patience = nursery.cancel_scope
             nursery.start_soon(self._report, progress)
-            with trio.move_on_after(min(self._settings.timeout_s, self._stall_s)):
-                await self.lister.stop()
-            await self.engine.drain(self._stall_s)
+            with trio.move_on_after(min(self._settings.timeout_s, self._parts.stall_s)):
+                await self._parts.lister.stop()
+            await drain(self._parts.engine, self._parts.stall_s)
             nursery.cancel_scope.cancel()
-        progress(self.status())
+        progress(self._parts.status())
         left = self._left_over()
         report = {"time": time.time(), "pid": os.getpid(), "left": left}
         with suppress(OSError):  # a full disk must not keep us from ending well
@@ -275,7 +181,7 @@ class Driver:
 
     async def _report(self, progress: Progress) -> None:
         while True:
-            status = self.status()
+            status = self._parts.status()
             progress(status)
             sd_notify(STATUS=f"uploading: {status['pending'] + status['deletions']} changes left")
             await trio.sleep(0.5)
@@ -289,70 +195,6 @@ class Driver:
         for rid in store.orphans()[:LEFT_OVER_NAMES]:
             left.append({"path": "/".join(store.remote_path(rid)), "error": "not yet deleted"})
         return left
-
-    # -- news between the parts -------------------------------------------------------------------
-
-    def _on_outcome(self, outcome: Outcome) -> None:
-        for item in outcome.work:
-            self.engine.touch(item)
-        # Deleted or made elsewhere, under a name that may have been our own.
-        self._run_files.not_ours(c.name for c in outcome.changes if c.parent == ROOT)
-        if not self._mounted:
-            return
-        for change in outcome.changes:
-            if change.appeared and not self._operations.absences.believed(
-                change.parent, change.name
-            ):
-                continue
-            pyfuse3.invalidate_entry_async(
-                pyfuse3.InodeT(change.parent), os.fsencode(change.name), ignore_enoent=True
-            )
-
-    def _on_run_end(self, pod: str) -> None:
-        """Tell the kernel that ``.run`` is gone: who watches it with inotify hears of it."""
-        inode = self._cache.store.child(ROOT, pod)
-        if inode is not None and self._mounted:
-            pyfuse3.invalidate_entry_async(
-                pyfuse3.InodeT(inode.ino),
-                RUN_NAME.encode(),
-                pyfuse3.InodeT(self._run_files.ino(inode.ino)),
-                ignore_enoent=True,
-            )
-
-    # -- what users ask through attributes of the root --------------------------------------------
-
-    def status(self) -> dict[str, Any]:
-        """What ``cpodfs status`` shows."""
-        return self._status.report()
-
-    async def _command_drain(self, _ino: int, value: bytes) -> None:
-        if value == b"0":
-            self.engine.relax()
-        else:
-            self.engine.hurry()
-
-    async def _command_runs(self, _ino: int, value: bytes) -> None:
-        """ "0": end all runs and begin no other; "1": runs may begin again."""
-        if value == b"0":
-            await self.runs.cancel_all()
-        else:
-            self.runs.reopen()
-
-    async def _command_stall(self, _ino: int, value: bytes) -> None:
-        """How long the end may go on without progress, in seconds; empty: as when mounted."""
-        try:
-            self._stall_s = max(0.0, float(value)) if value else self._settings.stall_s
-        except ValueError:
-            raise OSError(errno.EINVAL, "stall") from None
-
-    async def _refresh_pods(self) -> None:
-        await self.lister.refresh_from_others(ROOT)
-
-    async def _command_refresh(self, ino: int, _value: bytes) -> None:
-        inode = self._cache.store.get(ino)
-        if inode is not None and not inode.is_dir:
-            ino = inode.parent or ROOT
-        await self.lister.refresh_from_others(ino)
 
 
 async def run(

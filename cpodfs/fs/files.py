@@ -26,6 +26,7 @@ from cpodfs.errors import Conflict, CpodfsError, NotFound
 from cpodfs.fs.handles import Handles, OpenFile
 from cpodfs.fs.pods import check_writable, inode_of, oserror
 from cpodfs.sync.downloads import Downloads
+from cpodfs.sync.drain import push
 from cpodfs.sync.engine import Engine
 from cpodfs.sync.lister import Lister
 from cpodfs.sync.merge import Merger, Outcome
@@ -269,7 +270,7 @@ class Files:
         await self.flush(handle)
         await self._durability.names()
         if remote:
-            await self._engine.push(self._handles.file(handle).ino)
+            await push(self._engine, self._store, self._handles.file(handle).ino)
 
     async def sync_names(self) -> None:
         await self._durability.names()

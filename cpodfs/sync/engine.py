@@ -8,7 +8,6 @@ server) and in ``run`` (nothing to do). A failed call is retried for ever, at gr
 
 from __future__ import annotations
 
-import errno
 import logging
 import shlex
 import time
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 import trio
 
 from cpodfs.cache.content import Content
-from cpodfs.cache.schema import CONTENT, PLACE
+from cpodfs.cache.schema import CONTENT
 from cpodfs.cache.store import Store
 from cpodfs.dfs import Client
 from cpodfs.errors import (
@@ -197,23 +196,19 @@ class Engine:
     def relax(self) -> None:
         self._draining = False
 
-    async def drain(self, stalled_s: float) -> bool:
-        """Send all that is pending. False when nothing moved for ``stalled_s`` seconds."""
-        self.hurry()
-        last, since = self._moved(), trio.current_time()
-        try:
-            while not self.is_idle():
-                moved = self._moved()
-                if moved != last or self.is_being_stored():
-                    last, since = moved, trio.current_time()
-                idle = not self._flights and self._due.next_s() > stalled_s
-                if idle or trio.current_time() - since > stalled_s:
-                    return False
-                with trio.move_on_after(min(stalled_s, 1.0)):
-                    await self._progress.wait()
-            return True
-        finally:
-            self.relax()
+    def moved(self) -> tuple[int, int]:
+        """Grows while there is progress; what was refused before and is sent again is none."""
+        flights = self._flights.values()
+        sent = sum(f.op.sent for f in flights if isinstance(f.op, Upload) and f.op.attempt <= 1)
+        return self.counters.done, sent
+
+    async def progressed(self) -> None:
+        """Return when an operation has ended, well or not."""
+        await self._progress.wait()
+
+    def rests(self, seconds: float) -> bool:
+        """Whether nothing is under way, and nothing will be in so many seconds."""
+        return not self._flights and self._due.next_s() > seconds
 
     def is_being_stored(self) -> bool:
         """Whether an upload's last byte was sent and the server is at work on it, which takes as
@@ -223,26 +218,14 @@ class Engine:
             for f in self._flights.values()
         )
 
-    async def push(self, ino: int) -> None:
-        """Return when the server has the file. Raises EIO, with the reason, when an attempt fails."""
-        item: Item = ("ino", ino)
-        if (inode := self._store.get(ino)) is None or not inode.dirty:
-            return
-        self._retry.attempts.pop(item, None)
-        self._schedule(item, 0.0)
-        while True:
-            await self._progress.wait()
-            inode = self._store.get(ino)
-            if inode is None or inode.parent is None or not inode.dirty & (CONTENT | PLACE):
-                return
-            if any(waiting in self._retry.attempts for waiting in self._waits.chain(item)):
-                raise OSError(errno.EIO, inode.error or "the server did not take it")
+    def send_now(self, ino: int) -> None:
+        """What is pending of an object is due at once, as if it had never failed."""
+        self._retry.attempts.pop(("ino", ino), None)
+        self._schedule(("ino", ino), 0.0)
 
-    def _moved(self) -> tuple[int, int]:
-        """Grows while there is progress; what was refused before and is sent again is none."""
-        flights = self._flights.values()
-        sent = sum(f.op.sent for f in flights if isinstance(f.op, Upload) and f.op.attempt <= 1)
-        return self.counters.done, sent
+    def is_failing(self, ino: int) -> bool:
+        """Whether the object, or one that it waits for, has failed since."""
+        return any(item in self._retry.attempts for item in self._waits.chain(("ino", ino)))
 
     # -- the queue --------------------------------------------------------------------------------
 

@@ -1,0 +1,197 @@
+"""The parts of a mount, made and connected: what each tells the others, the kernel and the user.
+
+Imports everything below `mount`, which serves them. Nothing here waits; the parts' tasks are begun by
+`Parts.run`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Mapping
+
+import pyfuse3
+import trio
+
+from cpodfs.cache.folder import Cache
+from cpodfs.cache.schema import ROOT
+from cpodfs.config import Settings
+from cpodfs.dfs import Client
+from cpodfs.fs.control import Attributes, RunFiles
+from cpodfs.fs.files import Files
+from cpodfs.fs.guard import Guard
+from cpodfs.fs.handles import Handles
+from cpodfs.fs.operations import Operations
+from cpodfs.fs.requests import Requests
+from cpodfs.fs.tree import Tree
+from cpodfs.paths import RUN_NAME
+from cpodfs.runs.manager import RunManager
+from cpodfs.runs.trust import TrustBook, trust_file
+from cpodfs.status import Status
+from cpodfs.sync.downloads import Downloads
+from cpodfs.sync.engine import Engine, Limits
+from cpodfs.sync.eviction import Evictor
+from cpodfs.sync.lister import Lister
+from cpodfs.sync.locks import DirLocks
+from cpodfs.sync.merge import Merger, Outcome
+
+KERNEL_TIMEOUT_S = 10.0
+MIN_FRESH_S = 2.0
+"""A listing younger than this is not asked for again before a write, whatever --attr-ttl says."""
+
+Environment = Callable[[], Mapping[str, str]]
+
+
+class Parts:
+    """``mounted``: whether the kernel is to be told news. ``stall_s``: how long the end of the mount
+    may go on without progress."""
+
+    def __init__(
+        self, settings: Settings, cache: Cache, dfs: Client, environment: Environment
+    ) -> None:
+        self.mounted = False
+        self.stall_s = settings.stall_s
+        self._settings = settings
+        self._cache = cache
+        self._handles = Handles(cache.store, cache.content)
+        self._make_sync(dfs)
+        self.runs = RunManager(
+            *(cache.folder / "runs", settings.mountpoint),
+            environment=environment,
+            on_end=self._on_run_end,
+            cancel_grace_s=settings.run_grace_s,
+            keep=settings.keep_runs,
+        )
+        self.status = Status(
+            *(settings, cache, dfs.session, self.engine, self.downloads, self.runs)
+        ).report
+        self._make_fs(dfs)
+        self._connect()
+
+    def _make_sync(self, dfs: Client) -> None:
+        store, content, settings = self._cache.store, self._cache.content, self._settings
+        self._merger = Merger(store, self._handles.discard)
+        locks = DirLocks(store)
+        self.lister = Lister(
+            *(store, dfs, self._merger, locks),
+            ttl_s=settings.attr_ttl_s,
+            parallel=settings.changes,
+            patience_s=settings.timeout_s,
+            on_outcome=self._on_outcome,
+        )
+        self.engine = Engine(
+            *(store, content, dfs, self.lister, self._merger, locks),
+            delay_s=settings.writeback_delay_s,
+            fresh_s=max(settings.attr_ttl_s, MIN_FRESH_S),
+            limits=Limits(settings.uploads, settings.changes),
+            on_outcome=self._on_outcome,
+        )
+        self.downloads = Downloads(
+            *(store, content, dfs),
+            parallel=settings.downloads,
+            patience_s=settings.timeout_s,
+        )
+        self._evictor = Evictor(
+            *(store, content),
+            size=settings.cache_size,
+            is_open=lambda ino: self._handles.opened(ino) is not None,
+        )
+
+    def _make_fs(self, dfs: Client) -> None:
+        store, settings = self._cache.store, self._settings
+        self._files = Files(
+            *(store, self._cache.content, self._handles, self.engine, self.lister),
+            *(self.downloads, self._merger, self._on_outcome),
+        )
+        tree = Tree(store, self._handles, self.engine, self.lister, self._files)
+        guard = Guard(tree, TrustBook(trust_file(self._cache.folder)), settings.sandbox)
+        self._run_files = RunFiles(tree, self.runs, guard)
+        attributes = Attributes(tree, self._run_files)
+        requests = Requests(tree, self._run_files, guard, dfs, self._refresh_pods)
+        attributes.ask, attributes.answer = requests.ask, requests.answer
+        attributes.reports = {b"status": self.status}
+        attributes.commands = {
+            b"drain": self._command_drain,
+            b"refresh": self._command_refresh,
+            b"runs": self._command_runs,
+            b"stall": self._command_stall,
+        }
+        self.operations = Operations(
+            *(tree, self._run_files, attributes),
+            fsync_remote=settings.fsync_remote,
+            timeout_s=min(KERNEL_TIMEOUT_S, settings.attr_ttl_s),
+        )
+
+    def _connect(self) -> None:
+        """Where two parts know of each other, the lower one has a hook for the higher."""
+        self.lister.on_answer = self.engine.answered
+        self._merger.on_taken = lambda pod: self._run_files.not_ours([pod])
+        self.engine.is_read = self.downloads.is_read
+        self.engine.on_clean = self.downloads.on_complete = self._evictor.poke
+        self._evictor.on_shortage = self._files.sweep_now
+        self._cache.content.make_room = self._evictor.make_room
+
+    async def run(self, nursery: trio.Nursery) -> None:
+        """Begin the tasks of all parts but of the runs, which need a mount that answers."""
+        for part in (self.lister, self.downloads, self._evictor, self._files, self.engine):
+            await nursery.start(part.run)
+
+    # -- news between the parts -------------------------------------------------------------------
+
+    def _on_outcome(self, outcome: Outcome) -> None:
+        for item in outcome.work:
+            self.engine.touch(item)
+        # Deleted or made elsewhere, under a name that may have been our own.
+        self._run_files.not_ours(c.name for c in outcome.changes if c.parent == ROOT)
+        if not self.mounted:
+            return
+        for change in outcome.changes:
+            if change.appeared and not self.operations.absences.believed(
+                change.parent, change.name
+            ):
+                continue
+            pyfuse3.invalidate_entry_async(
+                pyfuse3.InodeT(change.parent), os.fsencode(change.name), ignore_enoent=True
+            )
+
+    def _on_run_end(self, pod: str) -> None:
+        """Tell the kernel that ``.run`` is gone: who watches it with inotify hears of it."""
+        inode = self._cache.store.child(ROOT, pod)
+        if inode is not None and self.mounted:
+            pyfuse3.invalidate_entry_async(
+                pyfuse3.InodeT(inode.ino),
+                RUN_NAME.encode(),
+                pyfuse3.InodeT(self._run_files.ino(inode.ino)),
+                ignore_enoent=True,
+            )
+
+    # -- what users ask through attributes of the root --------------------------------------------
+
+    async def _command_drain(self, _ino: int, value: bytes) -> None:
+        if value == b"0":
+            self.engine.relax()
+        else:
+            self.engine.hurry()
+
+    async def _command_runs(self, _ino: int, value: bytes) -> None:
+        """ "0": end all runs and begin no other; "1": runs may begin again."""
+        if value == b"0":
+            await self.runs.cancel_all()
+        else:
+            self.runs.reopen()
+
+    async def _command_stall(self, _ino: int, value: bytes) -> None:
+        """How long the end may go on without progress, in seconds; empty: as when mounted."""
+        try:
+            self.stall_s = max(0.0, float(value)) if value else self._settings.stall_s
+        except ValueError:
+            raise OSError(errno.EINVAL, "stall") from None
+
+    async def _refresh_pods(self) -> None:
+        await self.lister.refresh_from_others(ROOT)
+
+    async def _command_refresh(self, ino: int, _value: bytes) -> None:
+        inode = self._cache.store.get(ino)
+        if inode is not None and not inode.is_dir:
+            ino = inode.parent or ROOT
+        await self.lister.refresh_from_others(ino)
