@@ -12,8 +12,8 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyfuse3
@@ -52,7 +52,9 @@ class Driver:
         self._parts = Parts(settings, cache, dfs, environment)
         self._ending = False
         self._asked_to_end = trio.Event()
-        self._patience = trio.CancelScope()  # of what the end waits for just now
+        self._patience: trio.CancelScope | None = None  # of what the end waits for just now
+        self._haste = 0  # how often it was asked to wait no more before it waited
+        self._runs_left = False
 
     async def serve(self, ready: Callable[[], None], progress: Progress) -> list[str]:
         """Mount, call ``ready`` when the mount answers, and serve until unmounted or signalled.
@@ -136,14 +138,35 @@ class Driver:
                 if not self._ending:
                     self._ending = True
                     self._asked_to_end.set()
-                elif number != signal.SIGHUP:  # a closed terminal is no reason for haste
+                elif number == signal.SIGHUP:
+                    pass  # a closed terminal is no reason for haste
+                elif self._patience is not None:
                     self._patience.cancel()
+                else:
+                    self._haste += 1
+
+    @contextmanager
+    def _patiently(self) -> Iterator[trio.CancelScope]:
+        """What is in here is left when somebody is in a hurry."""
+        with trio.CancelScope() as scope:
+            self._patience = scope
+            if self._haste:
+                self._haste -= 1
+                scope.cancel()
+            try:
+                yield scope
+            finally:
+                self._patience = None
 
     async def _end_runs(self) -> None:
         """When somebody is in a hurry they end without us, and the next mount records it."""
-        if not self._patience.cancel_called:
-            with trio.CancelScope() as self._patience:
-                await self._parts.runs.cancel_all()
+        runs = self._parts.runs
+        if not runs.pods():
+            await runs.cancel_all()  # so that none begins
+        elif not self._runs_left:
+            with self._patiently() as scope:
+                await runs.cancel_all()
+            self._runs_left = scope.cancelled_caught
 
     async def _detach(self) -> None:
         """When asked to: end the runs, then the mount; one that is in use is detached all the same."""
@@ -165,19 +188,22 @@ class Driver:
 
     async def _finish(self, progress: Progress) -> list[str]:
         """Upload what is pending; a signal gives up at once. Returns the paths of what is left."""
-        async with trio.open_nursery() as nursery:
-            self._patience = nursery.cancel_scope
-            nursery.start_soon(self._report, progress)
-            with trio.move_on_after(min(self._settings.timeout_s, self._parts.stall_s)):
-                await self._parts.lister.stop()
-            await drain(self._parts.engine, self._parts.stall_s)
-            nursery.cancel_scope.cancel()
+        with self._patiently():
+            await self._upload(progress)
         progress(self._parts.status())
         left = self._left_over()
         report = {"time": time.time(), "pid": os.getpid(), "left": left}
         with suppress(OSError):  # a full disk must not keep us from ending well
             (self._cache.folder / "last-unmount.json").write_text(json.dumps(report))
         return [entry["path"] for entry in left]
+
+    async def _upload(self, progress: Progress) -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._report, progress)
+            with trio.move_on_after(min(self._settings.timeout_s, self._parts.stall_s)):
+                await self._parts.lister.stop()
+            await drain(self._parts.engine, self._parts.stall_s)
+            nursery.cancel_scope.cancel()
 
     async def _report(self, progress: Progress) -> None:
         while True:
