@@ -264,7 +264,11 @@ def test_each_misbehaviour_ends_clearly(
     pod = provider_pod(market, name, "sh script/run.sh", "sleep 20", **runtime)
     (pod / "payload/some").write_bytes(os.urandom(20_000))
     market.misbehave(**how)
-    ended = check_tidy(market, run_to_end(pod))
+    done = market.cli("run", "--wait", str(pod), check=False)
+    assert done.returncode == 125
+    assert error in done.stderr
+    (folder,) = run_folders(pod)
+    ended = check_tidy(market, folder)
     assert (ended["state"], ended["exit_code"]) == ("failed", 125)
     assert error in ended["error"]
     assert ended["golem"]["accepted"] <= ended["golem"]["budget"]
