@@ -118,7 +118,10 @@ class Driver:
     async def _start_up(self, nursery: trio.Nursery, ready: Callable[[], None]) -> None:
         # A process of its own: our threads must not touch the mount, which this one serves.
         await trio.run_process(
-            ["stat", "-f", "--", str(self._settings.mountpoint)], capture_stdout=True
+            ["stat", "-f", "--", str(self._settings.mountpoint)],
+            capture_stdout=True,
+            # Ctrl-C is for us.
+            start_new_session=True,
         )
         await nursery.start(self._parts.runs.run)
         sd_notify(READY="1", STATUS=f"{self._settings.mountpoint} is mounted")

@@ -141,7 +141,9 @@ def holders(path: Path) -> list[str]:
     for pid in pids:
         with suppress(OSError):  # it has ended meanwhile, or is none of our business
             if _is_inside(pid, path, device) and not _is_of_a_run(pid):
-                found.append(f"{Path(f'/proc/{pid}/comm').read_text().strip()} ({pid})")
+                # The kernel cuts it, in the middle of a character if need be.
+                name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+                found.append(f"{''.join(c if c.isprintable() else '?' for c in name)} ({pid})")
     return found
 
 

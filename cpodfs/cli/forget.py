@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from cpodfs.cli.pods import find_pod
+from cpodfs.errors import MountError
+from cpodfs.mountpoint import resolved
 
 
 @click.command()
@@ -15,5 +19,7 @@ def forget(pod: str) -> None:
     Whoever has the reference can receive it again.
     """
     found = find_pod(pod)
+    if "/" in pod and resolved(Path(pod)) != found.path:
+        raise MountError(f"{pod}: is inside a pod; to forget all of it: cpodfs forget {found.path}")
     found.ask("forget")
     click.echo(f"{found.path}: forgotten")

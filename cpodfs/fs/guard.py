@@ -28,6 +28,12 @@ CODE_LIMIT_FILES = 5000
 DEPTH_LIMIT = 64
 _IN_A_THREAD_BYTES = 1 << 20
 _SHELL = re.compile(r"(ba|da|a|z|k|mk|c|tc|fi)?sh|busybox")
+_INTERPRETERS = {
+    r"(python|pypy)[\d.]*": "-[uBsEOq]+",
+    _SHELL.pattern: "-[euxv]+",
+    "node|perl|ruby|Rscript|julia|lua|php": "",
+}
+"""With the flags that may stand before the program's file."""
 _PROGRAM_TEXT = re.compile(r"CPODFS_|[$`*?()\[\];&|<>\\'\"\n]")
 """What makes of a word something that can find a folder without naming it."""
 
@@ -141,21 +147,35 @@ class Guard:
 
 
 def not_code(recipe: Recipe) -> tuple[str, ...]:
-    """The folders on which trust does not depend: of those for payload, output and logs the ones
-    that are not inside the script folder, and of which ``exec`` does not speak. A word may name a
-    folder as a path, a module (``payload.main``) or in a line for a shell. A command that can find
-    the payload without its name speaks of it, too; that the other two are filled by runs, whose
-    results would end the trust in the next one.
+    """The folders on which trust does not depend; what of them is in the script folder counts all the
+    same. If ``exec`` starts a file of the script folder, what else it speaks of is data. Of any other
+    command the payload counts, for it may find code there without naming it (``pytest``), and those
+    for output and logs if it speaks of them; else not, for each run would end the trust.
     """
-    left_out = [recipe.output, recipe.log]
-    if not _can_lead_anywhere(recipe.exec_argv):
-        left_out.insert(0, recipe.payload)
-    return tuple(
-        folder
-        for folder in dict.fromkeys(left_out)
-        if not f"{folder}/".startswith(f"{recipe.script}/")
-        and not any(_speaks_of(word, folder) for word in recipe.exec_argv)
-    )
+    folders: tuple[str, ...] = (recipe.output, recipe.log)
+    if _starts_script(recipe):
+        folders = (recipe.payload, *folders)
+    else:
+        folders = tuple(
+            folder
+            for folder in folders
+            if not any(_speaks_of(word, folder) for word in recipe.exec_argv)
+        )
+    inside = f"{recipe.script}/"
+    return tuple(f for f in dict.fromkeys(folders) if not f"{f}/".startswith(inside))
+
+
+def _starts_script(recipe: Recipe) -> bool:
+    """Whether exec does nothing but start a file of the script folder, itself or by an interpreter."""
+    program, *words = recipe.exec_argv
+    if _can_lead_anywhere(recipe.exec_argv):
+        return False
+    for interpreter, flag in _INTERPRETERS.items():
+        if re.fullmatch(interpreter, posixpath.basename(program)):
+            # Not any option: the word after it may belong to it.
+            program = next((word for word in words if not re.fullmatch(flag, word)), "")
+            break
+    return posixpath.normpath(program).startswith(f"{recipe.script}/")
 
 
 def _can_lead_anywhere(argv: tuple[str, ...]) -> bool:

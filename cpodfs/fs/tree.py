@@ -72,12 +72,13 @@ class Tree:
     async def lookup(self, parent: int, name: str) -> Inode | None:
         """The child of that name, or None. Costs no call when the listing is known and current.
 
-        What is known is answered at once, however old the listing. What is not may have been made
-        elsewhere since, so an outdated listing is renewed first.
+        What is known is answered at once, however old the listing. A pod that is not may have been
+        made elsewhere since, so an outdated list of pods is renewed first. Not so a folder's: git
+        and make look for absent names in every folder, one after another.
         """
         directory = await self.directory(parent)
         found = self.store.child(parent, name)
-        if found is None and not self.engine.offline:
+        if found is None and parent == ROOT and not self.engine.offline:
             await self._lister.renewed(directory)
             found = self.store.child(parent, name)
         return found

@@ -6,10 +6,12 @@ its record says so by a ``golem.phase`` that is not "over", and is brought up to
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,10 +54,10 @@ async def settle(
     ``environment``: as for `manager.RunManager`. ``publish(folder, lock)`` copies the record that
     has changed to the pod. Never raises but when cancelled.
     """
-    for pause_s in PAUSES_S:
+    for number, pause_s in enumerate(PAUSES_S, 1):
         await trio.sleep(pause_s)
         try:
-            if await _try(folder, environment, publish):
+            if await _try(folder, environment, publish, last=number == len(PAUSES_S)):
                 return
         except Exception:
             # Of any kind: the settings may lack the app-key, the record be half written.
@@ -67,6 +69,8 @@ async def _try(
     folder: Path,
     environment: Callable[[], Mapping[str, str]],
     publish: Callable[[Path, int], Awaitable[None]],
+    *,
+    last: bool,
 ) -> bool:
     try:
         lock = state.take_lock(folder)
@@ -81,12 +85,16 @@ async def _try(
             return True
         extra = await trio.to_thread.run_sync(environment)
         # Abandoned when the driver goes: it is a process of its own, and to end twice is no harm.
-        await trio.to_thread.run_sync(end_agreements, folder, record, extra, abandon_on_cancel=True)
+        before = copy.deepcopy(record)
+        await trio.to_thread.run_sync(
+            partial(end_agreements, last=last), folder, record, extra, abandon_on_cancel=True
+        )
+        if record != before:
+            state.write_record(folder, record, durable=True)
+            await publish(folder, lock)
         if owes(record):
             return False
-        state.write_record(folder, record, durable=True)
-        log.info("agreements ended, late pod=%r run=%s", record["pod"], record["id"])
-        await publish(folder, lock)
+        log.info("settled late pod=%r run=%s", record["pod"], record["id"])
         return True
     finally:
         os.close(lock)

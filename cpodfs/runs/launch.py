@@ -72,14 +72,17 @@ def pidfd_of_child(process: trio.Process) -> int | None:
         return None
 
 
-def end_agreements(folder: Path, record: Record, extra: Mapping[str, str]) -> None:
+def end_agreements(
+    folder: Path, record: Record, extra: Mapping[str, str], *, last: bool = False
+) -> None:
     """End and pay what a provider run left at the market, as its supervisor would have.
 
     Brings the record's ``golem`` up to date and does not write it. ``extra``: what runs get to see.
+    ``last``: see `clean_up`.
     Blocks, for `provider_link.GRACE_S` at most. Raises OSError, or KeyError for half a record.
     """
     env = run_environment(extra, os.environ)
     ours = supervisor_environment(os.environ)["PYTHONPATH"]
     env["PYTHONPATH"] = os.pathsep.join(p for p in (env.get("PYTHONPATH"), ours) if p)
     with open(folder / state.STREAMS[1], "ab", buffering=0) as words:
-        clean_up(record["golem"], env, words.fileno())
+        clean_up(record["golem"], env, words.fileno(), last=last)

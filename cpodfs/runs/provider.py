@@ -112,7 +112,9 @@ class Session:
             return Outcome(str(error), FAILED)
         except Exception as error:  # noqa: BLE001 - yagna may fail in any way
             return Outcome(f"yagna cannot be used: {describe(error)}", FAILED)
-        self._reporter.status.allocation = golem._engine._budget_allocations[0].id
+        allocation = golem._engine._budget_allocations[0]
+        self._reporter.status.allocation = allocation.id
+        self._reporter.status.payer = allocation.payment_address
         self._reporter.tell()
         failure: str | None = None
         crew = Crew(golem, self._runtime, self._reporter, strategy, work)
@@ -191,10 +193,14 @@ class Session:
         helper.cancel()
         # yapapi forgets to end this when it is not to wait, and then waits for it all the same.
         golem._engine._process_invoices_job.cancel()
-        self.settled = await self._all_are_over(golem._engine._market_api)
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(_YAGNA_S):
-                await golem.stop(wait_for_payments=False)
+        over = await self._all_are_over(golem._engine._market_api)
+        late = [one for one in self._books.owed() if one.agreement_state != "vanished"]
+        self.settled = over and not late
+        if self.settled:
+            # Else the allocation must stay: it is what the rest will be paid from.
+            with contextlib.suppress(Exception):
+                async with asyncio.timeout(_YAGNA_S):
+                    await golem.stop(wait_for_payments=False)
         return unpaid
 
     async def _all_are_over(self, market: Any) -> bool:
@@ -214,7 +220,9 @@ class Session:
         """yapapi stops paying for good when yagna does not answer once: then we see to it."""
         await asyncio.wait([engine._process_invoices_job])
         limits = {one.agreement: self._bills.most(one.agreement) for one in self._books.owed()}
-        await pay(engine._payment_api, engine._budget_allocations[0], limits, self._books.paid)
+        books = self._books
+        allocation = engine._budget_allocations[0]
+        await pay(engine._payment_api, allocation, limits, books.paid, books.refuse)
 
 
 def limit_files(scratch: Path) -> None:

@@ -1,7 +1,7 @@
 """Ends what a provider run left at the market when its process died: ``… provider_cleanup``.
 
 asyncio and yapapi's REST clients, in a process of its own that the supervisor starts. stdin: one
-JSON object {agreements: as in the record, allocation: id or null}; stdout: what became of
+JSON object, see `clean_up`; stdout: what became of
 each agreement, {id: {agreement_state, spent, accepted, paid}}. All is paid from the run's own
 allocation, so that the budget stays a limit, and the allocation is released.
 """
@@ -24,6 +24,7 @@ from yapapi import rest
 from yapapi.config import ApiConfig
 
 from cpodfs.runs.provider_bills import SLACK_S, Overbilled, checked
+from cpodfs.runs.provider_link import is_owed
 from cpodfs.runs.provider_market import describe
 from cpodfs.runs.provider_status import Price
 
@@ -36,23 +37,32 @@ _POLL_S = 0.5
 _REASON = {"message": "The requestor's process died", "golem.requestor.code": "Cancelled"}
 
 
-async def clean_up(owing: list[dict[str, Any]], allocation_id: str | None) -> dict[str, Any]:
+class WrongYagna(Exception):
+    """It is not the one that the run had hired with: what it does not know proves nothing."""
+
+
+async def clean_up(job: dict[str, Any]) -> dict[str, Any]:
     """Destroy activities, terminate agreements, pay what is billed. Waits for `INVOICES_S` at most.
 
-    ``owing``: as in the record, `provider_status.Hired.shown`.
+    ``job``: agreements as in the record, `provider_status.Hired.shown`; allocation and payer as
+    there; last: whether the allocation is released though not all is paid. Raises WrongYagna.
     """
     configuration = rest.Configuration(ApiConfig())
     ended: dict[str, Any] = {}
 
-    def note(key: str, paid: Decimal) -> None:
+    def on_paid(key: str, paid: Decimal) -> None:
         ended[key] |= {"spent": float(paid), "accepted": float(paid), "paid": True}
+
+    def on_refused(key: str, why: str) -> None:
+        ended[key] |= {"refused": True, "error": why}
 
     async with contextlib.AsyncExitStack() as stack:
         market = rest.Market(await stack.enter_async_context(configuration.market()))
         payment = rest.Payment(await stack.enter_async_context(configuration.payment()))
         activity = rest.Activity(await stack.enter_async_context(configuration.activity()))
+        await _check_payer(payment, job["payer"])
         limits = {}
-        for one in owing:
+        for one in job["agreements"]:
             if one["activity"]:
                 with contextlib.suppress(Exception):
                     await (await activity.use_activity(one["activity"])).destroy()
@@ -61,13 +71,24 @@ async def clean_up(owing: list[dict[str, Any]], allocation_id: str | None) -> di
             if await agreement.terminate(_REASON) or await is_over(agreement):
                 ended[key] = {"agreement_state": "terminated"}
                 limits[key] = _most(one)
-        if allocation_id is not None and (allocation := await _allocation(payment, allocation_id)):
-            worked = any(one["activity"] for one in owing)
+        allocation = await _allocation(payment, job["allocation"])
+        if allocation is not None:
+            worked = any(one["activity"] for one in job["agreements"])
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(INVOICES_S if worked else IDLE_INVOICES_S):
-                    await pay(payment, allocation, limits, note)
-            await allocation.delete()
+                    await pay(payment, allocation, limits, on_paid, on_refused)
+            late = [
+                one for one in job["agreements"] if is_owed(one | ended.get(one["agreement"], {}))
+            ]
+            if job["last"] or not late:
+                await allocation.delete()
     return ended
+
+
+async def _check_payer(payment: Any, payer: str | None) -> None:
+    addresses = [account.address async for account in payment.accounts()]
+    if payer is not None and payer not in addresses:
+        raise WrongYagna(f"another yagna, which does not pay from {payer}")
 
 
 def _most(one: dict[str, Any]) -> Decimal:
@@ -77,8 +98,10 @@ def _most(one: dict[str, Any]) -> Decimal:
     return price.most(max(0.0, passed.total_seconds()) + SLACK_S)
 
 
-async def _allocation(payment: Any, key: str) -> Any:
+async def _allocation(payment: Any, key: str | None) -> Any:
     """The run's allocation; None when it is released already: then nothing can be paid."""
+    if key is None:
+        return None
     try:
         return await payment.allocation(key)
     except ApiException as error:
@@ -101,11 +124,12 @@ async def pay(
     allocation: Any,
     limits: dict[str, Decimal],
     on_paid: Callable[[str, Decimal], None],
+    on_refused: Callable[[str, str], None],
 ) -> None:
     """Accept the invoices of these agreements as they come, until there is one for each.
 
-    ``limits``: by agreement, what it can have cost; an invoice for more is left unpaid. Goes on
-    until cancelled, whatever yagna says: it may be about to come back. Needs no events.
+    ``limits``: by agreement, what it can have cost; an invoice for more is refused, with a reason.
+    Goes on until cancelled, whatever yagna says: it may be about to come back. Needs no events.
     """
     owed = set(limits)
     while owed:
@@ -117,7 +141,7 @@ async def pay(
                     amount = checked(invoice.amount, limits[invoice.agreement_id])
                 except Overbilled as error:
                     owed.discard(invoice.agreement_id)
-                    print(f"cpodfs: {invoice.issuer_id} {error}", file=sys.stderr)
+                    on_refused(invoice.agreement_id, str(error))
                     continue
                 if invoice.status == "RECEIVED":
                     await invoice.accept(amount=amount, allocation=allocation)
@@ -132,7 +156,7 @@ def main() -> int:
     logging.basicConfig(level=logging.CRITICAL)
     job = json.loads(sys.stdin.read())
     try:
-        ended = asyncio.run(clean_up(job["agreements"], job["allocation"]))
+        ended = asyncio.run(clean_up(job))
     except Exception as error:  # noqa: BLE001 - yagna may fail in any way
         print(f"cpodfs: yagna cannot be used: {describe(error)}")
         return 1

@@ -132,12 +132,17 @@ def _link_on_the_way(pod: Path, name: str) -> str | None:
     return next((str(path) for path in paths if (pod / path).is_symlink()), None)
 
 
+_DEAR_TYPES = frozenset(
+    {tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_SPARSE}
+)
+
+
 class _Member(tarfile.TarInfo):
     """An entry that is not read when its header alone is dear: `tarfile` takes minutes over some."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        if self.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE):
-            raise BadArchive("an archive of the pax kind, which our script does not make")
+        if self.type in _DEAR_TYPES:
+            raise BadArchive("pax headers or sparse files, which our script does not make")
         long = self.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
         if long and self.size > _LONG_NAME_BYTES:
             raise BadArchive(f"a name of {self.size} bytes")
@@ -174,7 +179,7 @@ class Unpacker:
                         self._take(members, member)
                     except _CannotHold as error:
                         missing.setdefault(repr(error.name[:_SHOWN_CHARS]), str(error))
-        except (tarfile.TarError, ValueError, EOFError, RecursionError) as error:
+        except (tarfile.TarError, ValueError, EOFError, RecursionError, LookupError) as error:
             raise BadArchive(f"not a tar archive: {error}") from None
         return missing
 

@@ -6,6 +6,7 @@ ours, but what it passes on is not: a line that is not understood is text for th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -29,18 +30,26 @@ def command() -> list[str]:
     return [sys.executable, "-P", "-m", "cpodfs.runs.provider"]
 
 
-def clean_up(status: dict[str, Any], env: dict[str, str], words: int) -> None:
+def clean_up(
+    status: dict[str, Any], env: dict[str, str], words: int, *, last: bool = False
+) -> None:
     """End and pay what a process that died left at the market; ``status`` is brought up to date.
 
     Takes `GRACE_S` at most. ``words``: a descriptor for what there is to complain of. ``env``: with
-    the app-key. Nothing to do when the ``phase`` is "over"; it is not if something may be open still.
+    the app-key. ``last``: nobody will try again, so invoices that have not come are forgotten.
+    Nothing to do when the ``phase`` is "over"; it is not if something may be open still.
     """
     import subprocess
 
     if status["phase"] == "over":
         return
     open_ones = [one for one in status["providers"] if _is_open(one)]
-    job = {"agreements": open_ones, "allocation": status["allocation"]}
+    job = {
+        "agreements": open_ones,
+        "allocation": status["allocation"],
+        "payer": status.get("payer"),
+        "last": last,
+    }
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "cpodfs.runs.provider_cleanup"],
@@ -55,21 +64,35 @@ def clean_up(status: dict[str, Any], env: dict[str, str], words: int) -> None:
         ended = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
         ended = {}
-        done = None
     for one in open_ones:
         one.update(ended.get(one["agreement"], {}))
     for total in ("spent", "accepted"):
         status[total] = round(sum(one[total] for one in status["providers"]), 12)
-    if done is not None and ended.keys() >= {one["agreement"] for one in open_ones}:
-        status["phase"] = "over"
-    else:
-        os.write(words, b"cpodfs: agreements may be open: yagna did not end them all\n")
+    left = [
+        one for one in open_ones if one["agreement"] not in ended or (is_owed(one) and not last)
+    ]
+    status["phase"] = "unsettled" if left else "over"
+    if left:
+        with contextlib.suppress(OSError):  # a full disk
+            os.write(
+                words, b"cpodfs: not all agreements are ended and paid; see golem in run.json\n"
+            )
+
+
+def is_owed(hired: dict[str, Any]) -> bool:
+    """Whether a provider has worked and has neither been paid nor billed too much."""
+    worked = hired["activity"] is not None and hired["agreement_state"] != "vanished"
+    return worked and not hired["paid"] and not hired.get("refused")
+
+
+def is_any_approved(status: dict[str, Any]) -> bool:
+    """Whether there are agreements that cost something as long as nobody ends them."""
+    return any(one["agreement_state"] == "approved" for one in status["providers"])
 
 
 def _is_open(hired: dict[str, Any]) -> bool:
     """Whether an agreement is to be ended, or to be paid."""
-    worked = hired["activity"] is not None and hired["agreement_state"] != "vanished"
-    return hired["agreement_state"] == "approved" or (worked and not hired["paid"])
+    return hired["agreement_state"] == "approved" or is_owed(hired)
 
 
 class Link:

@@ -202,12 +202,11 @@ class Crew:
 
     def _worker_done(self, signed: list[Any], worker: asyncio.Task[Any]) -> None:
         self._workers.discard(worker)
-        # What goes wrong in a lane stays there; here it was the making of the activity.
         if not worker.cancelled() and (error := worker.exception()) is not None:
-            for agreement in signed:
-                self._lane_over(
-                    hired_for(self._status, agreement), f"no activity: {describe(error)}"
-                )
+            for hired in (hired_for(self._status, agreement) for agreement in signed):
+                # Else it was the end of a lane, which has been dealt with.
+                if hired.activity is None:
+                    self._lane_over(hired, f"no activity: {describe(error)}")
         self._news.set()
 
     async def _wait_for_news(self, timeout_s: float) -> None:
@@ -409,7 +408,6 @@ class Books:
     def __init__(self, reporter: Reporter, bills: Bills) -> None:
         self._reporter = reporter
         self._bills = bills
-        self._refused: dict[str, str] = {}
         self.changed = asyncio.Event()
 
     def __call__(self, event: Any) -> None:
@@ -440,7 +438,7 @@ class Books:
         try:
             billed = self._bills.checked(hired.agreement, event.invoice.amount)
         except Overbilled as error:
-            hired.error = self._refused[hired.agreement] = str(error)
+            self.refuse(hired.agreement, str(error))
             return
         hired.spent = billed
         if isinstance(event, events.InvoiceAccepted):
@@ -456,7 +454,7 @@ class Books:
         self._reporter.phase("settling")
         loop = asyncio.get_running_loop()
         begun = loop.time()
-        while owed := [one for one in self.owed() if one.agreement not in self._refused]:
+        while owed := self.owed():
             waited = loop.time() - begun
             gone = all(one.agreement_state == "vanished" for one in owed)
             left = min(limit_s(), VANISHED_SETTLE_S if gone else math.inf) - waited
@@ -466,8 +464,8 @@ class Books:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.changed.wait(), min(left, 1.0))
         late = [f"no invoice from {one.name}" for one in owed if one.agreement_state != "vanished"]
-        hired = self._reporter.status.hired
-        return late + [f"{hired[key].name} {why}" for key, why in self._refused.items()]
+        hired = self._reporter.status.hired.values()
+        return late + [f"{one.name} {one.error}" for one in hired if one.refused]
 
     def paid(self, agreement: str, amount: Decimal) -> None:
         """Somebody else than yapapi has paid an invoice."""
@@ -476,10 +474,17 @@ class Books:
         self._reporter.changed()
         self.changed.set()
 
+    def refuse(self, agreement: str, why: str) -> None:
+        """An invoice is not paid."""
+        hired = self._reporter.status.hired[agreement]
+        hired.refused, hired.error = True, why
+        self._reporter.changed()
+        self.changed.set()
+
     def owed(self) -> list[Hired]:
-        """Those who worked for us and are not paid."""
+        """Those who worked for us, and are neither paid nor have billed too much."""
         hired = self._reporter.status.hired.values()
-        return [one for one in hired if one.activity is not None and not one.paid]
+        return [one for one in hired if one.activity and not (one.paid or one.refused)]
 
 
 def hired_for(status: Status, agreement: Any) -> Hired:

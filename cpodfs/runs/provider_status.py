@@ -42,8 +42,8 @@ class Price:
 class Hired:
     """One agreement. ``spent``: what it has cost so far or was billed for; ``accepted``: paid.
 
-    ``agreement_state``: approved, terminated, vanished (the provider is gone). ``signed``: when,
-    UTC, ISO 8601.
+    ``agreement_state``: approved, terminated, vanished (the provider is gone). ``refused``: it has
+    billed too much, and is not paid. ``signed``: when, UTC, ISO 8601.
     """
 
     name: str
@@ -56,6 +56,7 @@ class Hired:
     spent: Decimal = Decimal(0)
     accepted: Decimal = Decimal(0)
     paid: bool = False
+    refused: bool = False
     error: str | None = None
     signed: str = ""
     price: Price = field(default_factory=Price)
@@ -76,6 +77,8 @@ class Status:
     budget: Decimal
     phase: str = "starting"
     allocation: str | None = None
+    payer: str | None = None
+    """The address that pays, by which one knows this yagna again."""
     offers: int = 0
     hired: dict[str, Hired] = field(default_factory=dict)
     tasks: dict[str, int] | None = None
@@ -113,6 +116,7 @@ class Status:
             "spent": amount(self.spent()),
             "accepted": amount(self.accepted()),
             "allocation": self.allocation,
+            "payer": self.payer,
             "offers": self.offers,
             "providers": [one.shown() for one in self.hired.values()],
         }

@@ -215,8 +215,9 @@ def kill_leftovers(run_id: str, supervisor: Any = None) -> int:
     of the one that died.
 
     They are known by CPODFS_RUN_ID in the environment that they were started with, by the
-    supervisor's session, or as the offspring of one of these. Not found is who has neither, and
-    whose parent was gone before.
+    supervisor's session if one of those is in it too (its number alone may have been given to
+    others since), or as the offspring of one of these. Not found is who has neither, and whose
+    parent was gone before.
     """
     mark = f"CPODFS_RUN_ID={run_id}".encode()
     stopped: dict[int, int] = {}
@@ -239,11 +240,9 @@ def _leftovers(mark: bytes, supervisor: Any, known: Container[int]) -> dict[int,
     # Neither we nor what is ours, whoever may have started us.
     alive.pop(os.getpid(), None)
     session = _session(supervisor, alive)
-    theirs = {
-        pid
-        for pid, process in alive.items()
-        if _is_marked(pid, mark) or process.started_in(session)
-    }
+    theirs = {pid for pid in alive if _is_marked(pid, mark)}
+    if any(alive[pid].started_in(session) for pid in theirs):
+        theirs |= {pid for pid, process in alive.items() if process.started_in(session)}
     level = theirs
     while level:
         level = {pid for pid, p in alive.items() if p.parent in level} - theirs

@@ -283,8 +283,9 @@ class Supervisor:
             how = _signal_name(-status) if status < 0 else f"exit code {status}"
             error = f"the provider run's own process died ({how}); see stderr.log"
             code = status if status > 0 else None
-        if self._record.get("golem"):
-            provider_link.clean_up(self._record["golem"], self._link_env, self._spools[1].fd)
+        golem = self._record.get("golem")
+        if golem and (link.end is None or provider_link.is_any_approved(golem)):
+            provider_link.clean_up(golem, self._link_env, self._spools[1].fd)
             self._follower.notify()
         if (code or link.end is None) and not cancelled:
             self._record["state"] = state.FAILED

@@ -32,6 +32,8 @@ QUIET_S = 60.0
 REOPEN_MIN_S = 2.0
 RELOOK_MIN_S = 1.0
 """Nobody waits for a listing to be renewed that is younger than this, whatever the metadata TTL."""
+MISSED_S = 5.0
+"""How long somebody who misses a name waits for a new listing, at most."""
 REOPEN_TTLS = 5
 """A pod that is looked at is opened anew after so many times the metadata TTL."""
 
@@ -113,7 +115,9 @@ class Lister:
         if ino not in self._asking and self._locks.blocker((remote.rid,)) is not None:
             return  # uploads of ours go first
         try:
-            await self.refresh(ino, patience_s=self._patience_s)
+            with trio.move_on_after(min(self._patience_s, MISSED_S)) as scope:
+                await self.refresh(ino, patience_s=self._patience_s)
+            self._silent = self._silent or scope.cancelled_caught
         except CpodfsError as error:
             # One wait is enough: a shell or git looks for many names that are not there.
             self._silent = self._silent or isinstance(error, Unreachable)

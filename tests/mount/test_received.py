@@ -30,6 +30,9 @@ def test_it_can_be_forgotten_and_received_again(
 ) -> None:
     pod = mount.point / received
     assert list(pod.iterdir())
+    inside = mount.cli("forget", str(pod / "a.recipe"), check=False)
+    assert inside.returncode == 1
+    assert "is inside a pod" in inside.stderr
     assert mount.cli("forget", str(pod)).stdout == f"{pod}: forgotten\n"
     assert not pod.exists()
     mount.remount(wipe=True)

@@ -105,15 +105,20 @@ def test_nothing_in_the_script_folder_is_left_out(theirs: Mount) -> None:
 
 @pytest.mark.parametrize(
     ("number", "command"),
-    enumerate(
-        (
-            "sh -c 'sh \"$CPODFS_PAYLOAD/x.sh\"'",
-            "sh -c 'sh p*d/x.sh'",
-            "python3 -c 'import os, runpy; runpy.run_path(os.listdir()[0] + chr(47))'",
-            "env -S 'sh ${CPODFS_PAYLOAD}/x.sh'",
-            "busybox sh -ec script/y.sh",
-            "find . -name x.sh -exec sh {} +",
-            "python3 script/run.py CPODFS_PAYLOAD",
+    list(
+        enumerate(
+            (
+                "sh -c 'sh \"$CPODFS_PAYLOAD/x.sh\"'",
+                "sh -c 'sh p*d/x.sh'",
+                "python3 -c 'import os, runpy; runpy.run_path(os.listdir()[0] + chr(47))'",
+                "env -S 'sh ${CPODFS_PAYLOAD}/x.sh'",
+                "busybox sh -ec script/y.sh",
+                "find . -name x.sh -exec sh {} +",
+                "python3 script/run.py CPODFS_PAYLOAD",
+                "python3 -m unittest",
+                "perl -I script/lib payload/x.pl",
+                "find script/lib -exec payload/x.sh",
+            )
         )
     ),
 )
@@ -146,13 +151,21 @@ def test_a_payload_within_the_results_counts_for_such_a_command(theirs: Mount) -
     changed(pod, "output/in/x.sh")
 
 
-def test_ones_own_data_for_a_plain_command(theirs: Mount) -> None:
-    files = recipe_files("sh script/x.sh --frames=1..10 'two words' a,b:c") | {"payload/data": "1"}
-    pod = forked(theirs, "plain", files)
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sh -e script/x.sh --frames=1..10 'two words' a,b:c",
+        "python3 -u script/x.sh --output=res.csv --logs payload/in",
+    ],
+)
+def test_ones_own_data_for_a_plain_command(theirs: Mount, command: str) -> None:
+    files = recipe_files(command) | {"payload/data": "1", "script/x.sh": "print = 1"}
+    pod = forked(theirs, f"plain {command[:2]}", files)
     text = shown(theirs, pod)
     assert "payload/data" not in text
     assert "payload/, output/ and logs/ are not part of what you trust" in text
     (pod / "payload/data").write_text("of my own")
+    run_to_end(pod)
     run_to_end(pod)
 
 

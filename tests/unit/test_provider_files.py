@@ -237,14 +237,19 @@ def test_no_archive_at_all(pod: Path, tmp_path: Path) -> None:
         Unpacker(pod, "output").unpack(tmp_path / "t")
 
 
+SPARSE = tarfile.TarInfo("output/sparse")
+SPARSE.type = tarfile.GNUTYPE_SPARSE
+
+
 @pytest.mark.parametrize(
     "header",
     [
         tarfile.TarInfo.create_pax_global_header({"a": "1" * 200_000}),
         tarfile.TarInfo._create_gnu_long_header("x" * 5000, tarfile.GNUTYPE_LONGNAME, "utf8", ""),
         tarfile.TarInfo._create_gnu_long_header("x", tarfile.GNUTYPE_LONGNAME, "utf8", "") * 3000,
+        SPARSE.tobuf(tarfile.GNU_FORMAT),
     ],
-    ids=["pax", "a long name", "many long names"],
+    ids=["pax", "a long name", "many long names", "sparse"],
 )
 def test_headers_that_are_dear_to_read_are_refused(
     pod: Path, tmp_path: Path, header: bytes

@@ -173,6 +173,7 @@ def status_of(**hired: object) -> dict:
         ({"agreement_state": "terminated", "paid": True}, False),
         ({"agreement_state": "terminated", "activity": None}, False),
         ({"agreement_state": "vanished"}, False),
+        ({"agreement_state": "terminated", "refused": True}, False),
     ],
 )
 def test_what_is_to_be_ended_or_paid(hired: dict, tidied: bool) -> None:

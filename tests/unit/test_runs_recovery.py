@@ -301,7 +301,7 @@ def tidied(monkeypatch, failures=0):
     """Stands in for the process that talks to the market; tells what it was given."""
     calls = []
 
-    def clean_up(status, env, words):
+    def clean_up(status, env, words, *, last):
         assert status == GOLEM
         assert env["YAGNA_APPKEY"] == APP_KEY
         calls.append(True)
