@@ -134,6 +134,9 @@ class Driver:
 
         From before the mount until after its end, without a gap: in one, a signal would kill us.
         """
+        for each in SIGNALS:
+            # What is restored afterwards: the exit code is still to be told.
+            signal.signal(each, signal.SIG_IGN)
         with trio.open_signal_receiver(*SIGNALS) as signals:
             task_status.started()
             async for number in signals:

@@ -7,6 +7,7 @@ together.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,9 +26,15 @@ PATH = click.Path(path_type=Path)
 
 
 class Number(click.FloatRange):
-    """Errors call a number a number."""
+    """Errors call a number a number; what is not a number is none."""
 
     name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a valid {self.name}.", param, ctx)
+        return number
 
 
 class WholeNumber(click.IntRange):
@@ -50,7 +57,11 @@ class Configured(click.Command):
         if self.knows_all and (unknown := sorted(written.keys() - known)):
             key = written[unknown[0]]
             raise ConfigError(f"{path}: {key}: no such option; see: cpodfs mount --help")
-        ctx.default_map = {name: values[key] for name, key in written.items()}
+        # As text, as from the environment: 1.5 is no whole number, and 3 is no yes or no.
+        texts = {
+            key: value if isinstance(value, str) else str(value) for key, value in values.items()
+        }
+        ctx.default_map = {name: texts[key] for name, key in written.items()}
         try:
             return super().parse_args(ctx, args)
         except click.BadParameter as error:

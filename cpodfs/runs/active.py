@@ -5,7 +5,6 @@ Imports `state`; trio. Used by `manager` only.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOCK_RETRY_S = 0.5
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @dataclass
@@ -76,7 +74,7 @@ class Run:
                 file.write(f"cpodfs: {error}\n".encode(errors="backslashreplace"))
         except OSError as exc:
             log.warning("record not written pod=%r run=%s: %s", self.pod, self.id, exc)
-            return exc.errno not in _FULL
+            return exc.errno not in state.FULL
         return True
 
     def let_go(self) -> None:

@@ -85,4 +85,4 @@ def end_agreements(
     ours = supervisor_environment(os.environ)["PYTHONPATH"]
     env["PYTHONPATH"] = os.pathsep.join(p for p in (env.get("PYTHONPATH"), ours) if p)
     with open(folder / state.STREAMS[1], "ab", buffering=0) as words:
-        clean_up(record["golem"], env, words.fileno(), last=last)
+        clean_up(record["golem"], env, words.fileno(), last=last, until=record["ended"])

@@ -16,8 +16,8 @@ from yapapi.props.com import ComLinear, Counter
 
 from cpodfs.runs.provider_status import Price
 
-SLACK_S = 30.0
-"""Added to the time since the signature: clocks differ, and an agreement takes time to end."""
+SLACK_S = 5.0
+"""Added to the time since the signature, which may have been made a little before we heard of it."""
 MAX_THREADS = 1024
 """An offer of more is not believed: its threads are what limits its bill."""
 

@@ -45,7 +45,8 @@ async def clean_up(job: dict[str, Any]) -> dict[str, Any]:
     """Destroy activities, terminate agreements, pay what is billed. Waits for `INVOICES_S` at most.
 
     ``job``: agreements as in the record, `provider_status.Hired.shown`; allocation and payer as
-    there; last: whether the allocation is released though not all is paid. Raises WrongYagna.
+    there; last: whether the allocation is released though not all is paid; until: when the run
+    ended, or null. Raises WrongYagna.
     """
     configuration = rest.Configuration(ApiConfig())
     ended: dict[str, Any] = {}
@@ -70,7 +71,9 @@ async def clean_up(job: dict[str, Any]) -> dict[str, Any]:
             agreement = rest.market.Agreement(market._api, key)
             if await agreement.terminate(_REASON) or await is_over(agreement):
                 ended[key] = {"agreement_state": "terminated"}
-                limits[key] = _most(one)
+                # One that nobody had ended until now may have gone on all the time.
+                over = one["agreement_state"] == "terminated"
+                limits[key] = _most(one, job["until"] if over else None)
         allocation = await _allocation(payment, job["allocation"])
         if allocation is not None:
             worked = any(one["activity"] for one in job["agreements"])
@@ -91,10 +94,11 @@ async def _check_payer(payment: Any, payer: str | None) -> None:
         raise WrongYagna(f"another yagna, which does not pay from {payer}")
 
 
-def _most(one: dict[str, Any]) -> Decimal:
-    """What an agreement can have cost at most until now."""
+def _most(one: dict[str, Any], until: str | None) -> Decimal:
+    """What an agreement can have cost at most until the run's end, or now."""
+    end = datetime.now(UTC) if until is None else datetime.fromisoformat(until)
     price = Price(*(Decimal(str(one["price"][key])) for key in ("start", "a_second")))
-    passed = datetime.now(UTC) - datetime.fromisoformat(one["signed"])
+    passed = end - datetime.fromisoformat(one["signed"])
     return price.most(max(0.0, passed.total_seconds()) + SLACK_S)
 
 
@@ -145,6 +149,8 @@ async def pay(
                     continue
                 if invoice.status == "RECEIVED":
                     await invoice.accept(amount=amount, allocation=allocation)
+                elif invoice.status not in ("ACCEPTED", "SETTLED"):
+                    continue
                 owed.discard(invoice.agreement_id)
                 on_paid(invoice.agreement_id, amount)
         await asyncio.sleep(_POLL_S)

@@ -31,12 +31,18 @@ def command() -> list[str]:
 
 
 def clean_up(
-    status: dict[str, Any], env: dict[str, str], words: int, *, last: bool = False
+    status: dict[str, Any],
+    env: dict[str, str],
+    words: int,
+    *,
+    last: bool = False,
+    until: str | None = None,
 ) -> None:
     """End and pay what a process that died left at the market; ``status`` is brought up to date.
 
     Takes `GRACE_S` at most. ``words``: a descriptor for what there is to complain of. ``env``: with
     the app-key. ``last``: nobody will try again, so invoices that have not come are forgotten.
+    ``until``: when the run ended, if it has: more time is not paid for.
     Nothing to do when the ``phase`` is "over"; it is not if something may be open still.
     """
     import subprocess
@@ -49,6 +55,7 @@ def clean_up(
         "allocation": status["allocation"],
         "payer": status.get("payer"),
         "last": last,
+        "until": until,
     }
     try:
         done = subprocess.run(

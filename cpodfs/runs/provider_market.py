@@ -366,7 +366,9 @@ class Crew:
         """Stop while what is owed can still be paid."""
         spent, budget = self._status.spent(), self._status.budget
         if self._status.committed() > budget:
-            raise RunFailed(f"budget exhausted: {spent:f} of {budget:f} GLM are spent")
+            raise RunFailed(
+                f"budget exhausted: {spent:f} of {budget:f} GLM are spent, and stopping costs the rest"
+            )
 
     # -- the end ----------------------------------------------------------------------------------
 
@@ -384,6 +386,8 @@ class Crew:
 
 def describe(error: BaseException) -> str:
     """One line for an error of yapapi or of the network, without secrets."""
+    if isinstance(error, LaneFailed):
+        return str(error)
     if isinstance(error, CommandExecutionError):
         return f"command failed: {error.message or error.stderr or 'no reason given'}"
     if isinstance(error, BatchError):

@@ -24,6 +24,7 @@ run); published (is the copy in the pod complete? null: nobody has tried since t
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -46,6 +47,8 @@ ENDED = frozenset({FINISHED, FAILED, CANCELLED, LOST})
 STREAMS = ("stdout.log", "stderr.log")
 RECORD_FILE = "run.json"
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What is worth waiting for: room."""
 TEXT_LIMIT = 500
 
 _KEY_LIMIT = 200

@@ -294,16 +294,17 @@ class Supervisor:
             self._record["error"] = error
 
     def _save(self, *, durable: bool) -> None:
-        """Write the record; a disk that is full is waited for, as long as the copy may be."""
+        """Write the record. The end of a run is one only when it is written: a disk that is full is
+        waited for, other errors as long as the copy may be."""
         deadline = time.monotonic() + self._job["publish_s"]
         while True:
             try:
                 state.write_record(self._folder, self._record, durable=durable)
-            except OSError:
+            except OSError as exc:
                 # Before the end, the program matters more than its record.
                 if not durable:
                     return
-                if time.monotonic() >= deadline:
+                if exc.errno not in state.FULL and time.monotonic() >= deadline:
                     raise
                 time.sleep(mirror.RETRY_S)
             else:

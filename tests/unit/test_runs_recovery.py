@@ -301,7 +301,7 @@ def tidied(monkeypatch, failures=0):
     """Stands in for the process that talks to the market; tells what it was given."""
     calls = []
 
-    def clean_up(status, env, words, *, last):
+    def clean_up(status, env, words, *, last, until):
         assert status == GOLEM
         assert env["YAGNA_APPKEY"] == APP_KEY
         calls.append(True)
