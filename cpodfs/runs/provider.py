@@ -29,18 +29,12 @@ from yapapi.payload.package import PackageException
 
 from cpodfs.recipe import Runtime
 from cpodfs.runs.provider_bills import Bills
+from cpodfs.runs.provider_books import SETTLE_S, Books
 from cpodfs.runs.provider_cleanup import is_over, pay
 from cpodfs.runs.provider_each import EachWork
+from cpodfs.runs.provider_errors import RunFailed, describe
 from cpodfs.runs.provider_files import MAX_BYTES, matching
-from cpodfs.runs.provider_market import (
-    FAILED,
-    SETTLE_S,
-    Books,
-    Crew,
-    RunFailed,
-    Strategy,
-    describe,
-)
+from cpodfs.runs.provider_market import FAILED, Crew, Strategy
 from cpodfs.runs.provider_status import Reporter, Status
 from cpodfs.runs.provider_work import Job, Shop, SingleWork
 

@@ -24,8 +24,8 @@ from yapapi import rest
 from yapapi.config import ApiConfig
 
 from cpodfs.runs.provider_bills import SLACK_S, Overbilled, checked
+from cpodfs.runs.provider_errors import describe
 from cpodfs.runs.provider_link import is_owed
-from cpodfs.runs.provider_market import describe
 from cpodfs.runs.provider_status import Price
 
 INVOICES_S = 15.0

@@ -14,8 +14,9 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+from cpodfs.runs.provider_errors import RunFailed
 from cpodfs.runs.provider_files import NotThere, TaskLog, sha256_in
-from cpodfs.runs.provider_market import FAILED, RunFailed
+from cpodfs.runs.provider_market import FAILED
 from cpodfs.runs.provider_script import INCOMING, words_for
 from cpodfs.runs.provider_status import Hired
 from cpodfs.runs.provider_work import Say, Shop, complete, into, report_in

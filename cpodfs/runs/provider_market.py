@@ -18,16 +18,17 @@ from decimal import Decimal
 from functools import partial
 from typing import Any, Protocol
 
-import aiohttp
-from yapapi import Golem, events
+from yapapi import Golem
 from yapapi.engine import Job
 from yapapi.payload import Payload
 from yapapi.props.com import Counter
-from yapapi.rest.activity import BatchError, CommandExecutionError
+from yapapi.rest.activity import BatchError
 from yapapi.strategy import SCORE_REJECTED, LeastExpensiveLinearPayuMS
 
 from cpodfs.recipe import Runtime
-from cpodfs.runs.provider_bills import Bills, Overbilled, is_sane, price_of
+from cpodfs.runs.provider_bills import Bills, is_sane
+from cpodfs.runs.provider_books import hired_for
+from cpodfs.runs.provider_errors import LaneFailed, RunFailed, Vanished, describe, is_gone
 from cpodfs.runs.provider_pool import Pool, affordable
 from cpodfs.runs.provider_status import Hired, Reporter, Status
 
@@ -37,9 +38,6 @@ SILENCE_S = 15.0
 """A provider that answers nothing for so long has vanished."""
 REFUSALS = 3
 """Or one of whom yagna says so often, a second apart, that it is not to be found."""
-SETTLE_S = 20.0
-VANISHED_SETTLE_S = 3.0
-"""How long the invoice of a provider that has vanished is waited for."""
 FAILED = 125
 """Exit code for a failure that is not the program's."""
 _EXPIRY_MARGIN = timedelta(minutes=5)
@@ -47,18 +45,6 @@ _WATCH_S = 1.0
 _ANSWER_S = 5.0
 _LANES_END_S = 10.0
 _RETRY_S = 0.5
-
-
-class RunFailed(Exception):
-    """Why the run cannot go on, as its record will say."""
-
-
-class LaneFailed(Exception):
-    """What went wrong with one provider; others may do better."""
-
-
-class Vanished(LaneFailed):
-    """A provider that does not answer any more."""
 
 
 class Work(Protocol):
@@ -345,7 +331,7 @@ class Crew:
                     await self._take_cost(context, hired)
                     state = await context.get_raw_state()
             except Exception as error:  # noqa: BLE001 - what it is shows how long it lasts
-                refused = refused + 1 if _is_gone(error) else 0
+                refused = refused + 1 if is_gone(error) else 0
                 if refused >= REFUSALS or loop.time() - heard > SILENCE_S:
                     hired.agreement_state = "vanished"
                     raise Vanished(f"provider vanished: {describe(error)}") from None
@@ -382,123 +368,3 @@ class Crew:
         with contextlib.suppress(Exception):
             async with asyncio.timeout(_LANES_END_S):
                 await job.agreements_pool.terminate_all(reason=reason)
-
-
-def describe(error: BaseException) -> str:
-    """One line for an error of yapapi or of the network, without secrets."""
-    if isinstance(error, LaneFailed):
-        return str(error)
-    if isinstance(error, CommandExecutionError):
-        return f"command failed: {error.message or error.stderr or 'no reason given'}"
-    if isinstance(error, BatchError):
-        return f"command failed: {' '.join(map(str, error.args)) or type(error).__name__}"
-    status = getattr(error, "status", None)
-    if status is not None and hasattr(error, "body"):
-        return f"yagna said {status}: {str(error.body)[:200]}"
-    if isinstance(error, aiohttp.ClientError | TimeoutError | OSError):
-        return f"no answer ({type(error).__name__})"
-    text = str(error).splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
-
-
-def _is_gone(error: BaseException) -> bool:
-    body = str(getattr(error, "body", ""))
-    return getattr(error, "status", None) == 500 and "endpoint address not found" in body
-
-
-class Books:
-    """Turns yapapi's events into the status: who was hired, what was billed, what was paid."""
-
-    def __init__(self, reporter: Reporter, bills: Bills) -> None:
-        self._reporter = reporter
-        self._bills = bills
-        self.changed = asyncio.Event()
-
-    def __call__(self, event: Any) -> None:
-        status = self._reporter.status
-        match event:
-            case events.ProposalReceived():
-                if event.proposal.is_draft is False:
-                    status.offers += 1
-            case events.AgreementConfirmed():
-                hired = hired_for(status, event.agreement)
-                self._bills.signed(hired.agreement, hired.price)
-                # At once: whoever cleans up after us must know of it.
-                self._reporter.tell()
-            case events.AgreementTerminated() | events.InvoiceReceived() | events.InvoiceAccepted():
-                self._on_agreement(event, status.hired.get(event.agreement.id))
-            case events.PaymentFailed():
-                self._reporter.note(f"payment failed: {describe(event.exc_info[1])}")
-        self._reporter.changed()
-        self.changed.set()
-
-    def _on_agreement(self, event: Any, hired: Hired | None) -> None:
-        if hired is None:
-            return
-        if isinstance(event, events.AgreementTerminated):
-            if hired.agreement_state == "approved":
-                hired.agreement_state = "terminated"
-            return
-        try:
-            billed = self._bills.checked(hired.agreement, event.invoice.amount)
-        except Overbilled as error:
-            self.refuse(hired.agreement, str(error))
-            return
-        hired.spent = billed
-        if isinstance(event, events.InvoiceAccepted):
-            hired.accepted, hired.paid = billed, True
-
-    async def settle(self, limit_s: Callable[[], float]) -> list[str]:
-        """Wait until all that worked for us are paid; why some are not, each with its name.
-
-        ``limit_s``: how long in all; asked every second, for it may become less. Providers that
-        have vanished are waited for `VANISHED_SETTLE_S` only, and not named. Who has billed too
-        much is not waited for: another invoice will not come.
-        """
-        self._reporter.phase("settling")
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
-        while owed := self.owed():
-            waited = loop.time() - begun
-            gone = all(one.agreement_state == "vanished" for one in owed)
-            left = min(limit_s(), VANISHED_SETTLE_S if gone else math.inf) - waited
-            if left <= 0:
-                break
-            self.changed.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.changed.wait(), min(left, 1.0))
-        late = [f"no invoice from {one.name}" for one in owed if one.agreement_state != "vanished"]
-        hired = self._reporter.status.hired.values()
-        return late + [f"{one.name} {one.error}" for one in hired if one.refused]
-
-    def paid(self, agreement: str, amount: Decimal) -> None:
-        """Somebody else than yapapi has paid an invoice."""
-        hired = self._reporter.status.hired[agreement]
-        hired.spent, hired.accepted, hired.paid = amount, amount, True
-        self._reporter.changed()
-        self.changed.set()
-
-    def refuse(self, agreement: str, why: str) -> None:
-        """An invoice is not paid."""
-        hired = self._reporter.status.hired[agreement]
-        hired.refused, hired.error = True, why
-        self._reporter.changed()
-        self.changed.set()
-
-    def owed(self) -> list[Hired]:
-        """Those who worked for us, and are neither paid nor have billed too much."""
-        hired = self._reporter.status.hired.values()
-        return [one for one in hired if one.activity and not (one.paid or one.refused)]
-
-
-def hired_for(status: Status, agreement: Any) -> Hired:
-    """The status's entry of an agreement, made when it is new."""
-    if agreement.id not in status.hired:
-        said = str(agreement.details.provider_node_info.name or "?")
-        name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in said[:100])
-        provider_id = agreement.details.raw_details.offer.provider_id
-        price = price_of(agreement.details.provider_view.properties)
-        signed = datetime.now(UTC).isoformat(timespec="milliseconds")
-        hired = Hired(name, str(provider_id), agreement.id, signed=signed, price=price)
-        status.hired[agreement.id] = hired
-    return status.hired[agreement.id]

@@ -16,8 +16,9 @@ from typing import Any
 from yapapi import events
 from yapapi.script.command import Run
 
+from cpodfs.runs.provider_errors import LaneFailed, RunFailed
 from cpodfs.runs.provider_files import AWAY, BadArchive, Packed, Unpacker, pack, sha256_of
-from cpodfs.runs.provider_market import FAILED, LaneFailed, RunFailed
+from cpodfs.runs.provider_market import FAILED
 from cpodfs.runs.provider_script import (
     HELPER,
     INCOMING,

@@ -13,7 +13,8 @@ import pytest
 from cpodfs.runs import provider_each, provider_work
 from cpodfs.runs.provider_bills import Bills
 from cpodfs.runs.provider_each import LANE_FAILURES, EachWork
-from cpodfs.runs.provider_market import RunFailed, Strategy
+from cpodfs.runs.provider_errors import RunFailed
+from cpodfs.runs.provider_market import Strategy
 from cpodfs.runs.provider_status import Hired, Reporter, Status
 from cpodfs.runs.provider_work import Job, Shop, SingleWork
 

@@ -12,8 +12,8 @@ import pytest
 
 from cpodfs.runs import provider_link
 from cpodfs.runs.provider_bills import Bills
+from cpodfs.runs.provider_books import Books
 from cpodfs.runs.provider_link import Link
-from cpodfs.runs.provider_market import Books
 from cpodfs.runs.provider_status import Hired, Reporter, Status
 from cpodfs.runs.stream import Spool
 

@@ -14,7 +14,7 @@ import pytest
 from cpodfs.errors import ConfigError, NotNow, NotTrusted, RecipeError
 from cpodfs.recipe import parse_recipe
 from cpodfs.runs import changes, keep, sandbox
-from cpodfs.runs.provider_market import hired_for
+from cpodfs.runs.provider_books import hired_for
 from cpodfs.runs.provider_status import Status
 from cpodfs.runs.trust import Fingerprint, TrustBook
 
