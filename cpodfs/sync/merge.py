@@ -240,8 +240,8 @@ class Merger:
             "mtime_s": entry.mtime_s,
             "slack_s": 0,
             "mode": entry.mode,
-            "to_parent": None,
-            "to_name": None,
+            # Not to_parent: a directory on its way, moved object by object, is in both places, and
+            # forgotten here it would be a stranger's there. Whoever resolves the move looks at both.
         }
         local = self._store.get(remote.ino) if remote.ino is not None else None
         if local is not None and remote.mode != entry.mode and not local.dirty & MODE:

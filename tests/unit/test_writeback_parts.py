@@ -21,6 +21,7 @@ from cpodfs.cache.store import Store
 from cpodfs.dfs import Entry
 from cpodfs.errors import CacheVersion, NotFound, QuotaExceeded, Unreachable
 from cpodfs.fs.handles import Handles
+from cpodfs.paths import TEMP_PREFIX
 from cpodfs.sync import retry
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
@@ -274,3 +275,26 @@ def test_a_write_to_what_was_deleted_with_its_directory_is_kept_above(tmp_path: 
     assert (kept.name or "").startswith("f (conflict ")
     world.settle()
     assert world.remote_tree() == world.local_tree()
+
+
+def test_a_directory_on_its_way_is_not_forgotten_where_it_came_from(tmp_path: Path) -> None:
+    """Moved object by object, it is in both places when that is broken off."""
+    world = World(tmp_path)
+    pod = world.pod()
+    folder = world.make(pod, "d", DIR)
+    world.settle()
+    remote, home = world.store.remote_of(folder), world.store.remote_of(pod)
+    directory = world.store.get(pod)
+    assert remote is not None
+    assert home is not None
+    assert directory is not None
+    aside = f"{TEMP_PREFIX}{remote.rid}"
+    world.store.set_remote(remote.rid, to_parent=home.rid, to_name=aside)
+    merger = Merger(world.store, lambda ino: None)
+    old, new = (Entry(name, True, 0, 0o700, 5, 5, 5) for name in ("d", aside))
+    merger.listing(directory, home.rid, [old], set())
+    merger.listing(directory, home.rid, [old, new], set())
+    assert [c.name for c in world.store.children(pod)] == ["d"]
+    moved = world.store.remote(remote.rid)
+    assert moved is not None
+    assert moved.name == aside
