@@ -84,13 +84,13 @@ async def _try(
         if record is None or not owes(record):
             return True
         extra = await trio.to_thread.run_sync(environment)
-        # Abandoned when the driver goes: it is a process of its own, and to end twice is no harm.
         before = copy.deepcopy(record)
+        # Abandoned when the driver goes: it is a process of its own, and to end twice is no harm.
         await trio.to_thread.run_sync(
             partial(end_agreements, last=last), folder, record, extra, abandon_on_cancel=True
         )
         if record != before:
-            state.write_record(folder, record, durable=True)
+            await trio.to_thread.run_sync(partial(state.write_record, folder, record, durable=True))
             await publish(folder, lock)
         if owes(record):
             return False

@@ -65,3 +65,10 @@ def gate(tmp_path: Path) -> Iterator[Gate]:
     gate = Gate(tmp_path / "outside")
     yield gate
     gate.close()
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[Mount]:
+    """One mount for the tests that take a pod of their own each."""
+    with mounted(tmp_path_factory.mktemp("theirs"), server) as mount:
+        yield mount

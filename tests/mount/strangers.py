@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import subprocess
 from collections.abc import Mapping
@@ -65,3 +66,8 @@ def touch(pod: Path) -> str:
     done = subprocess.run(["touch", ".run"], cwd=pod, capture_output=True, text=True)
     assert (done.returncode == 0) == (done.stderr == "")
     return done.stderr
+
+
+def reason(pod: Path) -> str:
+    """Why the last touch was refused."""
+    return os.getxattr(pod, "user.cpodfs.error").decode()

@@ -18,13 +18,6 @@ from tests.mount.strangers import forked, recipe_files, touch, vouch
 DENIED = "Permission denied"
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[Mount]:
-    """One mount for the tests that take a pod of their own each."""
-    with mounted(tmp_path_factory.mktemp("listing"), server) as mount:
-        yield mount
-
-
 class Bwrap:
     """A bwrap on the driver's PATH that can be made to hang or to fail."""
 

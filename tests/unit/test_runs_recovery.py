@@ -236,9 +236,11 @@ async def test_an_adopted_runs_folder_is_removed(bench, told, gate, start_driver
     async with bench.managed() as manager:
         await trio.testing.wait_all_tasks_blocked()
         folder = bench.runs_dir / "pod" / run_id
-        private = state.read_record(folder)["private"]
+        supervisor = state.read_record(folder)["private"]["supervisor"]["pid"]
+        # It must not write into the folder while that is being removed.
+        os.kill(supervisor, signal.SIGSTOP)
         shutil.rmtree(folder)
-        os.kill(private["supervisor"]["pid"], signal.SIGKILL)
+        os.kill(supervisor, signal.SIGKILL)
         assert await bench.ended() == "pod"
         assert manager.current("pod") is None
         state.kill_leftovers(run_id)
