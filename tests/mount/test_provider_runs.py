@@ -379,7 +379,9 @@ def _text(path: Path) -> str:
 def test_a_killed_driver(tmp_path: Path) -> None:
     """With its market gone too, the run cannot go on: it is recorded, and the next touch works."""
     with market_mounted(tmp_path, "one two") as mount:
-        pod = provider_pod(mount, "killed", "sh script/run.sh", "echo x > output/x; sleep 15")
+        pod = provider_pod(
+            mount, "killed", "sh script/run.sh", "echo x > output/x; sleep 15", retries=2
+        )
         run("touch", pod / ".run")
         until(lambda: _text(pod / "output/x") == "x\n")
         devnet = int((mount.devnet / "lock").read_text())
@@ -401,7 +403,9 @@ def test_a_killed_driver(tmp_path: Path) -> None:
 
 def test_a_market_that_dies_is_settled_with_when_it_is_back(tmp_path: Path) -> None:
     with market_mounted(tmp_path, "one two") as mount:
-        pod = provider_pod(mount, "away", "sh script/run.sh", "echo x > output/x; sleep 60")
+        pod = provider_pod(
+            mount, "away", "sh script/run.sh", "echo x > output/x; sleep 60", retries=2
+        )
         run("touch", pod / ".run")
         until(lambda: _text(pod / "output/x") == "x\n")
         os.kill(int((mount.devnet / "lock").read_text()), signal.SIGKILL)
