@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,26 +17,40 @@ from pathlib import Path
 from cpodfs.errors import MountError
 
 FSTYPE = "fuse.cpodfs"
+MOUNTINFO = Path("/proc/self/mountinfo")
 ANSWER_S = 10.0
 SUPERVISOR = b"cpodfs.runs.supervisor"
 
 
 @dataclass(frozen=True, slots=True)
 class MountEntry:
+    """``owner``: the uid of whoever mounted it, which only FUSE tells."""
+
     mountpoint: Path
     fstype: str
     source: str
+    owner: int | None = None
 
 
 def mounts() -> list[MountEntry]:
     """All mounts, the topmost of several on one folder last."""
     entries = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+    for line in MOUNTINFO.read_text(errors="surrogateescape").splitlines():
         left, _, right = line.partition(" - ")
         point = _unescape(left.split(" ")[4])
-        fstype, source = (*right.split(" "), "", "")[:2]
-        entries.append(MountEntry(Path(point), fstype, _unescape(source)))
+        fstype, source, options = (*right.split(" "), "", "", "")[:3]
+        owner = re.search(r"(?:^|,)user_id=(\d+)", options)
+        entries.append(
+            MountEntry(Path(point), fstype, _unescape(source), int(owner[1]) if owner else None)
+        )
     return entries
+
+
+def own() -> list[Path]:
+    """Where this user has mounted pods; of several mounts on one folder only the topmost counts."""
+    topmost = {entry.mountpoint: entry for entry in mounts()}
+    mine = [e for e in topmost.values() if e.fstype == FSTYPE and e.owner == os.getuid()]
+    return [entry.mountpoint for entry in mine]
 
 
 def find(path: Path) -> MountEntry | None:
@@ -85,8 +98,6 @@ def prepare(path: Path) -> Path:
     elif entry is not None:
         raise MountError(f"{path}: {entry.source or entry.fstype} is mounted there already")
     _check_folder(path, absolute)
-    if shutil.which("fusermount3") is None:
-        raise MountError("fusermount3 is missing; install it with: apt install fuse3")
     return absolute
 
 

@@ -6,6 +6,7 @@ would hang where a driver hangs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -16,28 +17,38 @@ from cpodfs.errors import MountError
 
 
 def mount_of(path: Path | None, *, dead_too: bool = False) -> Path:
-    """The mount that ``path`` is in; without one, the only mount there is.
+    """The mount that ``path`` is in; without one, that of the working directory, else the only one
+    of this user's.
 
     Raises MountError, also when its driver hangs (whoever asks it would hang as well) or has died,
     unless that will do (``dead_too``).
     """
-    if path is not None:
-        entry = mp.containing(path)
-        if entry is None:
-            raise MountError(f"{path}: not in a cpodfs mount; see: cpodfs mount --help")
-        ours = [entry.mountpoint]
-    else:
-        ours = [m.mountpoint for m in mp.mounts() if m.fstype == mp.FSTYPE]
-    if not ours:
-        raise MountError("nothing is mounted; mount with: cpodfs mount DIR")
-    if len(ours) != 1:
-        listed = ", ".join(map(str, ours))
-        raise MountError(f"which mount? Give its path; there are: {listed}")
-    if mp.is_dead(ours[0]) and not dead_too:
+    mount = _likeliest() if path is None else _around(path)
+    if mp.is_dead(mount) and not dead_too:
         raise MountError(
-            f"{ours[0]}: its driver has died; mount again, which uploads what was pending"
+            f"{mount}: its driver has died; mount again, which uploads what was pending"
         )
-    return ours[0]
+    return mount
+
+
+def _around(path: Path) -> Path:
+    entry = mp.containing(path)
+    if entry is None:
+        raise MountError(f"{path}: not in a cpodfs mount; see: cpodfs mount --help")
+    return entry.mountpoint
+
+
+def _likeliest() -> Path:
+    # A working directory that is gone is in no mount.
+    with contextlib.suppress(MountError):
+        return _around(Path())
+    mine = mp.own()
+    if not mine:
+        raise MountError("nothing of yours is mounted; mount with: cpodfs mount DIR")
+    if len(mine) > 1:
+        listed = ", ".join(map(str, mine))
+        raise MountError(f"which mount? Give its path, or go there; yours are: {listed}")
+    return mine[0]
 
 
 def ask(mount: Path, what: str) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from cpodfs import config, mountpoint, paths
+from cpodfs.cli import control
 from cpodfs.errors import ConfigError, MountError, NameRefused, NameTooLong
 
 
@@ -130,3 +132,61 @@ def test_a_path_is_found_through_links_and_without_a_current_folder(
     assert mountpoint.resolved(tmp_path) == tmp_path
     with pytest.raises(MountError, match="the current folder is gone"):
         mountpoint.resolved(Path("x"))
+
+
+def mounted_at(*lines: tuple[str, str, int]) -> str:
+    """A mountinfo with these mounts: folder, type, the uid of whoever mounted it."""
+    return "".join(
+        f"{n} 1 0:{n} / {point} rw,nosuid - {fstype} cpodfs rw,user_id={uid},group_id=0\n"
+        for n, (point, fstype, uid) in enumerate(lines, 40)
+    )
+
+
+@pytest.fixture
+def mountinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What this process takes for the list of mounts; those in it all answer."""
+    path = tmp_path / "mountinfo"
+    monkeypatch.setattr(mountpoint, "MOUNTINFO", path)
+    monkeypatch.setattr(mountpoint, "is_dead", lambda point: False)
+    return path
+
+
+OURS, THEIRS = os.getuid(), os.getuid() + 1
+
+
+def test_without_a_path_ones_own_mount_is_meant(mountinfo: Path) -> None:
+    mountinfo.write_text(
+        mounted_at(
+            ("/theirs", "fuse.cpodfs", THEIRS),
+            ("/ours", "fuse.cpodfs", OURS),
+            ("/ours", "fuse.cpodfs", OURS),  # a dead one below it
+            ("/other", "fuse.rclone", OURS),
+            ("/hidden", "fuse.cpodfs", OURS),
+            ("/hidden", "tmpfs", OURS),
+        )
+    )
+    assert control.mount_of(None) == Path("/ours")
+
+
+def test_mounts_of_others_are_none_of_ours(mountinfo: Path) -> None:
+    mountinfo.write_text(mounted_at(("/theirs", "fuse.cpodfs", THEIRS)))
+    with pytest.raises(MountError, match="nothing of yours is mounted"):
+        control.mount_of(None)
+
+
+def test_of_several_mounts_the_working_directory_decides(
+    mountinfo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    (two / "pod").mkdir(parents=True)
+    mountinfo.write_text(
+        mounted_at((str(one), "fuse.cpodfs", OURS), (str(two), "fuse.cpodfs", OURS))
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(MountError, match=f"which mount.*{one}, {two}"):
+        control.mount_of(None)
+    monkeypatch.chdir(two / "pod")
+    assert control.mount_of(None) == two
+    (two / "pod").rmdir()
+    with pytest.raises(MountError, match="which mount"):
+        control.mount_of(None)
