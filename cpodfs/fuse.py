@@ -1,6 +1,6 @@
 """What mounting needs of this machine: the device, the program, the permission for others.
 
-A leaf. Looks, and changes nothing: `doctor` asks before somebody mounts, `mount` after it has failed.
+A leaf. Looks, and changes nothing: `doctor` asks for each, `mount` before it begins.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ class Trouble:
     name: str
     text: str
     fix: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.text}; {self.fix}"
 
 
 def device() -> Trouble | None:
@@ -65,9 +68,6 @@ def others() -> Trouble | None:
     return None
 
 
-def why_not(*, allow_other: bool) -> str:
-    """In words, why a mount that was tried may have failed."""
-    found = device() or program() or (others() if allow_other else None)
-    if found is None:
-        return "what FUSE has printed above says why; in a container, SYS_ADMIN may be missing"
-    return f"{found.name}: {found.text}; {found.fix}"
+def trouble(*, allow_other: bool) -> Trouble | None:
+    """The first thing that would keep this user from mounting."""
+    return device() or program() or (others() if allow_other else None)

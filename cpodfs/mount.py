@@ -19,7 +19,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from cpodfs import fuse, mountpoint
+from cpodfs import mountpoint
 from cpodfs.cache.folder import Cache, opened
 from cpodfs.cache.schema import ROOT
 from cpodfs.config import Settings
@@ -99,8 +99,8 @@ class Driver:
             pyfuse3.init(self._parts.operations, str(self._settings.mountpoint), options)
         except RuntimeError as error:
             raise MountError(
-                f"{self._settings.mountpoint}: cannot mount: "
-                f"{fuse.why_not(allow_other=self._settings.allow_other)}"
+                f"{self._settings.mountpoint}: cannot mount: what FUSE has printed above says why; "
+                "in a container, SYS_ADMIN may be missing"
             ) from error
         self._parts.mounted = True
 

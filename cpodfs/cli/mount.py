@@ -15,6 +15,7 @@ import click
 import platformdirs
 import trio
 
+from cpodfs import fuse
 from cpodfs import mountpoint as mp
 from cpodfs.cli.options import (
     PATH,
@@ -29,7 +30,7 @@ from cpodfs.cli.progress import drain_progress
 from cpodfs.config import RUN_GRACE_S, Settings, account_cache
 from cpodfs.devnet import launch
 from cpodfs.devnet.run_env import run_environment
-from cpodfs.errors import ConfigError, CpodfsError, DfsError, LoginRefused, Unreachable
+from cpodfs.errors import ConfigError, CpodfsError, DfsError, LoginRefused, MountError, Unreachable
 from cpodfs.words import count
 
 log = logging.getLogger(__name__)
@@ -148,6 +149,9 @@ def mount(ctx: click.Context, /, mountpoint: Path, **options: Any) -> None:
     In the foreground, until it is unmounted or gets SIGTERM or Ctrl-C; either way what is pending is
     uploaded first. A second Ctrl-C leaves the rest to the next mount.
     """
+    # Before FUSE's library tries: it prints lines of its own.
+    if trouble := fuse.trouble(allow_other=options["allow_other"]):
+        raise MountError(str(trouble))
     point = mp.prepare(mountpoint)
     password = None if options["devnet"] else _password(ctx)
     serve = functools.partial(_serve, point, password, options)
