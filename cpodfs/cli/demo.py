@@ -5,10 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 import click
 
-from cpodfs.demo.story import Story, fresh_folder
+from cpodfs.demo.story import DemoFailed, Story, fresh_folder
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @click.command()
@@ -20,35 +23,55 @@ def demo(leave: bool) -> None:
     there, runs it by touching .run, and shows the log, the output, and that the pod survives a
     remount with an empty cache. Then everything stays mounted, for you to look around, until Ctrl-C.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)
+    for number in SIGNALS:
+        signal.signal(number, _interrupt)
     with fresh_folder() as folder:
-        story = Story(folder, _say)
-        told = False
-        try:
-            story.tell()
-            told = True
-            if not leave:
-                _say(f"\nLook around in {story.pods}, from another terminal.")
-                _say("Ctrl-C here unmounts it and removes all that this demo has made.")
-                signal.pause()
-        except KeyboardInterrupt:
-            _say("")
-            if not told:
-                story.stop()
-                sys.exit(130)
-        except BaseException:
-            story.stop()
-            raise
-        try:
-            story.unmount()
-        finally:
-            story.stop()
-    _say("Done: unmounted, and the demo's folder is removed.")
+        complete = _told(Story(folder, _say), stay=not leave)
+    if folder.exists():
+        raise DemoFailed(f"demo: {folder} could not be removed; it can go: rm -r {folder}")
+    _say(f"Removed {folder}, and with it all that this demo has made.")
+    if not complete:
+        sys.exit(130)
+
+
+def _told(story: Story, *, stay: bool) -> bool:
+    """Tell it, wait for Ctrl-C if it is to ``stay``, and unmount; whether it was told to its end."""
+    complete = False
+    try:
+        story.tell()
+        complete = True
+        if stay:
+            _say(f"\nLook around in {story.pods}, from another terminal.")
+            _say(f"The picture is {story.picture}.")
+            _say("Ctrl-C here unmounts it and removes all that this demo has made.")
+            _wait_for_interrupt()
+    except KeyboardInterrupt:
+        _say("")
+    except BaseException:
+        story.stop()
+        raise
+    story.end()
+    return complete
+
+
+def _wait_for_interrupt() -> NoReturn:
+    # Blocked first: one that came just before signal.pause() would be waited for in vain.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    signal.sigwait(SIGNALS)
+    _need_no_more()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    raise KeyboardInterrupt
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    _need_no_more()
     raise KeyboardInterrupt
+
+
+def _need_no_more() -> None:
+    """One signal is enough: what follows is the end that was asked for."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _say(text: str, *, nl: bool = True) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -24,13 +25,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from cpodfs import mountpoint
 from cpodfs.errors import CpodfsError
 
 POD_FILES = Path(__file__).with_name("mandelbrot")
-COMMAND_S = 60.0
+COMMAND_S = 120.0
 RUN_S = 300.0
 POLL_S = 0.05
 _ERROR_LINES = 15
@@ -42,15 +41,15 @@ class DemoFailed(CpodfsError):
 
 @contextmanager
 def fresh_folder() -> Iterator[Path]:
-    """A folder below $XDG_STATE_HOME (or the temporary folder) for the time of the block."""
-    base = platformdirs.user_state_path("cpodfs")
+    """A new folder for the time of the block, with a short name that can be typed."""
+    base = Path(tempfile.gettempdir())
+    for number in itertools.count(1):
+        folder = base / ("cpodfs-demo" if number == 1 else f"cpodfs-demo-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            break
     try:
-        base.mkdir(mode=0o700, parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix="demo-", dir=base)
-    except OSError:
-        folder = tempfile.mkdtemp(prefix="cpodfs-demo-")
-    try:
-        yield Path(folder)
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -61,6 +60,7 @@ class Story:
     def __init__(self, folder: Path, say: Callable[..., Any]) -> None:
         self.pods = folder / "pods"
         self.pod = self.pods / "mandelbrot"
+        self.picture = self.pod / "output/mandelbrot.png"
         self._cache = folder / "cache"
         self._log = folder / "driver.log"
         self._say = say
@@ -88,12 +88,25 @@ class Story:
         """Upload what is pending and unmount."""
         self._cpodfs("umount", self.pods)
 
+    def end(self) -> None:
+        """Unmount, also under the feet of those who are still in there. Raises DemoFailed."""
+        if mountpoint.find(self.pods) is None:
+            return
+        if inside := mountpoint.holders(self.pods):
+            self._say(f"Still in there: {', '.join(inside)}. Leave with: cd")
+        else:
+            self._command("cpodfs", "umount", self.pods)
+        self.stop()
+        if mountpoint.find(self.pods) is not None:
+            raise DemoFailed(f"demo: {self.pods} could not be unmounted")
+
     def stop(self) -> None:
         """Unmount, whatever state it is in; says nothing and raises nothing."""
         if mountpoint.find(self.pods) is None:
             return
         with contextlib.suppress(DemoFailed, OSError):
             self._run_cpodfs(["umount", str(self.pods)])
+        # SIGTERM unmounts even while somebody is inside.
         with contextlib.suppress(OSError, ValueError, KeyError):
             self._end_driver()
         if mountpoint.find(self.pods) is not None:
@@ -101,7 +114,6 @@ class Story:
                 mountpoint.unmount(self.pods, lazy=True)
 
     def _end_driver(self) -> None:
-        """SIGTERM, which unmounts even while somebody is inside; and wait."""
         status = json.loads(os.getxattr(self.pods, "user.cpodfs.status"))
         driver = os.pidfd_open(status["pid"])
         try:
@@ -180,7 +192,8 @@ class Story:
         code, said = self._run_cpodfs([str(word) for word in words])
         if code:
             log = _last_lines(self._log.read_text(errors="replace")) if self._log.exists() else ""
-            raise DemoFailed(f"cpodfs {words[0]} failed:\n{said.strip()}\n{log}".rstrip())
+            reason = said.strip().removeprefix("cpodfs: ")
+            raise DemoFailed(f"demo: cpodfs {words[0]} failed: {reason}\n{log}".rstrip())
 
     def _run_cpodfs(self, words: list[str]) -> tuple[int, str]:
         # A session of its own: Ctrl-C is for us, and we then unmount in order.
@@ -198,7 +211,9 @@ class Story:
                 said, _ = process.communicate(timeout=COMMAND_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-                raise DemoFailed(f"cpodfs {words[0]} did not end in {COMMAND_S:g} s") from None
+                raise DemoFailed(
+                    f"demo: cpodfs {words[0]} did not end in {COMMAND_S:g} s"
+                ) from None
             # An interrupt leaves the block, which waits: what has begun to mount must be mounted
             # before it can be unmounted.
         return process.returncode, said
