@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.mount.compute import record, run_folders, run_to_end, until
+from tests.mount.compute import record, run_folders, run_to_end
 from tests.mount.provider_pods import (
     MarketMount,
     check_results,
@@ -26,6 +26,7 @@ from tests.mount.provider_pods import (
     market_mounted,
     provider_pod,
 )
+from tests.patience import until
 
 POLL_S = 0.5
 ROUNDS = 5

@@ -19,15 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.mount.compute import (
-    DEADLINE_S,
-    SCRIPTS,
-    Inotify,
-    compute_pod,
-    devnet_mounted,
-    run_folders,
-    until,
-)
+from tests.mount.compute import SCRIPTS, Inotify, compute_pod, devnet_mounted, run_folders
+from tests.patience import PATIENCE_S, until
 
 RUNS = 10
 LINES = 25
@@ -54,7 +47,7 @@ class Reader(threading.Thread):
         self.delays_ms.append((time.monotonic_ns() - int(line.split()[1])) / 1e6)
 
     def result(self) -> float:
-        self.join(DEADLINE_S)
+        self.join(PATIENCE_S)
         assert len(self.delays_ms) == LINES, f"{self.path}: {len(self.delays_ms)} lines"
         return statistics.median(self.delays_ms)
 

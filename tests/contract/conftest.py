@@ -17,6 +17,7 @@ from aiohttp import web
 
 from cpodfs.devnet.dfs_server import create_app
 from cpodfs.dfs import Client, Session
+from tests.patience import PATIENCE_S
 
 REAL_URL = os.environ.get("CPODFS_TEST_DFS_URL", "")
 
@@ -42,12 +43,12 @@ def devnet_server(state_dir: Path, port: int = 0) -> Iterator[str]:
     thread = threading.Thread(target=loop.run_forever, name="devnet")
     thread.start()
     try:
-        bound = asyncio.run_coroutine_threadsafe(start(), loop).result(timeout=30)
+        bound = asyncio.run_coroutine_threadsafe(start(), loop).result(timeout=PATIENCE_S)
         yield f"http://127.0.0.1:{bound}"
     finally:
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(timeout=30)
+        asyncio.run_coroutine_threadsafe(stop(), loop).result(timeout=PATIENCE_S)
         loop.call_soon_threadsafe(loop.stop)
-        thread.join(timeout=30)
+        thread.join(timeout=PATIENCE_S)
         loop.close()
 
 

@@ -10,17 +10,16 @@ import select
 import shlex
 import shutil
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cpodfs import mountpoint
 from tests.mount.harness import CPODFS, Mount, sh
+from tests.patience import PATIENCE_S, until
 
 SCRIPTS = Path(__file__).with_name("run_scripts")
 WAIT = "while [ -e .run ]; do sleep 0.05; done"
-DEADLINE_S = 60.0
 SECRET = "8c1f-only-the-driver-knows"
 IN_MODIFY, IN_DELETE_SELF = 0x2, 0x400
 
@@ -107,16 +106,16 @@ def record(folder: Path) -> dict[str, Any]:
     return answer
 
 
+def text(path: Path) -> str:
+    """What a file holds so far: nothing, if it is not there yet."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+
+
 def wait_gone(pod: Path) -> None:
     until(lambda: not (pod / ".run").exists())
-
-
-def until(true: Callable[[], object]) -> None:
-    """Wait for what other processes do and nothing tells."""
-    deadline = time.monotonic() + DEADLINE_S
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
 
 
 def run_processes(run_id: str) -> list[int]:
@@ -150,7 +149,7 @@ class Gate:
 
     def wait(self) -> str:
         """The next line that the program said to the test."""
-        assert select.select([self._fds[1]], [], [], DEADLINE_S)[0], "the program said nothing"
+        assert select.select([self._fds[1]], [], [], PATIENCE_S)[0], "the program said nothing"
         return os.read(self._fds[1], 4096).decode().strip()
 
     def open(self) -> None:
@@ -171,7 +170,7 @@ class Inotify:
         if libc.inotify_add_watch(self.fd, os.fsencode(path), mask) < 0:
             raise OSError(ctypes.get_errno(), "inotify_add_watch", path)
 
-    def wait(self, timeout_s: float = DEADLINE_S) -> bool:
+    def wait(self, timeout_s: float = PATIENCE_S) -> bool:
         """Whether there was an event in time."""
         if not select.select([self.fd], [], [], timeout_s)[0]:
             return False

@@ -1,19 +1,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 
+from cpodfs import fuse
 from tests.mount.compute import Gate
-from tests.mount.harness import Mount, RealServer, Server, mounted, run
+from tests.mount.harness import STARTED, Mount, RealServer, Server, mounted, run
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _fuse() -> None:
     """These tests fail, they do not skip, where FUSE is missing."""
-    assert os.path.exists("/dev/fuse"), "no /dev/fuse: FUSE is needed to test a mount"
+    trouble = fuse.trouble(allow_other=False)
+    assert trouble is None, str(trouble)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test's report shows what the mounts that it used have written down."""
+    report = yield
+    if report.failed:
+        for mount in STARTED[-2:]:
+            report.sections += mount.evidence()
+    return report
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +55,8 @@ def own_server(tmp_path: Path) -> Iterator[Server]:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 100 MiB where the test's mount has its cache."""
-    assert os.geteuid() == 0, "only root can mount a small disk"
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
     disk = tmp_path / "cache"
     disk.mkdir()
     run("mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", disk)

@@ -21,10 +21,21 @@ from typing import Any
 
 from cpodfs import mountpoint
 from cpodfs.devnet import launch
+from tests.patience import PATIENCE_S
 
-READY_S = 60.0
-END_S = 300.0
+STARTED: list[Mount] = []
+"""Mounts of this process, the latest last: what they have left is told of a test that failed."""
+SHOWN_LINES, SHOWN_RUNS = 40, 3
 CPODFS = [sys.executable, "-m", "cpodfs"]
+
+
+class Child(subprocess.Popen[str]):
+    """A process that is killed when its block fails: the end of the block waits for it."""
+
+    def __exit__(self, kind: type[BaseException] | None, *details: Any) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, *details)
 
 
 class Server:
@@ -66,7 +77,7 @@ class Server:
             {"Content-Type": "application/json"},
             method="POST",
         )
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return json.loads(answer.read() or b"{}")
 
     def faults(self, **faults: Any) -> None:
@@ -74,7 +85,7 @@ class Server:
 
     def stats(self) -> Any:
         """The server's own counters since the last reset."""
-        with urllib.request.urlopen(self.url + "/devnet/stats", timeout=30) as answer:
+        with urllib.request.urlopen(self.url + "/devnet/stats", timeout=PATIENCE_S) as answer:
             return json.loads(answer.read())
 
     def calls(self) -> dict[str, int]:
@@ -137,16 +148,27 @@ class Mount:
 
     def start(self) -> Mount:
         assert self.process is None
+        if self not in STARTED:
+            STARTED.append(self)
         self.process = subprocess.Popen(
             self.command(), stderr=subprocess.PIPE, text=True, env=self.env
         )
         assert self.process.stderr is not None
-        if not select.select([self.process.stderr], [], [], READY_S)[0]:
+        if not select.select([self.process.stderr], [], [], PATIENCE_S)[0]:
             raise AssertionError("the mount was not ready in time")
         line = self.process.stderr.readline()
         if "mounted at" not in line:
             raise AssertionError(line + self.process.stderr.read() + self.logged()[-3000:])
         return self
+
+    def evidence(self) -> Iterator[tuple[str, str]]:
+        """Titles and texts of what its driver and its runs wrote down; the mount is not touched."""
+        runs = sorted(self.cache.glob("*/runs/*/*"))[-SHOWN_RUNS:]
+        files = [self.log, *(path for run in runs for path in sorted(run.iterdir()))]
+        for path in files:
+            with contextlib.suppress(OSError):
+                if lines := path.read_text(errors="replace").splitlines():
+                    yield str(path), "\n".join(lines[-SHOWN_LINES:])
 
     def logged(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
@@ -164,7 +186,7 @@ class Mount:
 
     def wait(self) -> int:
         assert self.process is not None
-        _, self.said = self.process.communicate(timeout=END_S)
+        _, self.said = self.process.communicate(timeout=PATIENCE_S)
         code = self.process.returncode
         self.process = None
         return code
@@ -184,7 +206,7 @@ class Mount:
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [*CPODFS, *arguments], capture_output=True, text=True, env=self.env, timeout=120
+            [*CPODFS, *arguments], capture_output=True, text=True, env=self.env, timeout=PATIENCE_S
         )
         assert not check or done.returncode == 0, done.stderr
         return done
@@ -222,7 +244,7 @@ def mounted(
 def run(*argv: str | Path, cwd: Path | None = None, check: bool = True) -> str:
     """A real tool's standard output."""
     done = subprocess.run(
-        [str(a) for a in argv], cwd=cwd, capture_output=True, text=True, timeout=300
+        [str(a) for a in argv], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert not check or done.returncode == 0, f"{argv}: {done.stderr}"
     return done.stdout

@@ -12,6 +12,7 @@ from typing import Any
 from cpodfs.devnet.ledger import LedgerRow, ledger_table, open_points
 from tests.mount.compute import DevnetMount, record, run_folders, run_processes
 from tests.mount.harness import Mount
+from tests.patience import PATIENCE_S
 
 IMAGE = "d646d7b93083d817846c2ae5c62c72ca0507782385a2e29291a3d376"
 PROVIDERS = "one two three four five six seven eight nine ten eleven twelve"
@@ -39,7 +40,7 @@ class MarketMount(DevnetMount):
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return json.loads(answer.read())
 
     def misbehave(self, **how: Any) -> None:
@@ -96,6 +97,13 @@ def check_results(pod: Path, files: int) -> None:
         assert told.count(f"payload/{number:02}.txt: done by") == 1
     tasks = record(folder)["golem"]["tasks"]
     assert tasks == {"total": files, "done": files, "failed": 0, "left": 0}
+
+
+def most_at_once(pod: Path, files: int, seconds: float) -> int:
+    """How many tasks were asleep at the same time, each for so long before its stamp."""
+    stamps = [int((pod / f"output/{number:02}.stamp").read_text()) for number in range(files)]
+    asleep_ns = int(seconds * 1e9)
+    return max(sum(0 <= other - stamp < asleep_ns for other in stamps) for stamp in stamps)
 
 
 def check_tidy(mount: MarketMount, folder: Path) -> dict[str, Any]:

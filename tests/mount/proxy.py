@@ -1,7 +1,8 @@
 """A line to a server that breaks in the middle of a transfer, as networks do: with a reset.
 
 Threads, sockets and nothing of ours. ``cut(up, down)`` resets the connection that carries the n-th
-byte from now on in that direction, and every n-th after it; 0 never does.
+byte from now on in that direction, and every n-th after it; 0 never does. ``hold(n)`` lets n bytes of
+answers through and then nothing until ``release()``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ class Line(Server):
         self._seen = {"up": 0, "down": 0}
         self._live: set[socket.socket] = set()
         self.resets = 0
+        self._room = 0
+        self._flowing = threading.Event()
+        self._flowing.set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -41,6 +45,18 @@ class Line(Server):
         with self._lock:
             self._every = {"up": up, "down": down}
             self._seen = {"up": 0, "down": 0}
+
+    def hold(self, room: int) -> None:
+        with self._lock:
+            self._room = room
+            self._flowing.clear()
+
+    def release(self) -> None:
+        self._flowing.set()
+
+    @property
+    def is_holding(self) -> bool:
+        return not self._flowing.is_set()
 
     def hang_up(self) -> None:
         """End the connections that there are: who waits for an answer need not any more."""
@@ -89,7 +105,16 @@ class Line(Server):
                         for end in ways:
                             end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
                         return
+                    if way == "down":
+                        self._wait_for_room(len(data))
                     sink.sendall(data)
+
+    def _wait_for_room(self, size: int) -> None:
+        with self._lock:
+            self._room -= size
+            full = self._room < 0
+        if full:
+            self._flowing.wait()
 
     def _is_cut(self, way: str, size: int) -> bool:
         with self._lock:

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from tests.mount.harness import Mount
+from tests.patience import PATIENCE_S
 
 NOWHERE = "http://127.0.0.1:1"
 
@@ -16,7 +17,12 @@ def refused(mount: Mount, *options: str, point: Path | None = None) -> str:
     if point is not None:
         command[command.index("mount") + 1] = str(point)
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=mount.env, timeout=60
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=mount.env,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""

@@ -6,12 +6,12 @@ import errno
 import os
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.mount.harness import Mount, Server, mounted, run, sh
+from tests.patience import PATIENCE_S, until
 
 MIB = 1 << 20
 
@@ -19,14 +19,6 @@ MIB = 1 << 20
 def _used(mount: Mount) -> int:
     content = next(mount.cache.iterdir()) / "content"
     return sum(f.stat().st_blocks * 512 for f in content.rglob("*") if f.is_file())
-
-
-def _until(condition, deadline_s: float = 60) -> None:
-    """Wait for something of which there is no event to wait for."""
-    deadline = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_clean_files_are_evicted_least_recently_used_first(
@@ -38,7 +30,7 @@ def test_clean_files_are_evicted_least_recently_used_first(
             (pod / f"f{number}").write_bytes(bytes([number]) * 3 * MIB)
         assert _used(mount) >= 18 * MIB, "dirty data is never evicted"
         mount.sync()
-        _until(lambda: _used(mount) <= 10 * MIB)
+        until(lambda: _used(mount) <= 10 * MIB)
         mount.remount()  # the kernel may still have all of them
         own_server.reset_calls()
         assert (pod / "f5").read_bytes() == bytes([5]) * 3 * MIB
@@ -48,7 +40,7 @@ def test_clean_files_are_evicted_least_recently_used_first(
         with (pod / "f1").open("rb") as file:
             for number in (2, 3, 4):
                 (pod / f"f{number}").read_bytes()
-            _until(lambda: _used(mount) <= 10 * MIB)
+            until(lambda: _used(mount) <= 10 * MIB)
             file.seek(2 * MIB)
             assert file.read(1) == bytes([1])
 
@@ -117,13 +109,11 @@ def test_a_cold_walk_lists_directories_in_parallel(tmp_path: Path, own_server: S
         mount.remount(wipe=True)
         own_server.faults(latency_s=0.25)
         own_server.reset_calls()
-        started = time.monotonic()
         listed = run("ls", "-lR", pod)
-        took = time.monotonic() - started
         calls = own_server.calls()["GET /v1/dir/ls"]
         assert calls == 1 + 5 + 25 + 25, "every directory once"
         assert listed.count("total") == calls
-        assert took < 0.25 * calls * 0.8, "one after another it would take longer"
+        assert own_server.stats()["concurrency_max"] > 1
 
 
 def test_one_look_costs_one_call(tmp_path: Path, own_server: Server) -> None:
@@ -158,7 +148,7 @@ def test_a_second_driver_on_the_same_cache_is_refused(mount: Mount, tmp_path: Pa
     other = tmp_path / "elsewhere"
     other.mkdir()
     command = [str(other) if part == str(mount.point) else part for part in mount.command()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 1
     assert "mounted already" in done.stderr
     assert str(mount.pid) in done.stderr

@@ -24,8 +24,9 @@ from cpodfs import fuse, mountpoint
 from cpodfs.cli import main
 from cpodfs.cli.mount import mount as mount_command
 from cpodfs.cli.umount import _verdict
-from tests.mount.harness import CPODFS, Mount, Server, mounted
+from tests.mount.harness import CPODFS, Child, Mount, Server, mounted
 from tests.mount.refusals import NOWHERE, refused
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -105,20 +106,20 @@ def test_options_that_cannot_be(
 
 
 def test_fuse_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What a mount that failed says; the machine's own device is not to be touched."""
-    assert "what FUSE has printed above" in fuse.why_not(allow_other=False)
+    """The machine's own device is not to be touched."""
+    assert fuse.trouble(allow_other=False) is None
     monkeypatch.setattr(fuse, "CONFIGURATION", tmp_path / "fuse.conf")
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    assert "fuse.conf: No such file" in fuse.why_not(allow_other=True)
+    assert "fuse.conf: No such file" in str(fuse.trouble(allow_other=True))
     (tmp_path / "fuse.conf").write_text("# user_allow_other\n")
-    said = fuse.why_not(allow_other=True)
+    said = str(fuse.trouble(allow_other=True))
     assert said.startswith(
         f"allow-other: user_allow_other is not in {tmp_path}/fuse.conf; as root: "
     )
     (tmp_path / "fuse.conf").write_text("user_allow_other\n")
-    assert "what FUSE has printed above" in fuse.why_not(allow_other=True)
+    assert fuse.trouble(allow_other=True) is None
     monkeypatch.setattr(fuse, "DEVICE", tmp_path / "fuse")
-    said = fuse.why_not(allow_other=True)
+    said = str(fuse.trouble(allow_other=True))
     assert said.startswith(f"{tmp_path}/fuse: is not there; as root: modprobe fuse")
     (tmp_path / "fuse").touch(mode=0o600)
     tmp_path.chmod(0o755)
@@ -127,10 +128,24 @@ def test_fuse_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "open", refuse)
-    said = fuse.why_not(allow_other=True)
+    said = str(fuse.trouble(allow_other=True))
     assert said == (
         f"{tmp_path}/fuse: may not be opened by this user (mode 0600); "
         f"as root: chmod 0666 {tmp_path}/fuse"
+    )
+
+
+@pytest.mark.sandbox
+def test_without_the_device_one_line_says_so(ready: Mount) -> None:
+    """And FUSE's library, which would print another, is not even asked."""
+    alone = ["unshare", "-m"] if os.geteuid() == 0 else ["unshare", "-rm"]
+    hide = 'mount -t tmpfs none /dev; exec "$@" 2>&1'
+    command = [*alone, "sh", "-c", hide, "sh", *ready.command()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=PATIENCE_S)
+    assert done.returncode == 1
+    assert done.stdout == (
+        "cpodfs: /dev/fuse: is not there; as root: modprobe fuse; "
+        "in a container: --device /dev/fuse --cap-add SYS_ADMIN\n"
     )
 
 
@@ -142,7 +157,12 @@ def test_password_file_that_others_may_read(ready: Mount) -> None:
 def test_no_password_and_no_terminal(ready: Mount) -> None:
     command = [*CPODFS, "mount", str(ready.point), "--user", ready.user]
     done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ready.env, timeout=60
+        command,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env=ready.env,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 1
     assert done.stderr == (
@@ -187,7 +207,9 @@ def test_commands_without_a_current_folder(mount: Mount, tmp_path: Path) -> None
     gone.mkdir()
     script = f"cd {gone}; rmdir {gone}; exec {sys.executable} -P -m cpodfs runs relative"
     env = mount.env | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, env=env, timeout=60)
+    done = subprocess.run(
+        ["sh", "-c", script], capture_output=True, text=True, env=env, timeout=PATIENCE_S
+    )
     assert done.returncode == 1
     assert "cpodfs: relative: the current folder is gone; cd to " in done.stderr
     assert "Traceback" not in done.stderr
@@ -345,7 +367,7 @@ def test_signals_upload_and_unmount(mount: Mount, number: signal.Signals) -> Non
 def test_signal_ends_a_mount_that_is_in_use(mount: Mount) -> None:
     pod = mount.pod()
     file = os.open(pod / "file", os.O_WRONLY | os.O_CREAT)
-    with subprocess.Popen(["sleep", "60"], cwd=pod) as inside:
+    with Child(["sleep", "60"], cwd=pod) as inside:
         os.write(file, b"text")
         assert mount.stop() == 0
         inside.kill()
@@ -370,7 +392,9 @@ def test_umount_while_in_use(mount: Mount) -> None:
 
 def test_daemon_returns_when_the_mount_answers(ready: Mount) -> None:
     command = [*ready.command(), "--daemon"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ready.env, timeout=60)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=ready.env, timeout=PATIENCE_S
+    )
     try:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
         assert os.path.ismount(ready.point)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +18,7 @@ import trio
 from cpodfs.devnet.faults import Faults, plan
 from cpodfs.dfs import Client, Session
 from tests.mount.harness import Mount, Server, mounted, sh
+from tests.patience import until
 
 T = TypeVar("T")
 SLOW = ("--writeback-delay", "3600")
@@ -158,7 +158,7 @@ def test_a_lost_reply_is_looked_into(tmp_path: Path, own_server: Server, command
         own_server.reset_calls()
         sh(command, pod)
         expected = sh("find . | sort", pod)
-        _until(lambda: sum(own_server.calls().values()) > 0)
+        until(lambda: sum(own_server.calls().values()) > 0)
         own_server.faults(drop_rate=0)
         mount.sync()
         assert sh("find . | sort", pod) == expected
@@ -202,7 +202,7 @@ def test_what_waits_for_a_deleted_file_is_woken(tmp_path: Path, own_server: Serv
         mount.sync()
         own_server.kill()
         sh("mv d/f e/f; rmdir d", pod)
-        _until(lambda: mount.status()["offline"])
+        until(lambda: mount.status()["offline"])
         (pod / "e/f").unlink()
         own_server.start_again()
         mount.sync()
@@ -217,14 +217,6 @@ def test_control_names_below_the_root_are_ordinary(slow: Mount) -> None:
     assert sh("ls -A s; cat s/.run", pod) == ".run\ndata\n"
 
 
-def _until(condition: Callable[[], object]) -> None:
-    """Wait for something of which there is no event to wait for."""
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_the_server_is_made_to_look_again_by_and_by(tmp_path: Path, own_server: Server) -> None:
     """It answers each session from memory, as old as the pod's opening: pods are opened anew."""
     with mounted(tmp_path, own_server, None, *SLOW, "--attr-ttl", "0.1") as mount:
@@ -237,5 +229,5 @@ def test_the_server_is_made_to_look_again_by_and_by(tmp_path: Path, own_server: 
             os.listdir(pod)
             return own_server.calls().get("POST /v1/pod/close", 0) > 0
 
-        _until(reopened)
+        until(reopened)
         assert (pod / "f").read_text() == "x"

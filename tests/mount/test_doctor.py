@@ -20,6 +20,7 @@ from cpodfs.cli import main
 from cpodfs.devnet import launch
 from tests.mount.compute import devnet_mounted
 from tests.mount.harness import CPODFS, Server
+from tests.patience import PATIENCE_S
 
 NOWHERE = "http://127.0.0.1:1"
 NAMES = [
@@ -43,7 +44,9 @@ class Patient:
 
     def ask(self, *options: str) -> tuple[int, str]:
         command = [*CPODFS, "doctor", *self.options, *options]
-        done = subprocess.run(command, capture_output=True, text=True, env=self.env, timeout=60)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=self.env, timeout=PATIENCE_S
+        )
         assert "Traceback" not in done.stderr
         return done.returncode, done.stdout + done.stderr
 
@@ -78,6 +81,7 @@ def patient(tmp_path: Path, net: launch.Devnet) -> Patient:
     return patient
 
 
+@pytest.mark.sandbox
 def test_all_is_well(patient: Patient) -> None:
     found = patient.findings()
     assert list(found) == NAMES
@@ -97,6 +101,7 @@ def test_looking_leaves_nothing_behind(patient: Patient, net: launch.Devnet) -> 
     assert httpx.get(url, headers=headers).json() == before
 
 
+@pytest.mark.sandbox
 def test_the_devnet_of_a_mount_and_one_for_the_occasion(tmp_path: Path) -> None:
     patient = Patient(tmp_path)
     patient.options = ["--devnet", "--devnet-state", str(tmp_path / "devnet")]
@@ -134,6 +139,7 @@ def test_nothing_is_running(patient: Patient) -> None:
         (["--sandbox", "off"], "sandbox", "ok", "not asked for"),
     ],
 )
+@pytest.mark.sandbox
 def test_options_that_do_not_fit(
     patient: Patient, options: list[str], name: str, state: str, text: str
 ) -> None:
@@ -270,6 +276,7 @@ def test_a_server_that_is_something_else(patient: Patient) -> None:
         assert patient.findings("--server", url)["server"]["state"] == "bad"
 
 
+@pytest.mark.sandbox
 def test_the_server_of_other_tests_will_do(patient: Patient, server: Server) -> None:
     user, password = server.signup()
     patient.env["CPODFS_PASSWORD"] = password

@@ -10,13 +10,15 @@ import errno
 import json
 import os
 import random
-import time
+import threading
 import urllib.request
 from pathlib import Path
 
 import pytest
 
 from tests.mount.harness import Mount, Server, mounted, run, sh
+from tests.mount.proxy import Line
+from tests.patience import PATIENCE_S
 
 QUICK = ("--writeback-delay", "0.1")
 
@@ -91,24 +93,30 @@ def _work_until_killed(
 
 
 def test_first_bytes_come_while_the_rest_is_downloading(tmp_path: Path, own_server: Server) -> None:
-    with mounted(tmp_path, own_server) as mount:
+    line = Line(own_server)
+    with mounted(tmp_path, line, own_server.signup()) as mount:
         path = mount.pod() / "big"
-        data = os.urandom(1 << 20) * 12
+        data = os.urandom(12 << 20)
         path.write_bytes(data)
         mount.remount(wipe=True)
-        own_server.faults(bandwidth=4 << 20)
-        started = time.monotonic()
-        with path.open("rb", buffering=0) as file:
-            assert file.read(4096) == data[:4096]
-            first = time.monotonic() - started
-            file.seek(6 << 20)
-            assert file.read(4096) == data[6 << 20 : (6 << 20) + 4096]
-            middle = time.monotonic() - started
-            file.seek(-4096, os.SEEK_END)
-            assert file.read() == data[-4096:]
-            last = time.monotonic() - started
-        # Had the first waited for all, the others would have come within milliseconds.
-        assert min(middle - first, last - middle) > 0.3, (first, middle, last)
+        assert path.stat().st_size == len(data)
+        line.hold(6 << 20)
+        # Who waits for all of it shall fail, and not hang.
+        late = threading.Timer(PATIENCE_S / 10, line.release)
+        late.start()
+        try:
+            with path.open("rb", buffering=0) as file:
+                for at in (0, 5 << 20):
+                    file.seek(at)
+                    assert file.read(4096) == data[at : at + 4096]
+                assert line.is_holding
+                line.release()
+                file.seek(-4096, os.SEEK_END)
+                assert file.read() == data[-4096:]
+        finally:
+            late.cancel()
+            line.release()
+    line.stop()
 
 
 def test_memory_does_not_grow_with_file_size(tmp_path: Path, own_server: Server) -> None:
@@ -178,7 +186,7 @@ def _api(mount: Mount, method: str, path: str, **body: str) -> dict:
             {"Content-Type": "application/json", **headers},
             method=method,
         )
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return json.loads(answer.read())
 
     login = {"userName": mount.user, "password": mount.password_file.read_text()}

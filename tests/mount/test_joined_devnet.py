@@ -11,27 +11,25 @@ from pathlib import Path
 import pytest
 
 from tests.mount.compute import DevnetMount, compute_pod, devnet_mounted, record, run_to_end
-from tests.mount.harness import CPODFS
+from tests.mount.harness import CPODFS, Child
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
-def devnet(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def devnet(tmp_path: Path) -> Iterator[Child]:
     """One that was started with the state folder that a `DevnetMount` has, and a fault."""
     command = [*CPODFS, "devnet", "--state", str(tmp_path / "devnet"), "--provider", "odd-one"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with Child(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         yield process
         process.kill()
 
 
-def test_a_mount_joins_it_and_runs_find_its_market(
-    tmp_path: Path, devnet: subprocess.Popen[str]
-) -> None:
+def test_a_mount_joins_it_and_runs_find_its_market(tmp_path: Path, devnet: Child) -> None:
     assert devnet.stdout is not None
     assert devnet.stderr is not None
     ready = json.loads(devnet.stdout.readline())
-    said = devnet.stderr.readline()
+    # Where there is no sandbox, that is said before.
+    said = next(line for line in devnet.stderr if line.startswith("cpodfs: "))
     assert said == (
         f"cpodfs: mount it with: cpodfs mount --devnet --devnet-state {tmp_path}/devnet DIR\n"
     )
@@ -48,7 +46,7 @@ def test_a_mount_joins_it_and_runs_find_its_market(
         mount.start()
         assert (pod / "payload/1.txt").read_text() == "two words"
     devnet.send_signal(signal.SIGTERM)
-    assert devnet.wait(30) == 0
+    assert devnet.wait(PATIENCE_S) == 0
 
 
 def test_the_devnet_of_another_mount_is_not_joined(tmp_path: Path) -> None:
@@ -56,7 +54,7 @@ def test_the_devnet_of_another_mount_is_not_joined(tmp_path: Path) -> None:
     with devnet_mounted(tmp_path) as mount:
         other = DevnetMount(tmp_path / "other", "--devnet-state", str(mount.devnet))
         done = subprocess.run(
-            other.command(), capture_output=True, text=True, env=other.env, timeout=60
+            other.command(), capture_output=True, text=True, env=other.env, timeout=PATIENCE_S
         )
         assert done.returncode == 1
         said = done.stderr.splitlines()[-1]

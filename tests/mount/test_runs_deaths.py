@@ -15,7 +15,6 @@ import pytest
 
 from cpodfs.runs import state
 from tests.mount.compute import (
-    DEADLINE_S,
     WAIT,
     DevnetMount,
     Gate,
@@ -24,10 +23,10 @@ from tests.mount.compute import (
     record,
     run_folders,
     run_processes,
-    until,
     wait_gone,
 )
 from tests.mount.harness import run, sh
+from tests.patience import PATIENCE_S, until
 
 
 @pytest.fixture
@@ -64,7 +63,7 @@ def supervisor_of(devnet: DevnetMount, run_id: str) -> int:
 def kill_and_wait(pid: int) -> None:
     fd = os.pidfd_open(pid)
     signal.pidfd_send_signal(fd, signal.SIGKILL)
-    assert select.select([fd], [], [], DEADLINE_S)[0]
+    assert select.select([fd], [], [], PATIENCE_S)[0]
     os.close(fd)
 
 
@@ -145,7 +144,7 @@ def test_what_hides_from_a_dead_supervisor_is_ended_too(
     wait_gone(pod)
     assert record(folder)["state"] == "lost"
     for fd in fds:
-        assert select.select([fd], [], [], DEADLINE_S)[0]
+        assert select.select([fd], [], [], PATIENCE_S)[0]
         os.close(fd)
 
 

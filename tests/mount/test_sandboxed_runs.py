@@ -21,11 +21,11 @@ from tests.mount.compute import (
     run_folders,
     run_processes,
     run_to_end,
-    until,
     wait_gone,
 )
-from tests.mount.harness import CPODFS, Mount, RealServer, Server, mounted, run
+from tests.mount.harness import CPODFS, Child, Mount, RealServer, Server, mounted, run
 from tests.mount.strangers import REPORT, forked, reason, recipe_files, touch, vouch
+from tests.patience import until
 
 DENIED = "Permission denied"
 SCRIPTS = REPORT.parent
@@ -48,6 +48,7 @@ def session_key() -> Iterator[bool]:
     keyring.leave_session()
 
 
+@pytest.mark.sandbox
 def test_the_keys_of_the_users_session_are_not_a_strangers(
     session_key: bool, tmp_path: Path, server: Server
 ) -> None:
@@ -59,6 +60,7 @@ def test_the_keys_of_the_users_session_are_not_a_strangers(
         assert (run_to_end(theirs) / "stdout.log").read_text() == "False\n"
 
 
+@pytest.mark.sandbox
 def test_a_stranger_sees_and_changes_nothing_but_his_pod(theirs: Mount, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text(SECRET)
@@ -87,6 +89,7 @@ def test_ones_own_pods_run_without_a_sandbox(theirs: Mount) -> None:
     assert record(run_to_end(compute_pod(theirs, "no sandbox", "true")))["sandbox"] is False
 
 
+@pytest.mark.sandbox
 def test_a_sandbox_for_everything_or_for_nothing(tmp_path: Path, server: Server) -> None:
     with mounted(tmp_path, server, None, "--sandbox", "on") as mount:
         own = compute_pod(mount, "own", "sh -c 'ls ..; exit 5'")
@@ -128,6 +131,7 @@ def test_where_there_is_no_bwrap(tmp_path: Path, server: Server) -> None:
             mount.stop()
 
 
+@pytest.mark.sandbox
 def test_cancelling_in_a_sandbox_is_as_gentle_as_outside(theirs: Mount) -> None:
     script = (
         "import signal, sys, time\n"
@@ -137,7 +141,7 @@ def test_cancelling_in_a_sandbox_is_as_gentle_as_outside(theirs: Mount) -> None:
     )
     pod = forked(theirs, "gentle", recipe_files("python3 script/x.py") | {"script/x.py": script})
     vouch(pod)
-    with subprocess.Popen(
+    with Child(
         [*CPODFS, "run", "--wait", str(pod)], stdout=subprocess.PIPE, text=True, env=theirs.env
     ) as waiting:
         assert waiting.stdout is not None
@@ -150,6 +154,7 @@ def test_cancelling_in_a_sandbox_is_as_gentle_as_outside(theirs: Mount) -> None:
     assert run_processes(folder.name) == []
 
 
+@pytest.mark.sandbox
 def test_a_signal_inside_is_told_as_a_shell_does(theirs: Mount) -> None:
     pod = forked(theirs, "signal", recipe_files("sh -c 'kill -SEGV $$'"))
     vouch(pod)
@@ -157,6 +162,7 @@ def test_a_signal_inside_is_told_as_a_shell_does(theirs: Mount) -> None:
     assert (ended["state"], ended["exit_code"], ended["signal"]) == ("failed", 139, None)
 
 
+@pytest.mark.sandbox
 def test_what_a_stranger_leaves_behind_is_ended(theirs: Mount) -> None:
     pod = forked(theirs, "leaves", recipe_files("sh -c 'setsid sleep 1000 & sleep 1000 & echo up'"))
     vouch(pod)
@@ -165,6 +171,7 @@ def test_what_a_stranger_leaves_behind_is_ended(theirs: Mount) -> None:
     assert run_processes(folder.name) == []
 
 
+@pytest.mark.sandbox
 def test_a_sandbox_does_not_outlive_the_driver_in_vain(tmp_path: Path, server: Server) -> None:
     """It goes on and its logs are kept, but its pod is lost to it with the mount that it knew."""
     with mounted(tmp_path, server) as mount:
@@ -182,6 +189,7 @@ def test_a_sandbox_does_not_outlive_the_driver_in_vain(tmp_path: Path, server: S
         assert (folder / "stdout.log").read_text() == "up\nblind\n"
 
 
+@pytest.mark.sandbox
 def test_golem_from_a_sandbox(tmp_path: Path) -> None:
     """A stranger's requestor finds the market, with a key that nobody else gets to see."""
     with devnet_mounted(tmp_path) as mount:
@@ -191,7 +199,7 @@ def test_golem_from_a_sandbox(tmp_path: Path) -> None:
         (pod / "payload/1.txt").write_text("two words")
         vouch(pod)
         key = (mount.devnet / "app.key").read_text().strip()
-        with subprocess.Popen(
+        with Child(
             [*CPODFS, "run", "--wait", str(pod)], env=mount.env, stdout=subprocess.DEVNULL
         ) as waiting:
             seen = set()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.harness import CPODFS, Mount, Server, mounted
+from tests.mount.harness import CPODFS, Child, Mount, Server, mounted
 
 SLOW = ("--writeback-delay", "3600", "--cache-size", "1GiB")
 
@@ -78,7 +78,7 @@ def test_it_fits_into_one_attribute(slow: Mount, own_server: Server) -> None:
 def test_watch_without_a_terminal_prints_lines(slow: Mount, as_json: bool) -> None:
     slow.pod()
     command = [*CPODFS, "status", "--watch", str(slow.point), *(["--json"] if as_json else [])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watch:
+    with Child(command, stdout=subprocess.PIPE, text=True) as watch:
         assert watch.stdout is not None
         for _ in range(2):
             line = watch.stdout.readline()

@@ -18,6 +18,7 @@ from tests.mount.compute import (
 )
 from tests.mount.harness import CPODFS, Mount, Server, mounted, run, sh
 from tests.mount.strangers import REPORT, forked, reason, recipe_files, strangers_pod, touch, vouch
+from tests.patience import PATIENCE_S
 
 DENIED = "Permission denied"
 SCRIPTS = REPORT.parent
@@ -27,7 +28,7 @@ def answer(mount: Mount, pod: Path, text: str) -> subprocess.CompletedProcess[st
     """``cpodfs trust POD`` by somebody who types ``text``."""
     command = [*CPODFS, "trust", str(pod)]
     return subprocess.run(
-        command, input=text, capture_output=True, text=True, env=mount.env, timeout=60
+        command, input=text, capture_output=True, text=True, env=mount.env, timeout=PATIENCE_S
     )
 
 

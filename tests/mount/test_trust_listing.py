@@ -204,6 +204,7 @@ def test_long_names_can_be_looked_at(theirs: Mount) -> None:
 # -- how it will be run ---------------------------------------------------------------------------
 
 
+@pytest.mark.sandbox
 def test_the_question_says_whether_there_will_be_a_sandbox(boxing: Mount, bwrap: Bwrap) -> None:
     pod = forked(boxing, "how")
     bwrap.be("fail")
@@ -229,6 +230,7 @@ def test_the_question_says_whether_there_will_be_a_sandbox(boxing: Mount, bwrap:
     assert "WITHOUT a sandbox: --sandbox off" in shown(boxing, other)
 
 
+@pytest.mark.sandbox
 def test_trust_in_a_sandbox_is_none_without(boxing: Mount, bwrap: Bwrap) -> None:
     pod = forked(boxing, "boxed")
     assert "\non this machine, in a sandbox\n" in shown(boxing, pod)
@@ -244,6 +246,7 @@ def test_trust_in_a_sandbox_is_none_without(boxing: Mount, bwrap: Bwrap) -> None
     assert record(run_to_end(pod))["sandbox"] is False
 
 
+@pytest.mark.sandbox
 def test_a_sandbox_that_cannot_be_tried_in_time(boxing: Mount, bwrap: Bwrap) -> None:
     """Nothing of a stranger's is run bare because the machine was slow once; nor refused for good."""
     pod, other = forked(boxing, "slow"), forked(boxing, "other")

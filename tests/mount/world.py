@@ -22,6 +22,7 @@ from typing import Any
 
 from cpodfs import mountpoint
 from tests.mount.harness import Mount, Server
+from tests.patience import PATIENCE_S
 
 SYNC_S = 60.0
 HANG_S = 120.0
@@ -151,7 +152,7 @@ class _Api:
             {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"},
             method=method,
         )
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return json.loads(answer.read() or b"{}")
 
 

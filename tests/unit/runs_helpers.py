@@ -15,8 +15,8 @@ import trio
 from cpodfs.recipe import Recipe, parse_recipe
 from cpodfs.runs import state
 from cpodfs.runs.manager import RunManager
+from tests.patience import PATIENCE_S
 
-DEADLINE_S = 20.0
 GRACE_S = 4.0
 APP_KEY = "app-key-7c5f0e"
 
@@ -32,7 +32,7 @@ def python(code: str) -> Recipe:
 
 async def until(true: Callable[[], object]) -> None:
     """Wait for what another process does and nothing tells."""
-    with trio.fail_after(DEADLINE_S):
+    with trio.fail_after(PATIENCE_S):
         while not true():
             await trio.sleep(0.005)
 
@@ -65,13 +65,13 @@ class Fifo:
 
     async def _read(self) -> bytes:
         assert self._fd is not None
-        with trio.fail_after(DEADLINE_S):
+        with trio.fail_after(PATIENCE_S):
             await trio.lowlevel.wait_readable(self._fd)
         return os.read(self._fd, 4096)
 
     async def release(self) -> None:
         """Let a program go on that reads a line from it."""
-        with trio.fail_after(DEADLINE_S):
+        with trio.fail_after(PATIENCE_S):
             await trio.to_thread.run_sync(lambda: Path(self.path).write_text("go\n"))
 
 
@@ -93,7 +93,7 @@ class Bench:
         self.manager = RunManager(
             self.runs_dir, self.mount, on_end=self._send.send_nowait, **options
         )
-        with trio.fail_after(60):
+        with trio.fail_after(2 * PATIENCE_S):
             async with trio.open_nursery() as nursery:
                 await nursery.start(self.manager.run)
                 try:
@@ -105,7 +105,7 @@ class Bench:
                 nursery.cancel_scope.cancel()
 
     async def ended(self) -> str:
-        with trio.fail_after(DEADLINE_S):
+        with trio.fail_after(PATIENCE_S):
             return await self._receive.receive()
 
     async def run(self, what: Recipe, pod: str = "pod") -> dict:

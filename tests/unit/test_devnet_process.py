@@ -19,6 +19,7 @@ import pytest
 import trio
 
 from cpodfs.devnet import launch
+from tests.patience import PATIENCE_S
 
 STORE_ONLY = ("--no-market",)
 _CHUNK = b"\xa5" * (1 << 20)
@@ -42,7 +43,7 @@ class Client:
     def request(
         self, method: str, path: str, body: Any, headers: dict[str, str]
     ) -> tuple[int, bytes]:
-        connection = http.client.HTTPConnection(self.address.netloc, timeout=60)
+        connection = http.client.HTTPConnection(self.address.netloc, timeout=PATIENCE_S)
         try:
             bearer = {"Authorization": f"Bearer {self.token}"} if self.token else {}
             connection.request(method, path, body, headers | bearer)
@@ -117,7 +118,7 @@ def test_a_kill_in_the_middle_of_an_upload(tmp_path: Path) -> None:
         "Content-Length: 99999999",
     ]
     address = (client.address.hostname, client.address.port)
-    with socket.create_connection(address, timeout=10) as raw:
+    with socket.create_connection(address, timeout=PATIENCE_S) as raw:
         raw.sendall("\r\n".join([*lines, "", ""]).encode() + head)
         while not any(path.stat().st_size for path in temp.iterdir()):
             raw.sendall(_CHUNK)
@@ -141,7 +142,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         before = rss_peak_mib(server.devnet.pid)
         client.upload("large", [_CHUNK] * 200)
         assert client.files()["large"] == 200 << 20
-        connection = http.client.HTTPConnection(client.address.netloc, timeout=60)
+        connection = http.client.HTTPConnection(client.address.netloc, timeout=PATIENCE_S)
         path = "/v1/file/download?podName=p&filePath=/large"
         connection.request("GET", path, headers={"Authorization": f"Bearer {client.token}"})
         response, received = connection.getresponse(), 0
@@ -224,10 +225,11 @@ def test_it_ends_on_sigterm_though_a_connection_is_open(tmp_path: Path) -> None:
     with launch.start(tmp_path, STORE_ONLY) as server:
         client = Client(server.devnet)
         address = (client.address.hostname, client.address.port)
-        with socket.create_connection(address, timeout=10) as raw:
+        with socket.create_connection(address, timeout=PATIENCE_S) as raw:
             raw.sendall(b"POST /v1/file/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n")
             os.kill(server.devnet.pid, signal.SIGTERM)
-            assert server.wait(5) == 0
+            # Far less than the minute that aiohttp itself would wait for the connection.
+            assert server.wait(30) == 0
 
 
 def test_it_ends_with_its_standard_input(tmp_path: Path) -> None:
@@ -236,7 +238,7 @@ def test_it_ends_with_its_standard_input(tmp_path: Path) -> None:
         [*command, "--stdin-eof"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=20,
+        timeout=PATIENCE_S,
         check=False,
     )
     assert (done.returncode, done.stdout.count(b"\n")) == (0, 1)
@@ -253,7 +255,7 @@ def test_from_trio_with_the_market(tmp_path: Path) -> None:
             assert (devnet.run_path_dir / "gftp").exists()
             key = devnet.app_key_file.read_text().strip()
             market = urlsplit(devnet.yagna_url)
-            connection = http.client.HTTPConnection(market.netloc, timeout=10)
+            connection = http.client.HTTPConnection(market.netloc, timeout=PATIENCE_S)
             connection.request("GET", "/me", headers={"Authorization": f"Bearer {key}"})
             assert connection.getresponse().status == 200
             connection.close()

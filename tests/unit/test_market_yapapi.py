@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 from pathlib import Path
@@ -73,7 +72,7 @@ async def test_streamed_output(tmp_path: Path) -> None:
 async def test_killed_requestor_leaves_nothing(tmp_path: Path) -> None:
     # Another run of the tests on this machine has another.
     mark = f"98705.{os.getpid()}"
-    async with served(tmp_path, providers=ONE, requestor_idle_s=1.0) as market:
+    async with served(tmp_path, providers=ONE, requestor_idle_s=5.0) as market:
         process = await market.start_script("hang.py", mark)
         assert process.stdout
         async for line in process.stdout:
@@ -82,7 +81,7 @@ async def test_killed_requestor_leaves_nothing(tmp_path: Path) -> None:
         assert processes_with(mark)
         process.kill()
         await process.wait()
-        await asyncio.wait_for(Requestor(market).agreement_event("AgreementTerminatedEvent"), 30)
+        await Requestor(market).agreement_event("AgreementTerminatedEvent")
         assert processes_with(mark) == []
         [row] = market.ledger()
         assert (row.state, row.reason) == ("Terminated", "the requestor is gone")

@@ -166,7 +166,10 @@ async def test_what_waiting_does_not_mend_ends_the_run_at_once(work: EachWork) -
     def refused() -> None:
         raise OSError(errno.EACCES, "no")
 
-    with anyio.fail_after(5), pytest.raises(RunFailed, match="the pod cannot be used"):
+    with (
+        anyio.fail_after(provider_work.MOUNT_WAIT_S / 2),
+        pytest.raises(RunFailed, match="the pod cannot be used"),
+    ):
         await work._shop.in_pod(refused)
 
 

@@ -28,6 +28,7 @@ from cpodfs.sync.merge import Merger, Outcome
 from cpodfs.sync.retry import Retry
 from cpodfs.sync.schedule import Schedule
 from cpodfs.sync.waits import Waits
+from tests.patience import PATIENCE_S
 
 A, B, C = ("ino", 1), ("ino", 2), ("rid", 3)
 
@@ -121,7 +122,7 @@ def test_many_closes_share_one_sync_of_the_journal(tmp_path: Path) -> None:
 
     def counted() -> None:
         syncs.append(1)
-        gate.wait(5)
+        gate.wait(PATIENCE_S)
         store_sync()
 
     store.sync = counted  # type: ignore[method-assign]
