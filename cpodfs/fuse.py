@@ -8,9 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+STDERR = 2
+_OVERHEARD_BYTES = 65536
 DEVICE = Path("/dev/fuse")
 CONFIGURATION = Path("/etc/fuse.conf")
 _IN_A_CONTAINER = "in a container: --device /dev/fuse --cap-add SYS_ADMIN"
@@ -66,6 +70,23 @@ def others() -> Trouble | None:
     if "user_allow_other" not in (line.strip() for line in lines):
         return Trouble("allow-other", f"user_allow_other is not in {CONFIGURATION}", fix)
     return None
+
+
+@contextmanager
+def overheard() -> Iterator[list[str]]:
+    """The lines that this process, libraries in C included, prints on standard error in the block,
+    known after its end: FUSE's library tells nobody else why it fails."""
+    said: list[str] = []
+    before, kept = os.dup(STDERR), os.memfd_create("stderr")
+    os.dup2(kept, STDERR)
+    try:
+        yield said
+    finally:
+        os.dup2(before, STDERR)
+        os.lseek(kept, 0, os.SEEK_SET)
+        said += os.read(kept, _OVERHEARD_BYTES).decode(errors="replace").splitlines()
+        os.close(before)
+        os.close(kept)
 
 
 def trouble(*, allow_other: bool) -> Trouble | None:

@@ -19,7 +19,7 @@ from typing import Any
 import pyfuse3
 import trio
 
-from cpodfs import mountpoint
+from cpodfs import fuse, mountpoint
 from cpodfs.cache.folder import Cache, opened
 from cpodfs.cache.schema import ROOT
 from cpodfs.config import Settings
@@ -95,12 +95,14 @@ class Driver:
         }
         if self._settings.allow_other:
             options.add("allow_other")
+        path = self._settings.mountpoint
         try:
-            pyfuse3.init(self._parts.operations, str(self._settings.mountpoint), options)
+            with fuse.overheard() as said:
+                pyfuse3.init(self._parts.operations, str(path), options)
         except RuntimeError as error:
+            reason = "; ".join(line.removeprefix("fusermount3: ") for line in said) or str(error)
             raise MountError(
-                f"{self._settings.mountpoint}: cannot mount: what FUSE has printed above says why; "
-                "in a container, SYS_ADMIN may be missing"
+                f"{path}: {reason}; in a container, SYS_ADMIN may be missing: --cap-add SYS_ADMIN"
             ) from error
         self._parts.mounted = True
 

@@ -45,6 +45,7 @@ def _told(story: Story, *, stay: bool) -> bool:
             _say(f"The picture is {story.picture}.")
             _say("Ctrl-C here unmounts it and removes all that this demo has made.")
             _wait_for_interrupt()
+        _need_no_more()
     except KeyboardInterrupt:
         _say("")
     except BaseException:

@@ -40,7 +40,7 @@ _ETC = (
 )
 _MARK = "CPODFS_ACTIVITY"
 _IDLE = ("/bin/sleep", "infinity")
-_START_S = 10.0
+_START_S = 60.0
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CHUNK = 8192
 """Of output: small enough that its JSON fits one line of an event stream in aiohttp's client."""
@@ -71,7 +71,7 @@ class Isolation:
             done = subprocess.run(
                 container.command(["/bin/sh", "-c", "echo > /golem/work/probe"]),
                 capture_output=True,
-                timeout=10,
+                timeout=_START_S,
                 check=False,
                 env={},
                 pass_fds=container.handles,

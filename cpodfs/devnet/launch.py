@@ -26,8 +26,8 @@ import trio
 from cpodfs.devnet.state import announcement, default_state, is_taken
 from cpodfs.errors import CpodfsError
 
-READY_DEADLINE_S = 10.0
-STOP_DEADLINE_S = 5.0
+READY_DEADLINE_S = 60.0
+STOP_DEADLINE_S = 20.0
 _PREDECESSOR_DEADLINE_S = 10.0
 _PREDECESSOR_POLL_S = 0.05
 _LOG_NAME = "devnet.log"

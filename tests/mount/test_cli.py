@@ -149,6 +149,21 @@ def test_without_the_device_one_line_says_so(ready: Mount) -> None:
     )
 
 
+def test_what_the_library_says_is_part_of_the_one_line(ready: Mount) -> None:
+    if os.geteuid() == 0:
+        no_mounting = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin")
+    else:
+        no_mounting = ("setpriv", "--no-new-privs")
+    done = subprocess.run(
+        [*no_mounting, *ready.command()], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"cpodfs: {ready.point}: mount failed: Operation not permitted; "
+        "in a container, SYS_ADMIN may be missing: --cap-add SYS_ADMIN\n"
+    )
+
+
 def test_password_file_that_others_may_read(ready: Mount) -> None:
     ready.password_file.chmod(0o644)
     assert f"chmod 600 {ready.password_file}" in refused(ready)
