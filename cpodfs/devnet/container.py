@@ -128,7 +128,10 @@ class Container:
         reader, writer = os.pipe()
         try:
             self._anchor = subprocess.Popen(
-                [*self._confined("--unshare-all", "--info-fd", str(writer)), *_IDLE],
+                [
+                    *self._confined("--unshare-all", "--die-with-parent", "--info-fd", str(writer)),
+                    *_IDLE,
+                ],
                 pass_fds=[writer],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -222,13 +225,16 @@ class Container:
         if self._isolation.bwrap is None:
             return [self._here(word) for word in argv]
         user, pid = map(str, self.handles)
+        # Without --die-with-parent: with --pidns bwrap forks twice, and a program whose grandparent
+        # is slower than it to leave is then killed for no reason (bwrap 0.8: 1 in 2,400 on a busy
+        # machine). It dies all the same, with the first process of its namespace.
         apart = (f"--unshare-{what}" for what in ("net", "ipc", "uts", "cgroup-try"))
         return [*self._confined("--userns", user, "--pidns", pid, *apart), *argv]
 
     def _confined(self, *namespaces: str) -> list[str]:
         assert self._isolation.bwrap is not None
         return [
-            *(self._isolation.bwrap, *namespaces, "--die-with-parent", "--new-session"),
+            *(self._isolation.bwrap, *namespaces, "--new-session"),
             *("--cap-drop", "ALL", "--hostname", self._hostname, *_system_mounts()),
             *("--proc", "/proc", "--dev", "/dev"),
             *(word for name in VOLUMES for word in ("--bind", str(self.folder / name), f"/{name}")),

@@ -25,6 +25,7 @@ from market_tools import (
     shell,
 )
 
+from cpodfs.devnet.container import Container, Isolation
 from cpodfs.devnet.gftp import Registry
 from cpodfs.devnet.ledger import ledger_table
 from cpodfs.devnet.misbehave import Misbehaviour
@@ -257,6 +258,15 @@ async def test_large_output_does_not_stop_anybody(market: Served) -> None:
     assert big["stdout"].startswith("aaaa")
     assert len(big["stdout"]) < 4_300_000
     assert "bytes dropped]" in big["stdout"][-40:]
+
+
+def test_a_command_does_not_die_of_the_process_between(tmp_path: Path) -> None:
+    """bwrap's --die-with-parent kills some, where --pidns makes it fork twice."""
+    container = Container(tmp_path, Isolation("bwrap"), "x")
+    container.handles = (3, 4)
+    words = container.command(["true"])
+    assert "--pidns" in words
+    assert "--die-with-parent" not in words
 
 
 async def test_ending_an_activity_kills_its_processes(either: Served) -> None:
