@@ -28,8 +28,12 @@ for one in (signal.SIGINT, signal.SIGTERM):
 with open(os.path.join(folder, "count"), "a") as file:
     file.write(f"{time.time()}\n")
 print("one", flush=True)
-with open("output/partial", "w") as file:
-    file.write("so far\n")
+try:
+    with open("output/partial", "w") as file:
+        file.write("so far\n")
+except OSError as error:
+    # The driver may have died.
+    print(error.strerror, file=sys.stderr)
 say("waiting")
 with open(os.path.join(folder, "gate"), "rb", buffering=0) as gate:
     gate.read(3)
