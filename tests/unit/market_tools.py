@@ -72,11 +72,16 @@ class Served:
         )
 
     async def run_script(self, name: str, *args: str) -> str:
-        """Its standard output; it must succeed, and say nothing else (as warnings of libraries are)."""
+        """Its standard output; it must succeed."""
+        out, err, code = await self.ended_script(name, *args)
+        assert code == 0, err
+        return out
+
+    async def ended_script(self, name: str, *args: str) -> tuple[str, str, int | None]:
+        """Its standard output and error, and its exit code."""
         process = await self.start_script(name, *args)
         out, err = await asyncio.wait_for(process.communicate(), PATIENCE_S)
-        assert (process.returncode, err.decode()) == (0, "")
-        return out.decode()
+        return out.decode(), err.decode(), process.returncode
 
     async def call(self, method: str, path: str, body: Any = None, status: int = 200) -> Any:
         """One request; the JSON of its answer, which must have ``status``."""
