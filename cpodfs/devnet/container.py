@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -45,6 +46,8 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CHUNK = 8192
 """Of output: small enough that its JSON fits one line of an event stream in aiohttp's client."""
 _PIPES_GRACE_S = 1.0
+_NS_GET_USERNS = 0xB701
+"""See ioctl_ns(2); the number on x86 and ARM."""
 
 
 class ContainerError(Exception):
@@ -143,7 +146,7 @@ class Container:
             writer = -1
             proc = Path(f"/proc/{_read_json(reader)['child-pid']}")
             _wait_for_users(proc)
-            self.handles = tuple(os.open(proc / "ns" / k, os.O_RDONLY) for k in ("user", "pid"))
+            self.handles = _namespaces(proc)
         except (OSError, ValueError, KeyError) as error:
             raise ContainerError(f"the container cannot be started: {error!r}") from None
         finally:
@@ -312,6 +315,18 @@ def _wait_for_users(proc: Path) -> None:
         if time.monotonic() >= deadline:
             raise ContainerError("bwrap did not make its user namespace")
         time.sleep(0.001)
+
+
+def _namespaces(proc: Path) -> tuple[int, int]:
+    """The pid namespace of bwrap's child, and before it the user namespace that owns it, which whoever
+    joins the former must be in. The child itself may have gone on to another user namespace: for an
+    ordinary user bwrap makes two. Raises OSError."""
+    pid = os.open(proc / "ns/pid", os.O_RDONLY)
+    try:
+        return fcntl.ioctl(pid, _NS_GET_USERNS), pid
+    except OSError:
+        os.close(pid)
+        raise
 
 
 def _read_json(handle: int) -> Any:
