@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from types import FrameType
@@ -26,16 +27,19 @@ def demo(leave: bool) -> None:
     for number in SIGNALS:
         signal.signal(number, _interrupt)
     with fresh_folder() as folder:
-        complete = _told(Story(folder, _say), stay=not leave)
+        complete, inside = _told(Story(folder, _say), stay=not leave)
     if folder.exists():
-        raise DemoFailed(f"demo: {folder} could not be removed; it can go: rm -r {folder}")
-    _say(f"Removed {folder}, and with it all that this demo has made.")
+        raise DemoFailed(f"{folder} could not be removed; it can go: rm -r {folder}")
+    _say(f"Unmounted and removed {folder}, and with it all that this demo has made.")
+    if inside:
+        _say(f"Still in there: {', '.join(inside)}. Leave with: cd")
     if not complete:
         sys.exit(130)
 
 
-def _told(story: Story, *, stay: bool) -> bool:
-    """Tell it, wait for Ctrl-C if it is to ``stay``, and unmount; whether it was told to its end."""
+def _told(story: Story, *, stay: bool) -> tuple[bool, list[str]]:
+    """Tell it, wait for Ctrl-C if it is to ``stay``, and unmount; whether it was told to its end,
+    and who was in the mount when it went."""
     complete = False
     try:
         story.tell()
@@ -47,12 +51,14 @@ def _told(story: Story, *, stay: bool) -> bool:
             _wait_for_interrupt()
         _need_no_more()
     except KeyboardInterrupt:
-        _say("")
+        # Whoever reads along, such as tee, may have been interrupted, too.
+        with contextlib.suppress(OSError):
+            _say("")
     except BaseException:
+        _need_no_more()
         story.stop()
         raise
-    story.end()
-    return complete
+    return complete, story.end()
 
 
 def _wait_for_interrupt() -> NoReturn:

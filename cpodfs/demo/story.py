@@ -38,11 +38,14 @@ _ERROR_LINES = 15
 class DemoFailed(CpodfsError):
     """A step did not do what it should; says which, and what the program printed."""
 
+    def __init__(self, what: str) -> None:
+        super().__init__(f"demo: {what}")
+
 
 @contextmanager
 def fresh_folder() -> Iterator[Path]:
     """A new folder for the time of the block, with a short name that can be typed."""
-    base = Path(tempfile.gettempdir())
+    base = Path(tempfile.gettempdir()).resolve()
     for number in itertools.count(1):
         folder = base / ("cpodfs-demo" if number == 1 else f"cpodfs-demo-{number}")
         with contextlib.suppress(FileExistsError):
@@ -51,7 +54,9 @@ def fresh_folder() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        # Never through a mount, whosever it is.
+        if not any(folder in entry.mountpoint.parents for entry in mountpoint.mounts()):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Story:
@@ -64,6 +69,8 @@ class Story:
         self._cache = folder / "cache"
         self._log = folder / "driver.log"
         self._say = say
+        self._driver: int | None = None
+        """A pidfd."""
         self._env = _environment(os.environ, folder)
         self.pods.mkdir(mode=0o700)
 
@@ -82,45 +89,56 @@ class Story:
 
     def mount(self) -> None:
         """Mount the devnet; the driver is a process of its own."""
-        self._cpodfs("mount", "--devnet", "--daemon", self.pods)
+        try:
+            self._cpodfs("mount", "--devnet", "--daemon", self.pods)
+        finally:
+            self._note_driver()
+
+    def _note_driver(self) -> None:
+        if self._driver is not None:
+            os.close(self._driver)  # of the mount before
+            self._driver = None
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            status = json.loads(os.getxattr(self.pods, "user.cpodfs.status"))
+            self._driver = os.pidfd_open(status["pid"])
 
     def unmount(self) -> None:
         """Upload what is pending and unmount."""
         self._cpodfs("umount", self.pods)
 
-    def end(self) -> None:
-        """Unmount, also under the feet of those who are still in there. Raises DemoFailed."""
-        if mountpoint.find(self.pods) is None:
-            return
-        if inside := mountpoint.holders(self.pods):
-            self._say(f"Still in there: {', '.join(inside)}. Leave with: cd")
-        else:
-            self._command("cpodfs", "umount", self.pods)
+    def end(self) -> list[str]:
+        """Unmount, also under the feet of those who are still in there; returns who. Raises
+        DemoFailed."""
+        inside: list[str] = []
+        # Not asked of a driver that is dead or hangs: to look at its mount would hang us.
+        with contextlib.suppress(CpodfsError, OSError):
+            if mountpoint.find(self.pods) is not None and not mountpoint.is_dead(self.pods):
+                inside = mountpoint.holders(self.pods)
         self.stop()
         if mountpoint.find(self.pods) is not None:
-            raise DemoFailed(f"demo: {self.pods} could not be unmounted")
+            raise DemoFailed(f"{self.pods} could not be unmounted: fusermount3 -uz {self.pods}")
+        return inside
 
     def stop(self) -> None:
         """Unmount, whatever state it is in; says nothing and raises nothing."""
-        if mountpoint.find(self.pods) is None:
-            return
-        with contextlib.suppress(DemoFailed, OSError):
-            self._run_cpodfs(["umount", str(self.pods)])
-        # SIGTERM unmounts even while somebody is inside.
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            self._end_driver()
+        if mountpoint.find(self.pods) is not None:
+            with contextlib.suppress(DemoFailed, OSError):
+                self._run_cpodfs(["umount", str(self.pods)])
+        if self._driver is not None:
+            self._end_driver(self._driver)
         if mountpoint.find(self.pods) is not None:
             with contextlib.suppress(CpodfsError):
                 mountpoint.unmount(self.pods, lazy=True)
 
-    def _end_driver(self) -> None:
-        status = json.loads(os.getxattr(self.pods, "user.cpodfs.status"))
-        driver = os.pidfd_open(status["pid"])
-        try:
-            signal.pidfd_send_signal(driver, signal.SIGTERM)
-            select.select([driver], [], [], COMMAND_S)
-        finally:
-            os.close(driver)
+    def _end_driver(self, pidfd: int) -> None:
+        """By SIGTERM, which unmounts even while somebody is inside; by SIGKILL when it hangs."""
+        self._driver = None
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, number)
+            if select.select([pidfd], [], [], COMMAND_S)[0]:
+                break
+        os.close(pidfd)
 
     # -- the steps --------------------------------------------------------------------------------
 
@@ -193,7 +211,7 @@ class Story:
         if code:
             log = _last_lines(self._log.read_text(errors="replace")) if self._log.exists() else ""
             reason = said.strip().removeprefix("cpodfs: ")
-            raise DemoFailed(f"demo: cpodfs {words[0]} failed: {reason}\n{log}".rstrip())
+            raise DemoFailed(f"cpodfs {words[0]} failed: {reason}\n{log}".rstrip())
 
     def _run_cpodfs(self, words: list[str]) -> tuple[int, str]:
         # A session of its own: Ctrl-C is for us, and we then unmount in order.
@@ -211,11 +229,11 @@ class Story:
                 said, _ = process.communicate(timeout=COMMAND_S)
             except subprocess.TimeoutExpired:
                 process.kill()
-                raise DemoFailed(
-                    f"demo: cpodfs {words[0]} did not end in {COMMAND_S:g} s"
-                ) from None
-            # An interrupt leaves the block, which waits: what has begun to mount must be mounted
-            # before it can be unmounted.
+                raise DemoFailed(f"cpodfs {words[0]} did not end in {COMMAND_S:g} s") from None
+            except KeyboardInterrupt:
+                # What has begun to mount must be mounted before it can be unmounted.
+                process.wait()
+                raise
         return process.returncode, said
 
     def _shell(self, *words: str | Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -16,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from cpodfs import mountpoint
-from tests.mount.harness import CPODFS
-from tests.patience import PATIENCE_S
+from tests.mount.harness import CPODFS, Child
+from tests.patience import PATIENCE_S, until
 
 DEMO = [*CPODFS, "demo"]
+REMOVED = "Unmounted and removed"
 TOP = Path(__file__).parents[2]
 
 
@@ -51,6 +53,18 @@ def assert_nothing_is_left(tmp_path: Path) -> None:
     assert not [m for m in mountpoint.mounts() if tmp_path in m.mountpoint.parents]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config", "tmp"]
     assert list((tmp_path / "tmp").glob("cpodfs-demo*")) == []
+    # The folder would be made again by what goes on in there.
+    until(lambda: processes_in(tmp_path) == [])
+
+
+def processes_in(folder: Path) -> list[int]:
+    """Processes, other than this one, that have a folder on their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if os.fsencode(folder) in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
 
 
 def read_until(demo: subprocess.Popen[str], start: str) -> str:
@@ -101,8 +115,7 @@ def test_from_mount_to_remount(env: dict[str, str], folder: Path, tmp_path: Path
     digests = re.findall(r"^([0-9a-f]{64})  -$", shown, re.MULTILINE)
     assert len(digests) == 2
     assert digests[0] == digests[1]
-    removed = f"Removed {folder}-2, and with it all that this demo has made.\n"
-    assert shown.endswith(f"\n$ cpodfs umount {folder}-2/pods\n{removed}")
+    assert shown.endswith(f"\n{REMOVED} {folder}-2, and with it all that this demo has made.\n")
     assert_nothing_is_left(tmp_path)
 
 
@@ -114,7 +127,7 @@ def test_stays_until_interrupted(env: dict[str, str], folder: Path, tmp_path: Pa
         assert greys(picture.read_bytes()) == (432, 243, {0, 254})
         demo.send_signal(signal.SIGINT)
         assert demo.stdout is not None
-        assert demo.stdout.read().splitlines()[-1].startswith(f"Removed {folder}, ")
+        assert demo.stdout.read().splitlines()[-1].startswith(f"{REMOVED} {folder}, ")
         assert demo.wait(PATIENCE_S) == 0
     assert_nothing_is_left(tmp_path)
 
@@ -124,8 +137,10 @@ def greys(png: bytes) -> tuple[int, int, set[int]]:
     start, end = png.index(b"IHDR") + 4, png.index(b"IDAT") + 4
     width, height, bits, colours = struct.unpack_from(">2I2B", png, start)
     assert (png[:8], bits, colours) == (b"\x89PNG\r\n\x1a\n", 8, 0)
-    pixels = zlib.decompressobj().decompress(png[end:])
-    assert len(pixels) == height * (width + 1)
+    lines = zlib.decompressobj().decompress(png[end:])
+    assert len(lines) == height * (width + 1)
+    # Each row begins with the number of its filter.
+    pixels = [value for at, value in enumerate(lines) if at % (width + 1)]
     return width, height, {min(pixels), max(pixels)}
 
 
@@ -134,23 +149,27 @@ def test_interrupted_while_somebody_is_in_its_folder(
 ) -> None:
     with begun(env) as demo:
         read_until(demo, "Ctrl-C here")
-        with subprocess.Popen(["sleep", "1000"], cwd=folder / "pods/mandelbrot/output") as inside:
+        with Child(["sleep", "1000"], cwd=folder / "pods/mandelbrot/output") as inside:
             demo.send_signal(signal.SIGINT)
             demo.send_signal(signal.SIGINT)
             assert demo.stdout is not None
             said = demo.stdout.read()
             inside.kill()
         assert demo.wait(PATIENCE_S) == 0
-    assert f"\nStill in there: sleep ({inside.pid}). Leave with: cd\nRemoved {folder}, " in said
+    assert f"\n{REMOVED} {folder}, " in said
+    assert said.endswith(f"\nStill in there: sleep ({inside.pid}). Leave with: cd\n")
     assert_nothing_is_left(tmp_path)
 
 
-def test_interrupted_early_leaves_nothing(env: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", ["$ cpodfs mount", "$ cpodfs umount", "$ touch"])
+def test_interrupted_early_leaves_nothing(
+    env: dict[str, str], folder: Path, tmp_path: Path, step: str
+) -> None:
     with begun(env) as demo:
-        read_until(demo, "$ cpodfs mount")
+        read_until(demo, step)
         demo.send_signal(signal.SIGTERM)
         assert demo.stdout is not None
-        assert "Removed " in demo.stdout.read()
+        assert f"{REMOVED} {folder}, " in demo.stdout.read()
         assert demo.wait(PATIENCE_S) == 130
     assert_nothing_is_left(tmp_path)
 
@@ -208,3 +227,15 @@ def test_two_lines_to_paste() -> None:
     assert len([line for line in commands if line.endswith(" cpodfs demo")]) == 0
     assert len([line for line in commands if line.endswith("/cpodfs demo")]) == 1
     assert len([line for line in commands if line.endswith(".ci/check")]) == 1
+
+
+def test_a_driver_that_dies_does_not_keep_the_demo_from_its_end(
+    env: dict[str, str], tmp_path: Path, folder: Path
+) -> None:
+    with begun(env) as demo:
+        read_until(demo, "Ctrl-C here")
+        status = json.loads(os.getxattr(folder / "pods", "user.cpodfs.status"))
+        os.kill(status["pid"], signal.SIGKILL)
+        demo.send_signal(signal.SIGINT)
+        assert demo.wait(PATIENCE_S) == 0
+    assert_nothing_is_left(tmp_path)
