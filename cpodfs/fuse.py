@@ -48,14 +48,18 @@ def device() -> Trouble | None:
     return None
 
 
+def missing() -> Trouble | None:
+    if shutil.which("fusermount3") is None:
+        return Trouble("fusermount3", "is not on PATH", "apt install fuse3")
+    return None
+
+
 def program() -> Trouble | None:
     found = shutil.which("fusermount3")
-    if found is None:
-        return Trouble("fusermount3", "is not on PATH", "apt install fuse3")
-    if os.getuid() != 0 and not os.stat(found).st_mode & stat.S_ISUID:
+    if found is not None and os.getuid() != 0 and not os.stat(found).st_mode & stat.S_ISUID:
         fix = f"sudo chmod u+s {found}, or apt install --reinstall fuse3"
         return Trouble("fusermount3", f"{found} is not setuid root", fix)
-    return None
+    return missing()
 
 
 def others() -> Trouble | None:
@@ -67,7 +71,7 @@ def others() -> Trouble | None:
         lines = CONFIGURATION.read_text(errors="replace").splitlines()
     except OSError as error:
         return Trouble("allow-other", f"{CONFIGURATION}: {error.strerror}", fix)
-    if "user_allow_other" not in (line.strip() for line in lines):
+    if "user_allow_other" not in (line.partition("#")[0].strip() for line in lines):
         return Trouble("allow-other", f"user_allow_other is not in {CONFIGURATION}", fix)
     return None
 
@@ -77,7 +81,12 @@ def overheard() -> Iterator[list[str]]:
     """The lines that this process, libraries in C included, prints on standard error in the block,
     known after its end: FUSE's library tells nobody else why it fails."""
     said: list[str] = []
-    before, kept = os.dup(STDERR), os.memfd_create("stderr")
+    try:
+        before = os.dup(STDERR)
+    except OSError:  # closed: nobody can print
+        yield said
+        return
+    kept = os.memfd_create("stderr")
     os.dup2(kept, STDERR)
     try:
         yield said
@@ -90,5 +99,5 @@ def overheard() -> Iterator[list[str]]:
 
 
 def trouble(*, allow_other: bool) -> Trouble | None:
-    """The first thing that would keep this user from mounting."""
+    """The first thing that would, for all one can see, keep this user from mounting."""
     return device() or program() or (others() if allow_other else None)

@@ -101,9 +101,11 @@ class Driver:
                 pyfuse3.init(self._parts.operations, str(path), options)
         except RuntimeError as error:
             reason = "; ".join(line.removeprefix("fusermount3: ") for line in said) or str(error)
-            raise MountError(
-                f"{path}: {reason}; in a container, SYS_ADMIN may be missing: --cap-add SYS_ADMIN"
-            ) from error
+            trouble = fuse.trouble(allow_other=self._settings.allow_other)
+            hint = trouble or "in a container, SYS_ADMIN may be missing: --cap-add SYS_ADMIN"
+            raise MountError(f"{path}: {reason}; {hint}") from error
+        for line in said:
+            log.warning("FUSE: %s", line)
         self._parts.mounted = True
 
     async def _serve_mounted(self, ready: Callable[[], None]) -> None:

@@ -30,7 +30,8 @@ def _no_sandbox() -> str | None:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
-            return sandbox.broken()
+            return sandbox.never_works()
         except NotNow:  # the machine is busy
             if time.monotonic() > deadline:
                 raise
+            time.sleep(1)

@@ -149,8 +149,8 @@ def mount(ctx: click.Context, /, mountpoint: Path, **options: Any) -> None:
     In the foreground, until it is unmounted or gets SIGTERM or Ctrl-C; either way what is pending is
     uploaded first. A second Ctrl-C leaves the rest to the next mount.
     """
-    # Before FUSE's library tries: it prints lines of its own.
-    if trouble := fuse.trouble(allow_other=options["allow_other"]):
+    # What is certain, before anything is begun; of the rest FUSE itself is the judge.
+    if trouble := fuse.device() or fuse.missing():
         raise MountError(str(trouble))
     point = mp.prepare(mountpoint)
     password = None if options["devnet"] else _password(ctx)

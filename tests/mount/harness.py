@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import secrets
 import select
 import shutil
@@ -25,7 +26,8 @@ from tests.patience import PATIENCE_S
 
 STARTED: list[Mount] = []
 """Mounts of this process, the latest last: what they have left is told of a test that failed."""
-SHOWN_LINES, SHOWN_RUNS = 40, 3
+SHOWN_CHARACTERS, SHOWN_RUNS = 3000, 3
+SECRET_VALUE = re.compile(r"((?:KEY|PASSWORD)[\"']?[=:] *)\S+")
 CPODFS = [sys.executable, "-m", "cpodfs"]
 
 
@@ -163,12 +165,12 @@ class Mount:
 
     def evidence(self) -> Iterator[tuple[str, str]]:
         """Titles and texts of what its driver and its runs wrote down; the mount is not touched."""
-        runs = sorted(self.cache.glob("*/runs/*/*"))[-SHOWN_RUNS:]
+        runs = sorted(self.cache.glob("*/runs/*/*"), key=lambda run: run.name)[-SHOWN_RUNS:]
         files = [self.log, *(path for run in runs for path in sorted(run.iterdir()))]
         for path in files:
             with contextlib.suppress(OSError):
-                if lines := path.read_text(errors="replace").splitlines():
-                    yield str(path), "\n".join(lines[-SHOWN_LINES:])
+                if said := path.read_text(errors="replace")[-SHOWN_CHARACTERS:]:
+                    yield str(path), SECRET_VALUE.sub(r"\1…", said)
 
     def logged(self) -> str:
         return self.log.read_text() if self.log.exists() else ""
