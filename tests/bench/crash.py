@@ -34,6 +34,8 @@ OPS_MAX = 150
 """A round ends at the latest in the middle of so many calls."""
 LOG_TAIL = 20_000
 FAULTS = {"drop_rate": 0.15, "error_rate": 0.15, "expire_every": 11}
+MODES = [0o600, 0o755, 0o500] if os.geteuid() == 0 else [0o700, 0o755, 0o750]
+"""Who is not root must go on being able to use what the test has made."""
 
 
 @dataclass(slots=True)
@@ -235,7 +237,7 @@ class Choice:
 
     def _chmod(self, tree: Tree) -> Step | None:
         path = self._pick(tree, File, Dir)
-        return None if path is None else ["chmod", path, self._dice.choice([0o600, 0o755, 0o500])]
+        return None if path is None else ["chmod", path, self._dice.choice(MODES)]
 
     def _symlink(self, tree: Tree) -> Step | None:
         path = self._place(tree)

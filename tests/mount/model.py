@@ -27,6 +27,8 @@ from tests.mount.world import Mismatch, World, watchdog
 NETWORK = {errno.EIO, errno.ETIMEDOUT, errno.EHOSTUNREACH}
 LONG_AGO_NS = 1_500_000_000 * 10**9
 """Times that were chosen are before this, those that come from a clock are after it."""
+OWNERS_BITS = 0 if os.geteuid() == 0 else stat.S_IRWXU
+"""Who is not root keeps these, or could not look at what the test has made."""
 NOREPLACE, EXCHANGE = 1, 2
 Step = tuple[Any, ...]
 
@@ -130,7 +132,7 @@ class Twin:
         self._on_path(lambda p: _attributes(os.stat(p)), path)
 
     def chmod(self, path: str, mode: int) -> None:
-        self._on_path(lambda p: os.chmod(p, mode), path)
+        self._on_path(lambda p: os.chmod(p, mode | OWNERS_BITS), path)
 
     def utimens(self, path: str, time_ns: int) -> None:
         self._on_path(lambda p: os.utime(p, ns=(time_ns, time_ns)), path)
@@ -205,7 +207,7 @@ class Twin:
         self._on_handle(slot, lambda fd: os.ftruncate(fd, size))
 
     def fchmod(self, slot: int, mode: int) -> None:
-        self._on_handle(slot, lambda fd: os.fchmod(fd, mode))
+        self._on_handle(slot, lambda fd: os.fchmod(fd, mode | OWNERS_BITS))
 
     def fstat(self, slot: int) -> None:
         self._on_handle(slot, lambda fd: (os.fstat(fd).st_nlink, *_attributes(os.fstat(fd))))

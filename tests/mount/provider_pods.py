@@ -69,7 +69,7 @@ def provider_pod(mount: Mount, name: str, command: str, script: str, **runtime: 
     for folder in ("script", "payload"):
         (pod / folder).mkdir(exist_ok=True)
     (pod / "script/run.sh").write_text(script)
-    defaults = {"image": IMAGE, "budget": 1, "timeout": "1m", "poll": 0.3, "retries": 0}
+    defaults = {"image": IMAGE, "budget": 1, "timeout": "10m", "poll": 0.3, "retries": 0}
     golem = {"exec": command, "runtime": defaults | runtime}
     (pod / "a.recipe").write_text(json.dumps({"name": name, "golem": golem}))
     return pod

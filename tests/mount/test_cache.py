@@ -14,6 +14,7 @@ from tests.mount.harness import Mount, Server, mounted, run, sh
 from tests.patience import PATIENCE_S, until
 
 MIB = 1 << 20
+LATER = ("--writeback-delay", "3600")
 
 
 def _used(mount: Mount) -> int:
@@ -24,7 +25,7 @@ def _used(mount: Mount) -> int:
 def test_clean_files_are_evicted_least_recently_used_first(
     tmp_path: Path, own_server: Server
 ) -> None:
-    with mounted(tmp_path, own_server, None, "--cache-size", "10MiB") as mount:
+    with mounted(tmp_path, own_server, None, *LATER, "--cache-size", "10MiB") as mount:
         pod = mount.pod()
         for number in range(6):
             (pod / f"f{number}").write_bytes(bytes([number]) * 3 * MIB)
@@ -113,7 +114,7 @@ def test_a_cold_walk_lists_directories_in_parallel(tmp_path: Path, own_server: S
         calls = own_server.calls()["GET /v1/dir/ls"]
         assert calls == 1 + 5 + 25 + 25, "every directory once"
         assert listed.count("total") == calls
-        assert own_server.stats()["concurrency_max"] > 1
+        assert own_server.stats()["concurrency_max"] > 2
 
 
 def test_one_look_costs_one_call(tmp_path: Path, own_server: Server) -> None:

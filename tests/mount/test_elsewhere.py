@@ -135,7 +135,7 @@ def test_without_the_server_an_absent_name_is_soon_told(mount: Mount, how: str) 
             assert not (mount.point / f"absent{number}").exists()
             assert (pod / "known").exists()
         took_s = time.monotonic() - started
-        assert took_s < looks / 2 * timeout_s, "the server was waited for again and again"
+        assert took_s < 3 * timeout_s, "the server was waited for again and again"
         time.sleep(TTL_S)
         started = time.monotonic()
         for number in range(looks):

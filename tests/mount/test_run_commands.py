@@ -26,8 +26,6 @@ from tests.mount.compute import (
 from tests.mount.harness import CPODFS, Child, Mount, Server, mounted, run
 from tests.patience import PATIENCE_S, until
 
-"""From one line of a program to its next: who follows it has the one before there is the other."""
-
 
 @pytest.fixture(scope="module")
 def mount(tmp_path_factory: pytest.TempPathFactory, server: Server) -> Iterator[Mount]:
@@ -216,18 +214,21 @@ def test_logs_are_found_where_the_recipe_puts_them(mount: Mount) -> None:
     assert len(json.loads(mount.cli("runs", "--json", str(pod)).stdout)) == 1
 
 
-def test_logs_follow_line_by_line_until_the_end(mount: Mount, gated: Path, gate: Gate) -> None:
-    mount.cli("run", str(gated))
-    with begin(mount, "logs", "-f", gated) as following:
+def test_logs_follow_line_by_line_until_the_end(mount: Mount, gate: Gate) -> None:
+    wait = f"head -c 3 {gate.folder}/gate > /dev/null"
+    script = f"echo one; {wait}; echo two; {wait}; echo three"
+    pod = compute_pod(mount, "live", ["sh", "-c", script])
+    mount.cli("run", str(pod))
+    with begin(mount, "logs", "-f", pod) as following:
         assert following.stdout is not None
-        # The program waits at the gate: nothing but this line can bring it here.
-        assert following.stdout.readline() == "one\n"
-        assert (gated / ".run").exists()
-        gate.wait()
-        gate.open()
-        assert following.stdout.read() == "two\n"
+        # Each line comes while the program waits to be let on to the next.
+        for line in ("one\n", "two\n"):
+            assert following.stdout.readline() == line
+            assert (pod / ".run").exists()
+            gate.open()
+        assert following.stdout.read() == "three\n"
         assert following.wait(PATIENCE_S) == 0
-    assert not (gated / ".run").exists()
+    assert not (pod / ".run").exists()
 
 
 def test_following_may_begin_before_the_first_word(mount: Mount, gated: Path, gate: Gate) -> None:

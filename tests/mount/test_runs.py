@@ -31,6 +31,7 @@ from tests.mount.compute import (
     run_folders,
     run_processes,
     run_to_end,
+    text,
     wait_gone,
 )
 from tests.mount.harness import Mount, Server, mounted, run, sh
@@ -388,6 +389,7 @@ def test_logs_that_are_deleted_meanwhile_do_no_harm(gated: Path, gate: Gate) -> 
     run("touch", gated / ".run")
     gate.wait()
     (folder,) = run_folders(gated)
+    until(lambda: text(folder / "stdout.log") and (folder / "run.json").exists())
     run("rm", "-r", gated / "logs", gated / "output")
     (gated / "output").mkdir()
     gate.open()

@@ -275,7 +275,10 @@ def test_a_builtin_of_the_shell_is_no_program(box: Box, words: list[str]) -> Non
 def test_who_waits_for_the_program_is_killed(box: Box) -> None:
     box.call("start", "sh", "-c", "echo up; exec sleep 60")
     pid = int((box.folder / "cpodfs.state/pid").read_text())
-    assert box.call("watch", "1").stdout == "up\n"
+    said = ""
+    while not said:
+        said = box.call("watch", "1").stdout
+    assert said == "up\n"
     # Stopped first: it must not have the time to write the end down.
     os.kill(pid, signal.SIGSTOP)
     kill_children(pid)

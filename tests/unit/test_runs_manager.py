@@ -255,7 +255,7 @@ for _ in range(2):
     print(signal.Signals(signal.sigwait([signal.SIGINT, signal.SIGTERM])).name)
 sys.exit(3)
 """
-    async with bench.managed(cancel_grace_s=1.0) as manager:
+    async with bench.managed(cancel_grace_s=8.0) as manager:
         assert not manager.cancel("pod")
         manager.begin("pod", python(code))
         await told.line()
