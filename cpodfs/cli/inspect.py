@@ -23,7 +23,7 @@ from cpodfs.cli.umount import wait_until_idle
     help="Give up after so many seconds without progress.",
 )
 def sync(path: Path | None, stall: float) -> None:
-    """Wait until everything in the mount of PATH (default: the only mount) is uploaded."""
+    """Wait until everything in the mount of PATH (default: the one you are in, else your only one) is uploaded."""
     point = mount_of(path)
     tell(point, "drain")
     try:

@@ -178,7 +178,7 @@ def logs(pod: str, run: str | None, following: bool) -> None:
     help="So many of each pod.",
 )
 def runs(pod: str | None, as_json: bool, last: int) -> None:
-    """List the runs of POD, or of all pods of the only mount, the newest first."""
+    """List the runs of POD, or of all pods of the mount you are in (else of your only one), newest first."""
     found = [
         record for each in _pods(pod) for record in _records(each, last) if record.get("created")
     ]

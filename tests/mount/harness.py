@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import secrets
 import select
 import shutil
@@ -22,12 +21,11 @@ from typing import Any
 
 from cpodfs import mountpoint
 from cpodfs.devnet import launch
+from tests.evidence import files_of_runs, tails
 from tests.patience import PATIENCE_S
 
 STARTED: list[Mount] = []
 """Mounts of this process, the latest last: what they have left is told of a test that failed."""
-SHOWN_CHARACTERS, SHOWN_RUNS = 3000, 3
-SECRET_VALUE = re.compile(r"((?:KEY|PASSWORD)[\"']?[=:] *)\S+")
 CPODFS = [sys.executable, "-m", "cpodfs"]
 
 
@@ -165,12 +163,7 @@ class Mount:
 
     def evidence(self) -> Iterator[tuple[str, str]]:
         """Titles and texts of what its driver and its runs wrote down; the mount is not touched."""
-        runs = sorted(self.cache.glob("*/runs/*/*"), key=lambda run: run.name)[-SHOWN_RUNS:]
-        files = [self.log, *(path for run in runs for path in sorted(run.iterdir()))]
-        for path in files:
-            with contextlib.suppress(OSError):
-                if said := path.read_text(errors="replace")[-SHOWN_CHARACTERS:]:
-                    yield str(path), SECRET_VALUE.sub(r"\1…", said)
+        yield from tails([self.log, *files_of_runs(self.cache.glob("*/runs/*/*"))])
 
     def logged(self) -> str:
         return self.log.read_text() if self.log.exists() else ""

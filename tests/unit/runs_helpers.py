@@ -15,6 +15,7 @@ import trio
 from cpodfs.recipe import Recipe, parse_recipe
 from cpodfs.runs import state
 from cpodfs.runs.manager import RunManager
+from tests.evidence import files_of_runs, tails
 from tests.patience import PATIENCE_S
 
 GRACE_S = 4.0
@@ -98,6 +99,10 @@ class Bench:
                 await nursery.start(self.manager.run)
                 try:
                     yield self.manager
+                except BaseException as error:
+                    for name, said in tails(files_of_runs(self.runs_dir.glob("*/*"))):
+                        error.add_note(f"{name}:\n{said}")
+                    raise
                 finally:
                     # A test that fails must not leave programs behind either.
                     with trio.CancelScope(shield=True):
