@@ -20,7 +20,9 @@ from tests.patience import PATIENCE_S
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("sandbox") is None or (reason := _no_sandbox()) is None:
         return
-    if os.environ.get("CI") and not os.environ.get("CPODFS_TEST_WITHOUT_SANDBOX"):
+    if os.environ.get("CI", "false") != "false" and not os.environ.get(
+        "CPODFS_TEST_WITHOUT_SANDBOX"
+    ):
         pytest.fail(f"no sandbox: {reason}; set CPODFS_TEST_WITHOUT_SANDBOX=1 to do without")
     pytest.skip(f"NO SANDBOX WAS TESTED: {reason}")
 
