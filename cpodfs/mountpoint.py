@@ -24,12 +24,13 @@ SUPERVISOR = b"cpodfs.runs.supervisor"
 
 @dataclass(frozen=True, slots=True)
 class MountEntry:
-    """``owner``: the uid of whoever mounted it, which only FUSE tells."""
+    """``owner``: the uid of whoever mounted it, which only FUSE tells. ``device``: as in mountinfo."""
 
     mountpoint: Path
     fstype: str
     source: str
     owner: int | None = None
+    device: str = ""
 
 
 def mounts() -> list[MountEntry]:
@@ -37,20 +38,30 @@ def mounts() -> list[MountEntry]:
     entries = []
     for line in MOUNTINFO.read_text(errors="surrogateescape").splitlines():
         left, _, right = line.partition(" - ")
-        point = _unescape(left.split(" ")[4])
+        device, _, point = left.split(" ")[2:5]
         fstype, source, options = (*right.split(" "), "", "", "")[:3]
         owner = re.search(r"(?:^|,)user_id=(\d+)", options)
         entries.append(
-            MountEntry(Path(point), fstype, _unescape(source), int(owner[1]) if owner else None)
+            MountEntry(
+                Path(_unescape(point)),
+                fstype,
+                _unescape(source),
+                owner=int(owner[1]) if owner else None,
+                device=device,
+            )
         )
     return entries
 
 
 def own() -> list[Path]:
-    """Where this user has mounted pods; of several mounts on one folder only the topmost counts."""
+    """Where this user has mounted pods, each mount once: the topmost of several on one folder, and
+    not the copies that a bind mount makes."""
     topmost = {entry.mountpoint: entry for entry in mounts()}
-    mine = [e for e in topmost.values() if e.fstype == FSTYPE and e.owner == os.getuid()]
-    return [entry.mountpoint for entry in mine]
+    mine: dict[str, Path] = {}
+    for entry in topmost.values():
+        if entry.fstype == FSTYPE and entry.owner == os.getuid():
+            mine.setdefault(entry.device, entry.mountpoint)
+    return list(mine.values())
 
 
 def find(path: Path) -> MountEntry | None:

@@ -165,6 +165,9 @@ def test_without_a_path_ones_own_mount_is_meant(mountinfo: Path) -> None:
             ("/hidden", "tmpfs", OURS),
         )
     )
+    copy = mounted_at(("/ours", "fuse.cpodfs", OURS)).replace("/ours", "/copy")
+    with mountinfo.open("a") as file:
+        file.write(copy.replace("0:40", "0:42"))
     assert control.mount_of(None) == Path("/ours")
 
 
