@@ -17,6 +17,7 @@ STDERR = 2
 _OVERHEARD_BYTES = 65536
 DEVICE = Path("/dev/fuse")
 CONFIGURATION = Path("/etc/fuse.conf")
+MTAB = Path("/etc/mtab")
 _IN_A_CONTAINER = "in a container: --device /dev/fuse --cap-add SYS_ADMIN"
 
 
@@ -51,6 +52,10 @@ def device() -> Trouble | None:
 def missing() -> Trouble | None:
     if shutil.which("fusermount3") is None:
         return Trouble("fusermount3", "is not on PATH", "apt install fuse3")
+    # A system without an init may have none; root's unmounting does without.
+    if os.getuid() != 0 and not MTAB.exists():
+        fix = f"as root: ln -s /proc/self/mounts {MTAB}"
+        return Trouble("fusermount3", f"cannot unmount: {MTAB} is not there", fix)
     return None
 
 

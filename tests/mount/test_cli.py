@@ -118,6 +118,11 @@ def test_fuse_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     )
     (tmp_path / "fuse.conf").write_text("user_allow_other\n")
     assert fuse.trouble(allow_other=True) is None
+    monkeypatch.setattr(fuse, "MTAB", tmp_path / "mtab")
+    assert str(fuse.trouble(allow_other=True)) == (
+        f"fusermount3: cannot unmount: {tmp_path}/mtab is not there; "
+        f"as root: ln -s /proc/self/mounts {tmp_path}/mtab"
+    )
     monkeypatch.setattr(fuse, "DEVICE", tmp_path / "fuse")
     said = str(fuse.trouble(allow_other=True))
     assert said.startswith(f"{tmp_path}/fuse: is not there; as root: modprobe fuse")
