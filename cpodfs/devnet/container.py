@@ -229,7 +229,7 @@ class Container:
             return [self._here(word) for word in argv]
         user, pid = map(str, self.handles)
         # Without --die-with-parent: with --pidns bwrap forks twice, and a program whose grandparent
-        # is slower than it to leave is then killed for no reason (bwrap 0.8: 1 in 2,400 on a busy
+        # is slower than it to leave is then killed for no reason (bwrap 0.8: 1 in 9,600 on a busy
         # machine). It dies all the same, with the first process of its namespace.
         apart = (f"--unshare-{what}" for what in ("net", "ipc", "uts", "cgroup-try"))
         return [*self._confined("--userns", user, "--pidns", pid, *apart), *argv]
