@@ -8,18 +8,20 @@ operations, so create + rename or create + delete cost nothing that the server n
 
 from __future__ import annotations
 
-VERSION = 1
-"""``PRAGMA user_version``. A cache with any other (but 0: new) is refused, never guessed at."""
+VERSION = 2
+"""``PRAGMA user_version``. An older cache is brought to it (``MIGRATIONS``); a newer one is refused,
+never guessed at."""
 
 ROOT = 1
 """Inode and remote id of the mount's root, whose children are the pods."""
 
 FILE, DIR, LINK = "f", "d", "l"
 
-CONTENT, MODE, PLACE, SENT = 1, 2, 4, 8
+CONTENT, MODE, PLACE, SENT, DAMAGED = 1, 2, 4, 8, 16
 """Bits of ``inode.dirty``. CONTENT: the server has not got these bytes. MODE: nor these permission
 bits. PLACE: nor the object under this name. SENT: an upload has begun and its outcome is not known,
-so whatever the server now shows under this name may be ours."""
+so whatever the server now shows under this name may be ours. DAMAGED: the data file lost bytes that
+had been acknowledged; it is kept as it is and never uploaded, until somebody writes it anew."""
 
 UNKNOWN = -1
 """``remote.size`` of a file that is either the old version or the one that we sent."""
@@ -31,7 +33,8 @@ CREATE TABLE inode (
     name TEXT,                 -- NULL exactly when parent is
     kind TEXT NOT NULL,        -- 'f' file, 'd' directory, 'l' symbolic link (kept here only)
     mode INTEGER NOT NULL,     -- permission bits (07777)
-    size INTEGER NOT NULL,     -- bytes; for a dirty file the data file's own size is the truth
+    size INTEGER NOT NULL,     -- bytes; of a dirty file: what was acknowledged. Its data file may
+                               -- hold more, which was not; if it holds less, bytes were lost
     atime_ns INTEGER NOT NULL,
     mtime_ns INTEGER NOT NULL,
     ctime_ns INTEGER NOT NULL,
@@ -41,6 +44,8 @@ CREATE TABLE inode (
     listed_s REAL NOT NULL,    -- directory: Unix time of the last complete listing; 0: never
     used_s REAL NOT NULL,      -- file: Unix time of the last open, for eviction
     error TEXT,                -- why writeback last failed; NULL when it did not
+    crc INTEGER,               -- file: CRC-32 of the content while it is clean; NULL: not known
+    epoch INTEGER NOT NULL DEFAULT 0, -- file: ``state.epoch`` at which the data file was last right
     UNIQUE (parent, name)
 );
 CREATE INDEX inode_by_parent ON inode (parent, ino);
@@ -67,12 +72,36 @@ CREATE TABLE remote (
     ino INTEGER UNIQUE,        -- whose object this is; NULL: orphan, to be deleted at the server
     to_parent INTEGER,         -- a rename has been sent, its outcome is unknown: where it went
     to_name TEXT,
+    absent_s REAL,             -- doubtful: Unix time since which the server does not show it
+    absences INTEGER NOT NULL DEFAULT 0, -- how often it was confirmed since that it is not there
+    in_swarm INTEGER NOT NULL DEFAULT 1, -- file: 0 while only FairOS is known to have the content
     UNIQUE (rparent, name)
 );
 CREATE INDEX remote_moving ON remote (to_parent, to_name) WHERE to_parent IS NOT NULL;
 CREATE INDEX remote_orphan ON remote (rid) WHERE ino IS NULL;
 
-INSERT INTO inode VALUES ({ROOT}, NULL, NULL, 'd', 448, 0, 0, 0, 0, NULL, 0, 0, 0, 0, NULL);
-INSERT INTO remote VALUES ({ROOT}, NULL, '', 'd', 0, NULL, 0, 448, 0, {ROOT}, NULL, NULL);
+CREATE TABLE state (           -- what is true of the cache as a whole
+    epoch INTEGER NOT NULL,    -- grows with each start that follows an unclean end
+    ended INTEGER NOT NULL     -- 1 when the last driver closed the cache; 0 while one has it open
+);
+
+INSERT INTO inode VALUES ({ROOT}, NULL, NULL, 'd', 448, 0, 0, 0, 0, NULL, 0, 0, 0, 0, NULL, NULL, 0);
+INSERT INTO remote VALUES
+    ({ROOT}, NULL, '', 'd', 0, NULL, 0, 448, 0, {ROOT}, NULL, NULL, NULL, 0, 1);
+INSERT INTO state VALUES (0, 1);
 PRAGMA user_version = {VERSION};
 """
+
+MIGRATIONS = {
+    1: """
+ALTER TABLE inode ADD COLUMN crc INTEGER;
+ALTER TABLE inode ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE remote ADD COLUMN absent_s REAL;
+ALTER TABLE remote ADD COLUMN absences INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE remote ADD COLUMN in_swarm INTEGER NOT NULL DEFAULT 1;
+CREATE TABLE state (epoch INTEGER NOT NULL, ended INTEGER NOT NULL);
+INSERT INTO state VALUES (0, 0);
+PRAGMA user_version = 2;
+"""
+}
+"""By version: what makes the next one of it."""

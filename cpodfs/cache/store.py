@@ -16,16 +16,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cpodfs.cache.schema import CONTENT, DIR, FILE, PLACE, ROOT, SCHEMA, SENT, UNKNOWN, VERSION
+from cpodfs.cache.schema import (
+    CONTENT,
+    DIR,
+    FILE,
+    MIGRATIONS,
+    PLACE,
+    ROOT,
+    SCHEMA,
+    SENT,
+    UNKNOWN,
+    VERSION,
+)
 from cpodfs.errors import CacheError, CacheVersion
 
 INODE_COLUMNS = (
     "ino, parent, name, kind, mode, size, atime_ns, mtime_ns, ctime_ns, target, cached, dirty, "
-    "listed_s, used_s, error"
+    "listed_s, used_s, error, crc, epoch"
 )
 KNOWN_MAX = 10_000
 REMOTE_COLUMNS = (
-    "rid, rparent, name, kind, size, mtime_s, slack_s, mode, readonly, ino, to_parent, to_name"
+    "rid, rparent, name, kind, size, mtime_s, slack_s, mode, readonly, ino, to_parent, to_name, "
+    "absent_s, absences, in_swarm"
 )
 
 
@@ -47,6 +59,8 @@ class Inode(NamedTuple):
     listed_s: float
     used_s: float
     error: str | None
+    crc: int | None
+    epoch: int
 
     @property
     def is_dir(self) -> bool:
@@ -72,6 +86,9 @@ class Remote(NamedTuple):
     ino: int | None
     to_parent: int | None
     to_name: str | None
+    absent_s: float | None
+    absences: int
+    in_swarm: int
 
     def is_version(self, size: int, mtime_s: int) -> bool:
         """Whether what the server now says of a file can be the version that we know."""
@@ -105,16 +122,18 @@ class Store:
 
     def _check_version(self) -> None:
         (found,) = self._db.execute("PRAGMA user_version").fetchone()
-        if found == VERSION:
+        if found == 0:
+            os.chmod(self._path, 0o600)
+            self._db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
             return
-        if found != 0:
+        if found > VERSION:
             self._db.close()
             raise CacheVersion(
                 f"{self._path}: written in format {found}, this cpodfs knows only {VERSION}; use the "
                 "cpodfs that wrote it to upload what is pending, then remove the folder"
             )
-        os.chmod(self._path, 0o600)
-        self._db.executescript(f"BEGIN; {SCHEMA} COMMIT;")
+        for version in range(found, VERSION):
+            self._db.executescript(f"BEGIN; {MIGRATIONS[version]} COMMIT;")
 
     def close(self) -> None:
         self._db.close()
@@ -189,7 +208,7 @@ class Store:
         mtime = now if mtime_ns is None else mtime_ns
         row = self._db.execute(
             f"INSERT INTO inode ({INODE_COLUMNS}) VALUES "
-            "(NULL,?,?,?,?,?,?,?,?,?,?,?,0,?,NULL) RETURNING " + INODE_COLUMNS,
+            "(NULL,?,?,?,?,?,?,?,?,?,?,?,0,?,NULL,NULL,0) RETURNING " + INODE_COLUMNS,
             (
                 *(parent, name, kind, mode, size, mtime, mtime, mtime if mtime_ns else now),
                 *(target, cached, dirty, now / 1e9),

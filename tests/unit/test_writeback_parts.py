@@ -147,6 +147,41 @@ def test_a_cache_of_another_version_is_refused(tmp_path: Path) -> None:
         Store(tmp_path / "meta.db")
 
 
+def test_a_cache_of_version_1_is_brought_to_this_one(tmp_path: Path) -> None:
+    made, old = Store(tmp_path / "new.db"), tmp_path / "meta.db"
+    made.close()
+    Store(old).close()
+    db = sqlite3.connect(old)  # version 1 was this one without what its migration adds
+    for table, column in (
+        *(("inode", "crc"), ("inode", "epoch")),
+        *(("remote", "absent_s"), ("remote", "absences"), ("remote", "in_swarm")),
+    ):
+        db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+    db.execute("DROP TABLE state")
+    db.execute("INSERT INTO inode VALUES (7,1,'pod','d',448,0,1,2,3,NULL,0,4,5,6,NULL)")
+    db.execute("INSERT INTO remote VALUES (7,1,'pod','d',0,NULL,0,448,0,7,NULL,NULL)")
+    db.execute("PRAGMA user_version = 1")
+    db.commit()
+    db.close()
+    store = Store(old)
+    pod, remote = store.child(ROOT, "pod"), store.remote_of(7)
+    assert pod is not None
+    assert remote is not None
+    assert (pod.ino, pod.dirty, pod.crc, pod.epoch) == (7, 4, None, 0)
+    assert (remote.absent_s, remote.absences, remote.in_swarm) == (None, 0, 1)
+    store.close()
+    assert columns(old) == columns(tmp_path / "new.db")
+
+
+def columns(path: Path) -> list[tuple[object, ...]]:
+    db = sqlite3.connect(path)
+    tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+    found = [row for name in sorted(tables) for row in db.execute(f"PRAGMA table_info({name})")]
+    version = db.execute("PRAGMA user_version").fetchall()
+    db.close()
+    return [*version, *found]
+
+
 def test_a_failed_transaction_leaves_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path / "meta.db")
 
