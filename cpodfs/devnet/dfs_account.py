@@ -138,8 +138,10 @@ def new_pod(server: Server, session: Session, given: str) -> Pod:
     if len(given.encode()) > m.POD_NAME_MAX:
         raise Refusal(m.POD_NAME_TOO_LONG)
     name = given.strip()
-    if server.store.pod(user, name) is not None:
+    if server.listed_pod(session, name) is not None:
         raise Refusal(m.POD_EXISTS)
+    # What the list does not show now is not on the one that is stored.
+    server.store.forget_pod(user, name)
     if sum(not pod.shared for pod in server.store.pods(user)) >= m.PODS_MAX - 1:
         raise Refusal(m.MAX_PODS)
     session.open_pods.add(name)
@@ -147,10 +149,7 @@ def new_pod(server: Server, session: Session, given: str) -> Pod:
 
 
 async def _pod_open(call: Call) -> Reply:
-    session, name = call.session, call.args["podName"]
-    if call.server.store.pod(session.user.name, name) is None:
-        raise Refusal(m.POD_NOT_FOUND)
-    session.open_pods.add(name)
+    call.server.open_pod(call.session, call.args["podName"])
     return {"message": "pod opened successfully"}
 
 
@@ -161,7 +160,7 @@ async def _pod_close(call: Call) -> Reply:
     session.open_pods.discard(name)
     pod = call.server.store.pod(session.user.name, name)
     if pod is not None:
-        session.listed = {(pod_, path) for pod_, path in session.listed if pod_ != pod.address}
+        session.forget(pod.address)
     return {"message": "pod closed successfully"}
 
 
@@ -177,14 +176,14 @@ async def _pod_delete(call: Call) -> Reply:
     session, server = call.session, call.server
     pod = server.open_pod(session, call.args["podName"])
     if not pod.shared:
-        server.tree(pod).empty_root()
+        server.tree(pod, session).empty_root()
     server.store.drop_pod(session.user.name, pod)
     session.open_pods.discard(pod.name)
     return {"message": "pod deleted successfully"}
 
 
 async def _pod_ls(call: Call) -> Reply:
-    pods = call.server.store.pods(call.session.user.name)
+    pods = call.server.pod_list(call.session)
     return {
         "pods": [pod.name for pod in pods if not pod.shared],
         "sharedPods": [pod.name for pod in pods if pod.shared],
@@ -198,15 +197,15 @@ async def _pod_stat(call: Call) -> Reply:
 
 async def _pod_present(call: Call) -> Reply:
     try:
-        user = call.session.user.name
+        session = call.session
     except Refusal:
         return {"present": False}
-    return {"present": call.server.store.pod(user, call.args["podName"].strip()) is not None}
+    return {"present": call.server.listed_pod(session, call.args["podName"].strip()) is not None}
 
 
 async def _pod_share(call: Call) -> Reply:
     user, args = call.session.user, call.args
-    pod = call.server.store.pod(user.name, args["podName"])
+    pod = call.server.listed_pod(call.session, args["podName"])
     if pod is None or pod.shared:
         raise Refusal(m.POD_NOT_FOUND)
     body = {
@@ -238,8 +237,9 @@ async def _pod_receive(call: Call) -> Reply:
     body = share_of(call)
     asked = call.args["sharedPodName"]
     name = asked if len(asked.encode()) == 1 else body["podName"]
-    if call.server.store.pod(session.user.name, name) is not None:
+    if call.server.listed_pod(session, name) is not None:
         raise Refusal(m.POD_EXISTS)
+    call.server.store.forget_pod(session.user.name, name)
     pod = Pod(name, body["podAddress"], body["password"], shared=True)
     call.server.store.add_shared_pod(session.user.name, pod)
     session.open_pods.add(name)
@@ -251,7 +251,7 @@ async def _pod_fork(call: Call) -> Reply:
     session, server = call.session, call.server
     target = _fork_target(call, session)
     source = server.open_pod(session, call.args["podName"].strip())
-    _clone(server.tree(source), server.tree(target), "/")
+    _clone(server.tree(source, session), server.tree(target, session), "/")
     return {"message": "pod forked successfully"}
 
 
@@ -265,13 +265,13 @@ async def _pod_fork_from_reference(call: Call) -> Reply:
     if re.fullmatch(r"([0-9a-fA-F]{2})+", reference):
         body = call.server.store.share("pod", reference)
         source = Tree(call.server.store, body["podAddress"], writable=False)
-        _clone(source, call.server.tree(target), "/")
+        _clone(source, call.server.tree(target, session), "/")
     return {"message": "pod forked successfully"}
 
 
 def _fork_target(call: Call, session: Session) -> Pod:
     name = call.args["forkName"]
-    if call.server.store.pod(session.user.name, name.strip()) is not None:
+    if call.server.listed_pod(session, name.strip()) is not None:
         raise Refusal("pod with fork name already exists")
     return new_pod(call.server, session, name)
 

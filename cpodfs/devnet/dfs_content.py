@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -19,6 +19,7 @@ from cpodfs.devnet import dfs_model as m
 from cpodfs.devnet.dfs_account import share_of
 from cpodfs.devnet.dfs_files import changing
 from cpodfs.devnet.dfs_model import Refusal
+from cpodfs.devnet.dfs_reads import Reads
 from cpodfs.devnet.dfs_record import Content, File
 from cpodfs.devnet.dfs_routes import Call, Endpoint, Reply, Server, message
 from cpodfs.devnet.dfs_store import Store
@@ -146,7 +147,7 @@ async def _store_part(
 ) -> None:
     session, store = call.session, call.server.store
     pod = call.server.pod_in_use(session, pod_name)
-    tree = call.server.tree(pod)
+    tree = call.server.tree(pod, session)
     if part.name == m.INDEX_NAME:
         _write_own_index(tree, path, part)
     content = part.content(store)
@@ -196,8 +197,9 @@ def _write_at(call: Call, form: _Form) -> Reply:
         return message('file update: "offset" argument missing or wrong', 400)
     if not form.parts:
         return message('file update: parameter "file" missing', 400)
-    pod = call.server.pod_in_use(call.session, fields["podName"])
-    tree, path, offset = call.server.tree(pod), fields["filePath"], int(fields["offset"])
+    session = call.session
+    tree = call.server.tree(call.server.pod_in_use(session, fields["podName"]), session)
+    path, offset = fields["filePath"], int(fields["offset"])
     found = tree.file(path)
     if found is None:
         raise Refusal("file not present")
@@ -233,10 +235,34 @@ async def _download(call: Call) -> Reply:
         for name in ("podName", "filePath"):
             if not args.get(name):
                 return message(f'download: "{name}" argument missing', 400)
-    pod = call.server.pod_in_use(call.session, args["podName"])
-    found = call.server.tree(pod).need_file(args["filePath"])
-    request[NOTE].pod, request[NOTE].target = args["podName"], args["filePath"]
+    session, path = call.session, args["filePath"]
+    pod = call.server.pod_in_use(session, args["podName"])
+    found = call.server.tree(pod, session).need_file(path)
+    request[NOTE].pod, request[NOTE].target = args["podName"], path
+    reads = Reads(call.server.box, session, pod)
+    if not reads.block(path, -1):
+        raise Refusal("Not Found")
+    blocks = -(-found.size // found.block_size)
+    whole = next((n for n in range(blocks) if not reads.block(path, n)), blocks)
+    if whole == 0 and blocks:
+        return await _broken_before_its_start(request, found.size)
+    if whole < blocks:
+        share = whole * found.block_size / found.size
+        request[NOTE].plan = replace(request[NOTE].plan, truncate_at=share)
     return await send_file(request, call.server, found)
+
+
+async def _broken_before_its_start(request: web.Request, size: int) -> web.StreamResponse:
+    """An error that was found when the length of the content was announced already."""
+    text = b'{"message":"download: Not Found","code":500}\n\n'
+    response = web.StreamResponse(status=500)
+    response.content_type, response.charset = "application/json", "utf-8"
+    response.content_length = size
+    await response.prepare(request)
+    await response.write(text[:size])
+    if size > len(text) and request.transport is not None:
+        request.transport.close()
+    return response
 
 
 async def send_file(request: web.Request, server: Server, found: File) -> web.StreamResponse:

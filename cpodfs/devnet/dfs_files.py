@@ -103,7 +103,7 @@ async def _status(call: Call) -> Reply:
     """Chunks of 4 KiB: all of them are always pushed."""
     session, path = call.session, call.args["filePath"]
     pod = call.server.pod_in_use(session, call.args["podName"])
-    found = call.server.tree(pod).need_file(path)
+    found = call.server.tree(pod, session).need_file(path)
     if (pod.address, path) not in session.tagged:
         raise Refusal("file status is not available")
     total = -(-found.size // 4096)
@@ -132,7 +132,7 @@ async def _chmod_file(call: Call) -> Reply:
 async def _share_file(call: Call) -> Reply:
     session = call.session
     pod = call.server.pod_in_use(session, call.args["podName"])
-    found = call.server.tree(pod).file(call.args["filePath"])
+    found = call.server.tree(pod, session).file(call.args["filePath"])
     if found is None:
         raise Refusal("feed does not exist or was not updated yet")
     body = {

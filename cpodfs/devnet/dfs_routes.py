@@ -16,6 +16,7 @@ from aiohttp import web
 
 from cpodfs.devnet import dfs_model as m
 from cpodfs.devnet.dfs_model import Refusal
+from cpodfs.devnet.dfs_reads import Reads, reads_pod_list
 from cpodfs.devnet.dfs_session import Session, Sessions, Unauthorized
 from cpodfs.devnet.dfs_store import Pod, Store
 from cpodfs.devnet.dfs_tree import Tree
@@ -33,12 +34,32 @@ class Server:
     box: FaultBox
     strict_open: bool
 
+    def pod_list(self, session: Session) -> list[Pod]:
+        """The user's pods as far as the server can read; none when it cannot read their list."""
+        if not reads_pod_list(self.box):
+            return []
+        pods = self.store.pods(session.user.name)
+        return [pod for pod in pods if not self.box.is_hidden(pod.name)]
+
+    def listed_pod(self, session: Session, name: str) -> Pod | None:
+        """The pod as the server's list names it now. Looking for one may store the list anew."""
+        pods = self.pod_list(session)
+        if not pods and self.box.faults.wipe_pods:
+            self.store.forget_pods(session.user.name)
+        return next((pod for pod in pods if pod.name == name), None)
+
     def open_pod(self, session: Session, name: str) -> Pod:
         """The pod, opened if need be. Raises Refusal."""
-        pod = self.store.pod(session.user.name, name)
+        if name in session.open_pods and not self.box.is_hidden(name):
+            pod = self.store.pod(session.user.name, name)
+            if pod is not None:
+                return pod
+        pod = self.listed_pod(session, name)
         if pod is None:
             raise Refusal(m.POD_NOT_FOUND)
         session.open_pods.add(name)
+        if not pod.shared and not self.tree(pod, session).has_dir("/"):
+            raise Refusal(m.DIR_NOT_PRESENT)  # and yet it is open from now on
         return pod
 
     def pod_in_use(self, session: Session, name: str) -> Pod:
@@ -48,9 +69,15 @@ class Server:
             raise Refusal(m.POD_NOT_OPEN)
         return self.open_pod(session, name)
 
-    def tree(self, pod: Pod) -> Tree:
-        bug = self.box.faults.rmdir_bug
-        return Tree(self.store, pod.address, writable=not pod.shared, rmdir_bug=bug)
+    def tree(self, pod: Pod, session: Session) -> Tree:
+        """The pod's tree as far as the server can read it for this session."""
+        return Tree(
+            self.store,
+            pod.address,
+            writable=not pod.shared,
+            rmdir_bug=self.box.faults.rmdir_bug,
+            reads=Reads(self.box, session, pod),
+        )
 
 
 SERVER = web.AppKey("server", Server)
@@ -71,7 +98,8 @@ class Call:
 
     def tree(self) -> Tree:
         """The tree of the pod that ``podName`` names."""
-        return self.server.tree(self.server.pod_in_use(self.session, self.args["podName"]))
+        session = self.session
+        return self.server.tree(self.server.pod_in_use(session, self.args["podName"]), session)
 
 
 Reply = dict[str, Any] | web.StreamResponse

@@ -39,7 +39,15 @@ def create_app(
     """
     store = Store(state_dir)
     sessions = Sessions(token_lifetime_s)
-    box = FaultBox(faults or Faults(), lambda tokens: sessions.expire_all(tokens_too=tokens))
+
+    def use_store(empty: bool) -> None:
+        if empty != store.is_empty_one:
+            (store.use_empty_one if empty else store.use_full_one)()
+            sessions.expire_all(tokens_too=True)
+
+    box = FaultBox(
+        faults or Faults(), lambda tokens: sessions.expire_all(tokens_too=tokens), use_store
+    )
     app = web.Application(middlewares=[log_module.middleware, _not_found, fault_module.middleware])
     app[SERVER] = Server(store, sessions, box, strict_open)
     app[BOX] = box

@@ -34,6 +34,7 @@ class Session:
     """``open_pods``: names opened by this session.
 
     ``tagged``: files that it uploaded, ``listed``: directories in its memory, both as (pod, path).
+    What it ``remembers`` of a pod, as (kind, path), needs no chunk until it closes the pod.
     """
 
     id: str
@@ -41,6 +42,18 @@ class Session:
     open_pods: set[str] = field(default_factory=set)
     tagged: set[tuple[str, str]] = field(default_factory=set)
     listed: set[tuple[str, str]] = field(default_factory=set)
+    _memory: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
+
+    def remember(self, pod: str, kind: str, path: str) -> None:
+        self._memory.setdefault(pod, set()).add((kind, path))
+
+    def remembers(self, pod: str, kind: str, path: str) -> bool:
+        return (kind, path) in self._memory.get(pod, ())
+
+    def forget(self, pod: str) -> None:
+        """Close the pod that has this address."""
+        self._memory.pop(pod, None)
+        self.listed = {(other, path) for other, path in self.listed if other != pod}
 
 
 class Sessions:

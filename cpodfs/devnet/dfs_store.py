@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -81,21 +82,49 @@ class Store:
     """The state folder. One per process; ``close()`` it."""
 
     def __init__(self, state_dir: Path) -> None:
-        self._content = state_dir / "content"
-        self._temp = state_dir / "tmp"
-        for folder in (state_dir, self._content, self._temp):
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = state_dir / "dfs.sqlite3"
+        self._state_dir = state_dir
+        self._doomed: set[str] = set()
+        self._set_aside: sqlite3.Connection | None = None
+        self._open(state_dir)
+
+    def _open(self, folder: Path) -> None:
+        self._content = folder / "content"
+        self._temp = folder / "tmp"
+        for needed in (folder, self._content, self._temp):
+            needed.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = folder / "dfs.sqlite3"
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
         self.db = sqlite3.connect(path, isolation_level=None)
         self.db.execute("PRAGMA journal_mode = WAL")
         self.db.execute("PRAGMA synchronous = OFF")  # a kill is survived; a power cut need not be
         self.db.executescript(_SCHEMA)
-        self._doomed: set[str] = set()
         self._sweep()
 
     def close(self) -> None:
         self.db.close()
+        if self._set_aside is not None:
+            self._set_aside.close()
+
+    @property
+    def is_empty_one(self) -> bool:
+        return self._set_aside is not None
+
+    def use_empty_one(self) -> None:
+        """Have an empty store with the same accounts until `use_full_one`."""
+        folder = self._state_dir / "empty"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._set_aside = self.db
+        self._open(folder)
+        users = self._set_aside.execute("SELECT * FROM users").fetchall()
+        self.db.executemany("INSERT INTO users VALUES (?, ?, ?, ?, ?)", users)
+
+    def use_full_one(self) -> None:
+        """Have again what was there before `use_empty_one`."""
+        assert self._set_aside is not None
+        self._set_aside.close()
+        self._set_aside = None
+        self.db.close()
+        self._open(self._state_dir)
 
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
@@ -198,6 +227,13 @@ class Store:
                 (pod.address, now, now, now),
             )
         return pod
+
+    def forget_pod(self, user: str, name: str) -> None:
+        """Take a pod off the user's list and leave alone what it holds."""
+        self.db.execute("DELETE FROM pods WHERE user = ? AND name = ?", (user, name))
+
+    def forget_pods(self, user: str) -> None:
+        self.db.execute("DELETE FROM pods WHERE user = ?", (user,))
 
     def add_shared_pod(self, user: str, pod: Pod) -> None:
         with self.change():

@@ -1,6 +1,6 @@
 """One pod's directories and files, with the real server's order of steps and its mistakes.
 
-Imports ``dfs_model`` and ``dfs_store``. Metadata and directory lists are separate things: a list may
+Imports the devnet's own leaves. Metadata and directory lists are separate things: a list may
 name what is gone, and a file may exist that no list names. Each public mutation is one transaction
 except where the real server leaves its first half behind on an error that comes later; those places
 say so. ``rmdir_bug``: removing a nested directory edits the grandparent's list instead of the
@@ -16,6 +16,7 @@ from typing import Any
 
 from cpodfs.devnet import dfs_model as m
 from cpodfs.devnet.dfs_model import Refusal
+from cpodfs.devnet.dfs_reads import Reads
 from cpodfs.devnet.dfs_record import (
     FILE_COLUMNS,
     Content,
@@ -28,16 +29,26 @@ from cpodfs.devnet.dfs_store import Store
 
 
 class Tree:
-    """``writable`` is False in a received pod: every change is refused."""
+    """``writable`` is False in a received pod: every change is refused.
+
+    ``reads`` None: all that there is can be read.
+    """
 
     def __init__(
-        self, store: Store, pod: str, *, writable: bool = True, rmdir_bug: bool = True
+        self,
+        store: Store,
+        pod: str,
+        *,
+        writable: bool = True,
+        rmdir_bug: bool = True,
+        reads: Reads | None = None,
     ) -> None:
         self._store = store
         self._db = store.db
         self.pod = pod
         self._writable = writable
         self._rmdir_bug = rmdir_bug
+        self._reads = reads
 
     # Looking
 
@@ -45,7 +56,7 @@ class Tree:
         """Raises Panic where the real server takes a file's metadata for a directory's."""
         query = "SELECT 1 FROM dirs WHERE pod = ? AND path = ?"
         if self._db.execute(query, (self.pod, m.dir_key(path))).fetchone() is not None:
-            return True
+            return self._reads is None or self._reads.directory(path)
         is_index = m.base_of(path) == m.INDEX_NAME and self.has_dir(m.parent_of(path))
         if is_index or self.file(path) is not None:
             raise m.Panic(path)
@@ -54,7 +65,9 @@ class Tree:
     def file(self, path: str) -> File | None:
         query = f"SELECT {FILE_COLUMNS} FROM files WHERE pod = ? AND path = ?"  # noqa: S608 - constant
         row = self._db.execute(query, (self.pod, path)).fetchone()
-        return File(*row) if row else None
+        if row is None or (self._reads is not None and not self._reads.file(path)):
+            return None
+        return File(*row)
 
     def need_file(self, path: str) -> File:
         found = self.file(path)
@@ -68,7 +81,10 @@ class Tree:
         return self._db.execute(query, (self.pod, m.dir_key(path))).fetchall()
 
     def ls(self, path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Directories and files, in no order; names without metadata are left out in silence."""
+        """Directories and files, in no order; names without metadata are left out in silence.
+
+        So are those whose metadata cannot be read.
+        """
         self._need_dir(path)
         key = (self.pod, m.dir_key(path))
         prefix = m.join(path, "")
@@ -85,7 +101,14 @@ class Tree:
             " WHERE e.pod = ?1 AND e.dir = ?2 AND e.kind = 'F' ORDER BY random()",
             (*key, prefix),
         ).fetchall()
+        dirs, files = self._readable(path, dirs, "D"), self._readable(path, files, "F")
         return [dir_entry(*row) for row in dirs], [file_entry(*row) for row in files]
+
+    def _readable(self, path: str, rows: list[Any], kind: str) -> list[Any]:
+        if self._reads is None:
+            return rows
+        shown = self._reads.listed(path, [row[0] for row in rows], kind)
+        return [row for row in rows if row[0] in shown]
 
     def stat_dir(self, pod_name: str, path: str) -> dict[str, Any]:
         if path != "/":
@@ -165,7 +188,10 @@ class Tree:
         now = int(time.time())
         with self._store.change():
             row = (self.pod, key, parent, name, m.MODE_DIR, now, now, now)
-            self._db.execute("INSERT INTO dirs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+            # One that is there and could not be read is replaced, list and all.
+            self._db.execute("INSERT OR REPLACE INTO dirs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+            self._db.execute("DELETE FROM entries WHERE pod = ? AND dir = ?", (self.pod, key))
+            self._remember("D", key)
             self._list(parent, "D", name)
 
     def rmdir(self, path: str) -> None:
@@ -252,6 +278,7 @@ class Tree:
         )
         with self._store.change():
             self.store_file(key, new)
+            self._remember("F", key)
             if self.has_dir(path):
                 self._list(path, "F", name)
         self._need_dir(path)
@@ -318,7 +345,7 @@ class Tree:
         parent, name, old_parent = m.parent_of(new), m.base_of(new), m.parent_of(old)
         with self._store.change():
             self._db.execute(
-                "UPDATE files SET path = ?, parent = ?, name = ?, mtime = ?"
+                "UPDATE OR REPLACE files SET path = ?, parent = ?, name = ?, mtime = ?"
                 " WHERE pod = ? AND path = ?",
                 (new, parent, name, int(time.time()), self.pod, old),
             )
@@ -347,6 +374,10 @@ class Tree:
                 self._db.executemany(query, rows)
 
     # Inside a change
+
+    def _remember(self, kind: str, path: str) -> None:
+        if self._reads is not None:
+            self._reads.remember(kind, path)
 
     def _need_dir(self, path: str) -> None:
         if not self.has_dir(path):

@@ -13,6 +13,7 @@ import random
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -45,6 +46,13 @@ class Faults:
         rename_needs_listing: renaming a directory whose sub-directories this session has not listed
             since it opened the pod ends the connection, as at the real server (here undone).
         rmdir_bug: removing a nested directory edits the wrong list, as the real server does.
+        read_failure_rate: share of chunk reads that find nothing. What needs the chunk is "not there".
+        pods_empty: the list of pods cannot be read: it is empty for whoever asks.
+        wipe_pods: a list of pods that could not be read is stored anew, empty, when a pod is opened
+            or made, as the real server does: those pods are lost.
+        not_there: pods ("pod") and paths ("pod/a/b") that are not there, with all below them.
+        empty_store: it lost all but its accounts. What was there is back when this is taken off;
+            both end all sessions, as a restart does.
     """
 
     latency_s: float = Field(default=0.0, ge=0)
@@ -61,6 +69,11 @@ class Faults:
     race_window_s: float = Field(default=0.02, ge=0)
     rename_needs_listing: bool = False
     rmdir_bug: bool = True
+    read_failure_rate: float = Field(default=0.0, ge=0, le=1)
+    pods_empty: bool = False
+    wipe_pods: bool = False
+    not_there: tuple[str, ...] = ()
+    empty_store: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -131,15 +144,26 @@ class Pipe:
 
 
 class FaultBox:
-    """The faults in force and the counts that decide. ``on_expire(n)`` ends all sessions."""
+    """The faults in force and the counts that decide.
 
-    def __init__(self, faults: Faults, on_expire: Callable[[bool], None]) -> None:
+    ``on_expire(n)`` ends all sessions, ``on_store(empty)`` has another store used.
+    """
+
+    def __init__(
+        self,
+        faults: Faults,
+        on_expire: Callable[[bool], None],
+        on_store: Callable[[bool], None],
+    ) -> None:
         self.up, self.down = Pipe(), Pipe()
         self._on_expire = on_expire
+        self._on_store = on_store
         self.set(faults)
 
     def set(self, faults: Faults) -> None:
         self.faults = faults
+        self._on_store(faults.empty_store)
+        self._reads: Counter[str] = Counter()
         self.seed = secrets.randbits(32) if faults.seed is None else faults.seed
         self.seen = 0
         self._needing_session = 0
@@ -152,6 +176,27 @@ class FaultBox:
         self.seen += 1
         self._maybe_expire(request)
         return plan(self.faults, self.seed, self.seen)
+
+    @property
+    def is_lying(self) -> bool:
+        return self.faults.read_failure_rate > 0 or bool(self.faults.not_there)
+
+    def is_hidden(self, pod: str, path: str = "") -> bool:
+        """Whether the path in the pod, the pod itself or a directory above is "not there"."""
+        full = f"{pod}{path}".rstrip("/")
+        return any(
+            full == name or full.startswith(name + "/")
+            for name in (given.rstrip("/") for given in self.faults.not_there)
+        )
+
+    def reads(self, what: str, chunks: int) -> bool:
+        """Whether all of so many chunks are found at the next read of ``what``."""
+        rate = self.faults.read_failure_rate
+        if not rate:
+            return True
+        self._reads[what] += 1
+        rng = random.Random(f"{self.seed}:{what}:{self._reads[what]}")  # noqa: S311
+        return all(rng.random() >= rate for _ in range(chunks))
 
     def _maybe_expire(self, request: web.Request) -> None:
         if not self.faults.expire_every or not request.path.startswith("/v1/"):

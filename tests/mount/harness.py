@@ -67,8 +67,9 @@ class Server:
     def thaw(self) -> None:
         os.kill(self.net.pid, signal.SIGCONT)
 
-    def start_again(self) -> None:
-        self._running = launch.start(self.state, self._extra)
+    def start_again(self, *extra: str) -> None:
+        """With further options for this time, as "--empty-store"."""
+        self._running = launch.start(self.state, (*self._extra, *extra))
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(
