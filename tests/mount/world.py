@@ -119,14 +119,31 @@ class World:
 
     def server_tree(self, pod: str) -> dict[str, int | None]:
         """What the server itself lists: sizes of files, None for directories, by path in the pod."""
-        api = _Api(self.server, self.mount.user, self.mount.password_file.read_text())
-        api.call("POST", "/v1/pod/open", podName=pod)
+        return Api(self.server, self.mount).sizes(pod)
+
+
+class Api:
+    """The server, spoken to by somebody who is not the driver."""
+
+    def __init__(self, server: Server, mount: Mount) -> None:
+        """A session of its own for the mount's account."""
+        self._url = server.url
+        self._token = ""
+        login = {"userName": mount.user, "password": mount.password_file.read_text()}
+        self._token = self.call("POST", "/v2/user/login", **login)["accessToken"]
+
+    def call(self, method: str, path: str, **body: str) -> Any:
+        return json.loads(self._raw(method, path, **body) or b"{}")
+
+    def sizes(self, pod: str) -> dict[str, int | None]:
+        """All of a pod, opened anew: sizes of files, None for directories, by path in the pod."""
+        self.call("POST", "/v1/pod/open", podName=pod)
         found: dict[str, int | None] = {}
         pending = ["/"]
         while pending:
             folder = pending.pop()
             query = urllib.parse.urlencode({"podName": pod, "dirPath": folder})
-            listing = api.call("GET", f"/v1/dir/ls?{query}")
+            listing = self.call("GET", f"/v1/dir/ls?{query}")
             for entry in listing.get("dirs") or ():
                 path = os.path.join(folder, entry["name"])
                 found[path[1:]] = None
@@ -135,17 +152,12 @@ class World:
                 found[os.path.join(folder, entry["name"])[1:]] = int(entry["size"])
         return found
 
+    def read(self, pod: str, path: str) -> bytes:
+        """The content of a file of an open pod."""
+        query = urllib.parse.urlencode({"podName": pod, "filePath": f"/{path}"})
+        return self._raw("GET", f"/v1/file/download?{query}")
 
-class _Api:
-    """The server, spoken to by somebody who is not the driver."""
-
-    def __init__(self, server: Server, user: str, password: str) -> None:
-        self._url = server.url
-        self._token = ""
-        login = {"userName": user, "password": password}
-        self._token = self.call("POST", "/v2/user/login", **login)["accessToken"]
-
-    def call(self, method: str, path: str, **body: str) -> Any:
+    def _raw(self, method: str, path: str, **body: str) -> bytes:
         request = urllib.request.Request(
             self._url + path,
             json.dumps(body).encode() if body else None,
@@ -153,7 +165,8 @@ class _Api:
             method=method,
         )
         with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
-            return json.loads(answer.read() or b"{}")
+            content: bytes = answer.read()
+        return content
 
 
 @contextlib.contextmanager
