@@ -411,11 +411,21 @@ class Store:
     def remote_at(self, rparent: int, name: str) -> Remote | None:
         return self._remote("rparent = ? AND name = ?", (rparent, name))
 
-    def remote_children(self, rid: int, limit: int = -1) -> list[Remote]:
+    def remote_children(self, rid: int, *, after: str = "", limit: int = -1) -> list[Remote]:
+        """What is in a remote directory in the order of names, those above ``after``; -1: no limit.
+
+        No object has the name "" but the root.
+        """
         rows = self._db.execute(
-            f"SELECT {REMOTE_COLUMNS} FROM remote WHERE rparent = ? LIMIT ?", (rid, limit)
+            f"SELECT {REMOTE_COLUMNS} FROM remote WHERE rparent = ? AND name > ? "
+            "ORDER BY name LIMIT ?",
+            (rid, after, limit),
         )
         return [Remote._make(row) for row in rows]
+
+    def newest_rid(self) -> int:
+        """The highest remote id so far; none is used twice."""
+        return int(self._db.execute("SELECT max(rid) FROM remote").fetchone()[0])
 
     def moving_into(self, rid: int) -> Remote | None:
         """An object of which it is not known whether the server has renamed it into a directory."""

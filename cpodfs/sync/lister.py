@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import trio
 
@@ -190,12 +190,22 @@ class Lister:
                 self._merger.gone(remote, outcome)
                 self._on_outcome(outcome)
             raise
-        current = self._store.get(directory.ino)
-        if current is None or self._store.remote_path(rid) != started:
+        await self._merge(rid, directory.ino, started, entries, readonly)
+
+    async def _merge(
+        self, rid: int, ino: int, started: list[str], entries: Iterable[Entry], readonly: set[str]
+    ) -> None:
+        """Merge a listing slice by slice, for as long as the directory is where it was listed."""
+        directory = self._store.get(ino)
+        if directory is None or self._store.remote_path(rid) != started:
             return
-        outcome = self._merger.listing(current, rid, entries, readonly)
-        self._on_outcome(outcome)
-        await self.confirm(outcome.missing)
+        for outcome in self._merger.listing(directory, rid, entries, readonly):
+            self._on_outcome(outcome)
+            await self.confirm(outcome.missing)
+            self._listed_s = trio.current_time()  # whoever waits sees that it goes on
+            await trio.lowlevel.checkpoint()
+            if self._store.get(ino) is None or self._store.remote_path(rid) != started:
+                return
 
     async def is_at_orphan(self, moving: Remote) -> bool:
         """Whether an object that may have been renamed into a directory that nobody here has any

@@ -1,8 +1,9 @@
 """Brings one directory listing of the server into the two trees.
 
-Imports the cache and names. Runs without an await, under the directory's lock, so that no call of
-ours changes at the server what is being compared. Nobody's bytes vanish: what is dirty here and has
-changed there is kept twice, ours under a ``name (conflict <host> <time>)``.
+Imports the cache and names. Runs under the directory's lock, so that no call of ours changes at the
+server what is being compared; a long listing in slices, so that others get in between: each looks at
+the trees as they then are. Nobody's bytes vanish: what is dirty here and has changed there is kept
+twice, ours under a ``name (conflict <host> <time>)``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import logging
 import os.path
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,10 @@ log = logging.getLogger(__name__)
 
 LATEST_S = 1 << 33
 """Unix time beyond which a server's clock is not believed; nanoseconds must fit 64 bits."""
+SLICE_S = 0.005
+"""After so long a merge lets others in."""
+PAGE = 500
+"""Rows looked at in one slice for what a listing did not show."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,23 @@ class Outcome:
     changes: list[NameChange] = field(default_factory=list)
     work: list[Item] = field(default_factory=list)
     missing: list[Remote] = field(default_factory=list)
+
+
+class _Ids:
+    """A set of remote ids, one bit each: a listing may show a million."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+
+    def add(self, rid: int) -> None:
+        byte = rid >> 3
+        if byte >= len(self._bits):
+            self._bits.extend(bytes(byte + 1024 - len(self._bits)))
+        self._bits[byte] |= 1 << (rid & 7)
+
+    def __contains__(self, rid: int) -> bool:
+        byte = rid >> 3
+        return byte < len(self._bits) and bool(self._bits[byte] >> (rid & 7) & 1)
 
 
 class Merger:
@@ -85,33 +107,76 @@ class Merger:
         outcome.work.append(("ino", ino))
 
     def listing(
-        self, directory: Inode, rid: int, entries: Iterable[Entry], readonly: set[str]
-    ) -> Outcome:
-        """Merge a listing of ``directory`` (remote ``rid``); ``readonly`` names received pods."""
-        outcome = Outcome()
-        with self._store.transaction():
-            known = {r.name: r for r in self._store.remote_children(rid)}
-            for entry in entries:
-                if not self._may_show(directory, entry.name):
-                    log.warning(
-                        "hidden: unusable name %r in %s",
-                        entry.name,
-                        self._store.path(directory.ino),
-                    )
-                    continue
-                remote = known.pop(entry.name, None)
-                if remote is not None and (remote.kind == DIR) != entry.is_dir:
-                    # The server may have both, and show one. Ours counts until it is known gone.
-                    outcome.missing.append(remote)
-                elif remote is None:
-                    self._new(directory, rid, entry, entry.name in readonly, outcome)
-                else:
-                    if directory.ino == ROOT and bool(remote.readonly) != (entry.name in readonly):
-                        self._taken(remote, readonly=not remote.readonly)
-                    self._seen(directory, remote, entry, outcome)
-            outcome.missing += [r for r in known.values() if r.to_parent is None]
-            self._store.set(directory.ino, listed_s=time.time())
-        return outcome
+        self,
+        directory: Inode,
+        rid: int,
+        entries: Iterable[Entry],
+        readonly: set[str],
+        *,
+        complete: bool = True,
+    ) -> Iterator[Outcome]:
+        """Merge a listing of ``directory`` (remote ``rid``) slice by slice, each of which is one
+        transaction; ``readonly`` names received pods. Between two slices the trees may change, but
+        the directory must stay: if it does not, do not go on. Only what a ``complete`` listing does
+        not show is missing.
+        """
+        newest, seen, left = self._store.newest_rid(), _Ids(), iter(entries)
+        more = True
+        while more:
+            outcome, until = Outcome(), time.perf_counter() + SLICE_S
+            with self._store.transaction():
+                while more := (entry := next(left, None)) is not None:
+                    assert entry is not None
+                    self._entry(directory, rid, entry, readonly, seen, outcome)
+                    if time.perf_counter() > until:
+                        break
+                if not more:
+                    self._store.set(directory.ino, listed_s=time.time())
+            yield outcome
+        if complete:
+            for page in self._unseen(rid, newest, seen):
+                yield Outcome(missing=page)
+
+    def _entry(
+        self,
+        directory: Inode,
+        rid: int,
+        entry: Entry,
+        readonly: set[str],
+        seen: _Ids,
+        outcome: Outcome,
+    ) -> None:
+        if not self._may_show(directory, entry.name):
+            log.warning(
+                "hidden: unusable name %r in %s",
+                entry.name,
+                self._store.path(directory.ino),
+            )
+            return
+        remote = self._store.remote_at(rid, entry.name)
+        if remote is None:
+            arrived = self._store.remote_moving_to(rid, entry.name)
+            if arrived is not None:
+                seen.add(arrived.rid)
+                outcome.work += moved(self._store, arrived.rid, rid, entry.name)
+            else:
+                self._new(directory, rid, entry, entry.name in readonly, outcome)
+            return
+        if (remote.kind == DIR) != entry.is_dir:
+            return  # the server may have both, and show one: ours counts until it is known gone
+        seen.add(remote.rid)
+        if directory.ino == ROOT and bool(remote.readonly) != (entry.name in readonly):
+            self._taken(remote, readonly=not remote.readonly)
+        self._seen(directory, remote, entry, outcome)
+
+    def _unseen(self, rid: int, newest: int, seen: _Ids) -> Iterator[list[Remote]]:
+        """What is known to be in a directory, was so before the listing was merged, and is not in
+        it; page by page."""
+        after: str | None = ""
+        while after is not None:
+            page = self._store.remote_children(rid, after=after, limit=PAGE)
+            after = page[-1].name if len(page) == PAGE else None
+            yield [r for r in page if r.rid <= newest and r.rid not in seen and r.to_parent is None]
 
     def _taken(self, remote: Remote, *, readonly: bool) -> None:
         """A pod of one's own has become a received one, or the reverse: it is another pod."""
@@ -180,12 +245,6 @@ class Merger:
             )
             outcome.work.append(("rid", orphan))
             return
-        if self._store.remote_at(rid, entry.name) is not None:
-            return  # supposed to be there since this merge began: ours, or on its way out
-        on_its_way = self._store.remote_moving_to(rid, entry.name)
-        if on_its_way is not None:
-            outcome.work += moved(self._store, on_its_way.rid, rid, entry.name)
-            return
         local = self._store.child(directory.ino, entry.name)
         ino: int | None = None
         if local is not None:
@@ -248,7 +307,8 @@ class Merger:
             self._store.set(local.ino, mode=entry.mode)
         same = remote.is_version(entry.size, entry.mtime_s)
         if entry.is_dir or same:
-            self._store.set_remote(remote.rid, **news)
+            if any(getattr(remote, column) != value for column, value in news.items()):
+                self._store.set_remote(remote.rid, **news)
             return
         if local is None:  # deleted here, changed there since: the newer version is somebody's work
             self._store.set_remote(remote.rid, **news)

@@ -287,8 +287,9 @@ def test_a_lost_upload_to_a_new_name_is_taken_for_ours(tmp_path: Path) -> None:
     assert home is not None
     assert directory is not None
     entries = [Entry(name, False, size, 0o600, 5, 5, 5) for name, size in (("O", 0), ("N", 3))]
-    outcome = Merger(world.store, lambda ino: None).listing(directory, home.rid, entries, set())
-    assert not outcome.changes
+    merger = Merger(world.store, lambda ino: None)
+    outcomes = list(merger.listing(directory, home.rid, entries, set()))
+    assert not any(outcome.changes for outcome in outcomes)
     assert [c.name for c in world.store.children(pod)] == ["N"]
     world.calls.clear()
     assert world.settle() == ["Upload N", "RemoveFile pod/O"]
@@ -328,8 +329,8 @@ def test_a_directory_on_its_way_is_not_forgotten_where_it_came_from(tmp_path: Pa
     world.store.set_remote(remote.rid, to_parent=home.rid, to_name=aside)
     merger = Merger(world.store, lambda ino: None)
     old, new = (Entry(name, True, 0, 0o700, 5, 5, 5) for name in ("d", aside))
-    merger.listing(directory, home.rid, [old], set())
-    merger.listing(directory, home.rid, [old, new], set())
+    list(merger.listing(directory, home.rid, [old], set()))
+    list(merger.listing(directory, home.rid, [old, new], set()))
     assert [c.name for c in world.store.children(pod)] == ["d"]
     moved = world.store.remote(remote.rid)
     assert moved is not None
