@@ -134,18 +134,12 @@ async def _pod_new(call: Call) -> Reply:
 
 def new_pod(server: Server, session: Session, given: str) -> Pod:
     """Create and open a pod. Raises Refusal."""
-    user = session.user.name
     if len(given.encode()) > m.POD_NAME_MAX:
         raise Refusal(m.POD_NAME_TOO_LONG)
     name = given.strip()
-    if server.listed_pod(session, name) is not None:
-        raise Refusal(m.POD_EXISTS)
-    # What the list does not show now is not on the one that is stored.
-    server.store.forget_pod(user, name)
-    if sum(not pod.shared for pod in server.store.pods(user)) >= m.PODS_MAX - 1:
-        raise Refusal(m.MAX_PODS)
+    server.add_to_pods(session, name)
     session.open_pods.add(name)
-    return server.store.new_pod(user, name)
+    return server.store.new_pod(session.user.name, name)
 
 
 async def _pod_open(call: Call) -> Reply:
@@ -183,7 +177,7 @@ async def _pod_delete(call: Call) -> Reply:
 
 
 async def _pod_ls(call: Call) -> Reply:
-    pods = call.server.pod_list(call.session)
+    pods = call.server.listed_pods(call.session)
     return {
         "pods": [pod.name for pod in pods if not pod.shared],
         "sharedPods": [pod.name for pod in pods if pod.shared],
@@ -200,12 +194,12 @@ async def _pod_present(call: Call) -> Reply:
         session = call.session
     except Refusal:
         return {"present": False}
-    return {"present": call.server.listed_pod(session, call.args["podName"].strip()) is not None}
+    return {"present": call.args["podName"].strip() in call.server.pods_to_work_on(session)}
 
 
 async def _pod_share(call: Call) -> Reply:
     user, args = call.session.user, call.args
-    pod = call.server.listed_pod(call.session, args["podName"])
+    pod = call.server.pods_to_work_on(call.session).get(args["podName"])
     if pod is None or pod.shared:
         raise Refusal(m.POD_NOT_FOUND)
     body = {
@@ -237,9 +231,7 @@ async def _pod_receive(call: Call) -> Reply:
     body = share_of(call)
     asked = call.args["sharedPodName"]
     name = asked if len(asked.encode()) == 1 else body["podName"]
-    if call.server.listed_pod(session, name) is not None:
-        raise Refusal(m.POD_EXISTS)
-    call.server.store.forget_pod(session.user.name, name)
+    call.server.add_to_pods(session, name)
     pod = Pod(name, body["podAddress"], body["password"], shared=True)
     call.server.store.add_shared_pod(session.user.name, pod)
     session.open_pods.add(name)
@@ -271,7 +263,7 @@ async def _pod_fork_from_reference(call: Call) -> Reply:
 
 def _fork_target(call: Call, session: Session) -> Pod:
     name = call.args["forkName"]
-    if call.server.listed_pod(session, name.strip()) is not None:
+    if name.strip() in call.server.pods_to_work_on(session):
         raise Refusal("pod with fork name already exists")
     return new_pod(call.server, session, name)
 

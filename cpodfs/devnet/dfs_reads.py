@@ -1,13 +1,15 @@
 """What the server manages to read just now, of what it has: its lies of "not there".
 
 Imports the devnet's own leaves. A server that cannot fetch a chunk answers as if the thing were not
-there. How many chunks a thing takes, and what a session keeps in memory until it closes the pod, are
-the real server's (commit bf04d9eb, seen with a proxy before its Swarm node). Which read fails depends
-on the seed, the thing and how often it was read, never on time or order.
+there, or as if it were what it was before. How many chunks a thing takes, and what a session keeps
+in memory until it closes the pod, are the real server's (commit bf04d9eb, measured with a proxy
+before its Swarm node that loses 40 % of reads). Which read fails depends on the seed, the thing and
+how often it was read, never on time or order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from cpodfs.devnet import dfs_model as m
@@ -20,9 +22,12 @@ _FILE_IN_FEED = 3
 """Its metadata (a feed), its list of blocks, its one block: directories and the list of pods."""
 
 
-def reads_pod_list(box: FaultBox) -> bool:
-    """Whether the user's list of pods can be read this time."""
-    return not box.faults.pods_empty and box.reads("the list of pods", _FILE_IN_FEED)
+def readable_pods(box: FaultBox, pods: list[Pod]) -> list[Pod] | None:
+    """The list of pods as it is read this time, perhaps an older one; None when it cannot be."""
+    back = None if box.faults.pods_empty else box.finds("the list of pods", _FILE_IN_FEED)
+    if back is None:
+        return None
+    return [pod for pod in pods[: len(pods) - back] if not box.is_hidden(pod.name)]
 
 
 @dataclass(frozen=True)
@@ -33,47 +38,60 @@ class Reads:
     session: Session
     pod: Pod
 
-    def directory(self, path: str) -> bool:
-        """Its metadata and its list, which are one object."""
-        return self._reads("D", m.dir_key(path), _FILE_IN_FEED)
+    def directory(self, path: str, entries: Callable[[], int]) -> bool:
+        """Its metadata and its list, which are one object; the list has so many ``entries``."""
+        path = m.dir_key(path)
+        if self.box.is_hidden(self.pod.name, path):
+            return False
+        if ("D", path) in self._memory or ("all", m.parent_of(path)) in self._memory:
+            return True
+        back = self.box.finds(f"{self.pod.name}{path} D", _FILE_IN_FEED)
+        if back is None or (back and back > entries()):
+            return False
+        self._memory["D", path] = back
+        return True
+
+    def unseen(self, path: str) -> int:
+        """How many of the newest entries of a directory's list are not in the version in memory."""
+        return self._memory.get(("D", m.dir_key(path)), 0)
 
     def file(self, path: str) -> bool:
         """Its metadata."""
-        return self._reads("F", path, _FEED)
+        if self.box.is_hidden(self.pod.name, path):
+            return False
+        known = ("F", path) in self._memory or ("all", m.parent_of(path)) in self._memory
+        return known or self.listed_file(path)
 
-    def listed(self, folder: str, names: list[str], kind: str) -> set[str]:
-        """Those of a directory's children of one kind ("D" or "F") that a listing shows.
+    @property
+    def lose_what_is_unseen(self) -> bool:
+        return self.box.faults.stale_writes
 
-        The metadata of directories may be in memory, that of files is fetched at every listing.
-        """
-        if not self.box.is_lying:
-            self.session.remember(self.pod.address, "all " + kind, m.dir_key(folder))
-            return set(names)
-        if kind == "D":
-            return {name for name in names if self.directory(m.join(folder, name))}
-        return {name for name in names if self._fetch("F", m.join(folder, name), _FEED)}
+    @property
+    def are_sure(self) -> bool:
+        """Nothing fails."""
+        return not self.box.is_lying
+
+    def listed_all(self, folder: str) -> None:
+        """A listing has read everything in the directory."""
+        self._memory["all", m.dir_key(folder)] = 0
+
+    def listed_file(self, path: str) -> bool:
+        """Its metadata, which a listing fetches whether it is in memory or not."""
+        if self.box.is_hidden(self.pod.name, path):
+            return False
+        found = self.box.finds(f"{self.pod.name}{path} F", _FEED) == 0
+        if found:
+            self._memory["F", path] = 0
+        return found
 
     def block(self, path: str, number: int) -> bool:
         """A block of content; number -1 is the list of blocks. Never kept in memory."""
-        return self.box.reads(f"{self.pod.name}{path} block {number}", 1)
+        return self.box.finds(f"{self.pod.name}{path} block {number}", 1) == 0
 
-    def remember(self, kind: str, path: str) -> None:
-        """What was just written need not be read."""
-        self.session.remember(self.pod.address, kind, path)
+    def wrote(self, kind: str, path: str) -> None:
+        """What was just written ("D" or "F") is in memory, as it is."""
+        self._memory[kind, path] = 0
 
-    def _reads(self, kind: str, path: str, chunks: int) -> bool:
-        if self.box.is_hidden(self.pod.name, path):
-            return False
-        address = self.pod.address
-        in_memory = self.session.remembers(address, kind, path) or self.session.remembers(
-            address, "all " + kind, m.dir_key(m.parent_of(path))
-        )
-        return in_memory or self._fetch(kind, path, chunks)
-
-    def _fetch(self, kind: str, path: str, chunks: int) -> bool:
-        if self.box.is_hidden(self.pod.name, path):
-            return False
-        found = self.box.reads(f"{self.pod.name}{path} {kind}", chunks)
-        if found:
-            self.remember(kind, path)
-        return found
+    @property
+    def _memory(self) -> dict[tuple[str, str], int]:
+        return self.session.memory(self.pod.address)

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from cpodfs.devnet import dfs_model as m
 from cpodfs.devnet.dfs_model import Refusal
-from cpodfs.devnet.dfs_reads import Reads, reads_pod_list
+from cpodfs.devnet.dfs_reads import Reads, readable_pods
 from cpodfs.devnet.dfs_session import Session, Sessions, Unauthorized
 from cpodfs.devnet.dfs_store import Pod, Store
 from cpodfs.devnet.dfs_tree import Tree
@@ -34,19 +34,30 @@ class Server:
     box: FaultBox
     strict_open: bool
 
-    def pod_list(self, session: Session) -> list[Pod]:
-        """The user's pods as far as the server can read; none when it cannot read their list."""
-        if not reads_pod_list(self.box):
-            return []
-        pods = self.store.pods(session.user.name)
-        return [pod for pod in pods if not self.box.is_hidden(pod.name)]
+    def listed_pods(self, session: Session) -> list[Pod]:
+        """The user's pods as the server reads their list now, to show it."""
+        return readable_pods(self.box, self.store.pods(session.user.name)) or []
 
-    def listed_pod(self, session: Session, name: str) -> Pod | None:
-        """The pod as the server's list names it now. Looking for one may store the list anew."""
-        pods = self.pod_list(session)
-        if not pods and self.box.faults.wipe_pods:
-            self.store.forget_pods(session.user.name)
-        return next((pod for pod in pods if pod.name == name), None)
+    def pods_to_work_on(self, session: Session) -> dict[str, Pod]:
+        """The same by name, for all other purposes: a list that cannot be read is stored anew."""
+        user = session.user.name
+        pods = readable_pods(self.box, self.store.pods(user))
+        if pods is None and self.box.faults.wipe_pods:
+            self.store.keep_pods(user, set())
+        return {pod.name: pod for pod in pods or ()}
+
+    def add_to_pods(self, session: Session, name: str) -> None:
+        """A new pod of that name will be listed; the list is stored as it was read.
+
+        Raises Refusal when there is one.
+        """
+        user, known = session.user.name, self.pods_to_work_on(session)
+        if name in known:
+            raise Refusal(m.POD_EXISTS)
+        if sum(not pod.shared for pod in known.values()) >= m.PODS_MAX - 1:
+            raise Refusal(m.MAX_PODS)
+        kept = {pod.name for pod in self.store.pods(user)} - {name}
+        self.store.keep_pods(user, set(known) if self.box.faults.wipe_pods else kept)
 
     def open_pod(self, session: Session, name: str) -> Pod:
         """The pod, opened if need be. Raises Refusal."""
@@ -54,7 +65,7 @@ class Server:
             pod = self.store.pod(session.user.name, name)
             if pod is not None:
                 return pod
-        pod = self.listed_pod(session, name)
+        pod = self.pods_to_work_on(session).get(name)
         if pod is None:
             raise Refusal(m.POD_NOT_FOUND)
         session.open_pods.add(name)

@@ -34,7 +34,8 @@ class Session:
     """``open_pods``: names opened by this session.
 
     ``tagged``: files that it uploaded, ``listed``: directories in its memory, both as (pod, path).
-    What it ``remembers`` of a pod, as (kind, path), needs no chunk until it closes the pod.
+    What it has in ``memory`` of a pod, by (kind, path), needs no chunk until it closes the pod; the
+    value says how many of the newest entries of a directory's list it did not see.
     """
 
     id: str
@@ -42,13 +43,11 @@ class Session:
     open_pods: set[str] = field(default_factory=set)
     tagged: set[tuple[str, str]] = field(default_factory=set)
     listed: set[tuple[str, str]] = field(default_factory=set)
-    _memory: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
+    _memory: dict[str, dict[tuple[str, str], int]] = field(default_factory=dict)
 
-    def remember(self, pod: str, kind: str, path: str) -> None:
-        self._memory.setdefault(pod, set()).add((kind, path))
-
-    def remembers(self, pod: str, kind: str, path: str) -> bool:
-        return (kind, path) in self._memory.get(pod, ())
+    def memory(self, pod: str) -> dict[tuple[str, str], int]:
+        """Of the pod with this address."""
+        return self._memory.setdefault(pod, {})
 
     def forget(self, pod: str) -> None:
         """Close the pod that has this address."""

@@ -228,12 +228,10 @@ class Store:
             )
         return pod
 
-    def forget_pod(self, user: str, name: str) -> None:
-        """Take a pod off the user's list and leave alone what it holds."""
-        self.db.execute("DELETE FROM pods WHERE user = ? AND name = ?", (user, name))
-
-    def forget_pods(self, user: str) -> None:
-        self.db.execute("DELETE FROM pods WHERE user = ?", (user,))
+    def keep_pods(self, user: str, names: set[str]) -> None:
+        """Take all other pods off the user's list and leave alone what they hold."""
+        others = [(user, pod.name) for pod in self.pods(user) if pod.name not in names]
+        self.db.executemany("DELETE FROM pods WHERE user = ? AND name = ?", others)
 
     def add_shared_pod(self, user: str, pod: Pod) -> None:
         with self.change():

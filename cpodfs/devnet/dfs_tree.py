@@ -27,6 +27,8 @@ from cpodfs.devnet.dfs_record import (
 )
 from cpodfs.devnet.dfs_store import Store
 
+_BEYOND_ALL_IDS = 1 << 62
+
 
 class Tree:
     """``writable`` is False in a received pod: every change is refused.
@@ -56,7 +58,7 @@ class Tree:
         """Raises Panic where the real server takes a file's metadata for a directory's."""
         query = "SELECT 1 FROM dirs WHERE pod = ? AND path = ?"
         if self._db.execute(query, (self.pod, m.dir_key(path))).fetchone() is not None:
-            return self._reads is None or self._reads.directory(path)
+            return self._reads is None or self._reads.directory(path, lambda: self._count(path))
         is_index = m.base_of(path) == m.INDEX_NAME and self.has_dir(m.parent_of(path))
         if is_index or self.file(path) is not None:
             raise m.Panic(path)
@@ -77,8 +79,8 @@ class Tree:
 
     def entries(self, path: str) -> list[tuple[str, str]]:
         """(kind, name) in the order in which they were added; kind is 'D' or 'F'."""
-        query = "SELECT kind, name FROM entries WHERE pod = ? AND dir = ? ORDER BY id"
-        return self._db.execute(query, (self.pod, m.dir_key(path))).fetchall()
+        query = "SELECT kind, name FROM entries WHERE pod = ? AND dir = ? AND id < ? ORDER BY id"
+        return self._db.execute(query, (self.pod, m.dir_key(path), self._unseen(path))).fetchall()
 
     def ls(self, path: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Directories and files, in no order; names without metadata are left out in silence.
@@ -86,29 +88,27 @@ class Tree:
         So are those whose metadata cannot be read.
         """
         self._need_dir(path)
-        key = (self.pod, m.dir_key(path))
+        key = (self.pod, m.dir_key(path), self._unseen(path))
         prefix = m.join(path, "")
         prefix = prefix if prefix.endswith("/") else prefix + "/"
         dirs = self._db.execute(
             "SELECT DISTINCT d.name, d.mode, d.ctime, d.mtime, d.atime FROM entries e JOIN dirs d"
-            " ON d.pod = e.pod AND d.path = ?3 || e.name"
-            " WHERE e.pod = ?1 AND e.dir = ?2 AND e.kind = 'D' ORDER BY random()",
+            " ON d.pod = e.pod AND d.path = ?4 || e.name"
+            " WHERE e.pod = ?1 AND e.dir = ?2 AND e.id < ?3 AND e.kind = 'D' ORDER BY random()",
             (*key, prefix),
         ).fetchall()
         files = self._db.execute(
             "SELECT DISTINCT f.name, f.content_type, f.size, f.block_size, f.mode, f.ctime, f.mtime, f.atime"
-            " FROM entries e JOIN files f ON f.pod = e.pod AND f.path = ?3 || e.name"
-            " WHERE e.pod = ?1 AND e.dir = ?2 AND e.kind = 'F' ORDER BY random()",
+            " FROM entries e JOIN files f ON f.pod = e.pod AND f.path = ?4 || e.name"
+            " WHERE e.pod = ?1 AND e.dir = ?2 AND e.id < ?3 AND e.kind = 'F' ORDER BY random()",
             (*key, prefix),
         ).fetchall()
-        dirs, files = self._readable(path, dirs, "D"), self._readable(path, files, "F")
+        if self._reads is not None and self._reads.are_sure:
+            self._reads.listed_all(path)
+        elif self._reads is not None:
+            dirs = [row for row in dirs if self.has_dir(prefix + row[0])]
+            files = [row for row in files if self._reads.listed_file(prefix + row[0])]
         return [dir_entry(*row) for row in dirs], [file_entry(*row) for row in files]
-
-    def _readable(self, path: str, rows: list[Any], kind: str) -> list[Any]:
-        if self._reads is None:
-            return rows
-        shown = self._reads.listed(path, [row[0] for row in rows], kind)
-        return [row for row in rows if row[0] in shown]
 
     def stat_dir(self, pod_name: str, path: str) -> dict[str, Any]:
         if path != "/":
@@ -191,7 +191,7 @@ class Tree:
             # One that is there and could not be read is replaced, list and all.
             self._db.execute("INSERT OR REPLACE INTO dirs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
             self._db.execute("DELETE FROM entries WHERE pod = ? AND dir = ?", (self.pod, key))
-            self._remember("D", key)
+            self._wrote("D", key)
             self._list(parent, "D", name)
 
     def rmdir(self, path: str) -> None:
@@ -212,6 +212,7 @@ class Tree:
             raise Refusal(f"dir chmod: {m.DIR_NOT_PRESENT}")
         self._need_writable()
         with self._store.change():
+            self._store_list_anew(path)
             self._db.execute(
                 "UPDATE dirs SET mode = ?, atime = ? WHERE pod = ? AND path = ?",
                 (m.S_IFDIR | mode, int(time.time()), self.pod, m.dir_key(path)),
@@ -278,7 +279,7 @@ class Tree:
         )
         with self._store.change():
             self.store_file(key, new)
-            self._remember("F", key)
+            self._wrote("F", key)
             if self.has_dir(path):
                 self._list(path, "F", name)
         self._need_dir(path)
@@ -375,9 +376,29 @@ class Tree:
 
     # Inside a change
 
-    def _remember(self, kind: str, path: str) -> None:
+    def _wrote(self, kind: str, path: str) -> None:
         if self._reads is not None:
-            self._reads.remember(kind, path)
+            self._reads.wrote(kind, path)
+
+    def _count(self, path: str) -> int:
+        query = "SELECT count(*) FROM entries WHERE pod = ? AND dir = ?"
+        return int(self._db.execute(query, (self.pod, m.dir_key(path))).fetchone()[0])
+
+    def _unseen(self, path: str) -> int:
+        """Entries from this id on are not in the version of the directory's list that was read."""
+        count = 0 if self._reads is None else self._reads.unseen(path)
+        if not count:
+            return _BEYOND_ALL_IDS
+        query = "SELECT id FROM entries WHERE pod = ? AND dir = ? ORDER BY id DESC LIMIT 1 OFFSET ?"
+        return int(self._db.execute(query, (self.pod, m.dir_key(path), count - 1)).fetchone()[0])
+
+    def _store_list_anew(self, path: str) -> None:
+        """Directories are stored whole, as they were read."""
+        first = self._unseen(path)
+        if first != _BEYOND_ALL_IDS and self._reads is not None and self._reads.lose_what_is_unseen:
+            query = "DELETE FROM entries WHERE pod = ? AND dir = ? AND id >= ?"
+            self._db.execute(query, (self.pod, m.dir_key(path), first))
+        self._wrote("D", m.dir_key(path))
 
     def _need_dir(self, path: str) -> None:
         if not self.has_dir(path):
@@ -388,18 +409,22 @@ class Tree:
             raise Refusal(m.READ_ONLY_FEED)
 
     def _is_listed(self, path: str, kind: str, name: str) -> bool:
-        query = "SELECT 1 FROM entries WHERE pod = ? AND dir = ? AND kind = ? AND name = ?"
-        row = self._db.execute(query, (self.pod, m.dir_key(path), kind, name)).fetchone()
-        return row is not None
+        query = (
+            "SELECT 1 FROM entries WHERE pod = ? AND dir = ? AND kind = ? AND name = ? AND id < ?"
+        )
+        key = (self.pod, m.dir_key(path), kind, name, self._unseen(path))
+        return self._db.execute(query, key).fetchone() is not None
 
     def _list(self, path: str, kind: str, name: str) -> None:
         self._need_dir(path)
+        self._store_list_anew(path)
         row = (self.pod, m.dir_key(path), kind, name)
         self._db.execute("INSERT INTO entries (pod, dir, kind, name) VALUES (?, ?, ?, ?)", row)
         self._touch(path)
 
     def _unlist(self, path: str, kind: str, name: str) -> None:
         self._need_dir(path)
+        self._store_list_anew(path)
         query = "DELETE FROM entries WHERE pod = ? AND dir = ? AND kind = ? AND name = ?"
         self._db.execute(query, (self.pod, m.dir_key(path), kind, name))
         self._touch(path)

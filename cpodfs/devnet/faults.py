@@ -27,6 +27,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Outcome = Literal["pass", "error", "drop-before", "drop-after"]
 
 _DRAIN_CHUNK = 1 << 18
+_VERSIONS_MAX = 64
 
 
 @checked_dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -46,10 +47,13 @@ class Faults:
         rename_needs_listing: renaming a directory whose sub-directories this session has not listed
             since it opened the pod ends the connection, as at the real server (here undone).
         rmdir_bug: removing a nested directory edits the wrong list, as the real server does.
-        read_failure_rate: share of chunk reads that find nothing. What needs the chunk is "not there".
+        read_failure_rate: share of chunk reads that find nothing. What needs the chunk is "not there",
+            and a list whose newest version is not found is shown as it was before.
         pods_empty: the list of pods cannot be read: it is empty for whoever asks.
         wipe_pods: a list of pods that could not be read is stored anew, empty, when a pod is opened
-            or made, as the real server does: those pods are lost.
+            or looked for, and as it was seen when one is made: the others are lost, as they are at
+            the real server.
+        stale_writes: so is what a directory's list did not show when something in it is changed.
         not_there: pods ("pod") and paths ("pod/a/b") that are not there, with all below them.
         empty_store: it lost all but its accounts. What was there is back when this is taken off;
             both end all sessions, as a restart does.
@@ -72,6 +76,7 @@ class Faults:
     read_failure_rate: float = Field(default=0.0, ge=0, le=1)
     pods_empty: bool = False
     wipe_pods: bool = False
+    stale_writes: bool = False
     not_there: tuple[str, ...] = ()
     empty_store: bool = False
 
@@ -189,14 +194,19 @@ class FaultBox:
             for name in (given.rstrip("/") for given in self.faults.not_there)
         )
 
-    def reads(self, what: str, chunks: int) -> bool:
-        """Whether all of so many chunks are found at the next read of ``what``."""
+    def finds(self, what: str, chunks: int) -> int | None:
+        """Which version of ``what`` is found at its next read: 0 the newest, 1 the one before, ….
+
+        The first of its chunks is a feed's, whose look-up goes back until it finds something. None:
+        nothing is found, or not all of the other chunks.
+        """
         rate = self.faults.read_failure_rate
         if not rate:
-            return True
+            return 0
         self._reads[what] += 1
         rng = random.Random(f"{self.seed}:{what}:{self._reads[what]}")  # noqa: S311
-        return all(rng.random() >= rate for _ in range(chunks))
+        back = next((n for n in range(_VERSIONS_MAX) if rng.random() >= rate), None)
+        return back if all(rng.random() >= rate for _ in range(chunks - 1)) else None
 
     def _maybe_expire(self, request: web.Request) -> None:
         if not self.faults.expire_every or not request.path.startswith("/v1/"):

@@ -182,3 +182,52 @@ async def test_an_empty_store_keeps_the_accounts_only(tmp_path: Path) -> None:
     async with serving(create_app(tmp_path, Faults(empty_store=True))) as dfs:
         await dfs.login()
         assert await dfs.get("/v1/pod/ls") == (200, NO_PODS)
+
+
+async def _stale_names(dfs: Dfs) -> set[str]:
+    """What a listing shows that was read from an older version of the directory."""
+    for seed in range(200):
+        await _set(dfs)
+        await _reopen(dfs)
+        await _set(dfs, read_failure_rate=0.3, seed=seed)
+        if (await _ls(dfs, "/d"))[0] != 200:
+            continue
+        await _set(dfs)
+        _, seen = await dfs.names("/d")
+        if 0 < len(seen) < 10:
+            return seen
+    raise AssertionError
+
+
+async def test_an_older_list_may_be_shown_and_stays_until_the_pod_is_closed(tmp_path: Path) -> None:
+    async with with_pod(tmp_path) as dfs:
+        await _fill(dfs)
+        seen = await _stale_names(dfs)
+        assert seen == {f"f{n}" for n in range(len(seen))}, "what was added last is missing"
+        assert await _stat(dfs, "/d/f9") == (500, NO_FILE)
+        await _reopen(dfs)
+        assert len((await dfs.names("/d"))[1]) == 10
+
+
+@pytest.mark.parametrize("lossy", [True, False])
+async def test_a_change_of_an_older_list_may_lose_what_it_lacks(
+    tmp_path: Path, lossy: bool
+) -> None:
+    async with with_pod(tmp_path) as dfs:
+        await _fill(dfs)
+        seen = await _stale_names(dfs)
+        await _set(dfs, stale_writes=lossy)
+        assert (await dfs.upload("/d", "new", b"x"))[0] == 200
+        await _reopen(dfs)
+        everything = {f"f{n}" for n in range(10)}
+        assert (await dfs.names("/d"))[1] == (seen if lossy else everything) | {"new"}
+        assert (await dfs.download("/d/f9"))[1] == b"x" * 500
+
+
+async def test_an_older_list_of_pods(tmp_path: Path) -> None:
+    async with with_pod(tmp_path) as dfs:
+        for name in "qrs":
+            await dfs.post("/v1/pod/new", podName=name)
+        await _set(dfs, read_failure_rate=0.3, seed=1)
+        shown = {tuple((await dfs.get("/v1/pod/ls"))[1]["pods"]) for _ in range(40)}
+        assert {(), ("p", "q", "r"), ("p", "q", "r", "s")} <= shown
