@@ -13,6 +13,7 @@ CpodfsError                     EIO
 │   ├── NotTrusted              EACCES      the code of somebody else, which nobody has vouched for
 │   └── NotNow                  EAGAIN      the machine is too busy to tell; trying again may help
 ├── CacheError                  EIO
+│   ├── CacheDamaged            EIO         bytes that only the cache had are not there any more
 │   ├── CacheLocked             EBUSY       another driver owns this cache
 │   └── CacheVersion            EINVAL      written by a version of cpodfs that we do not know
 ├── MountError                  EIO         the mount point cannot be used
@@ -85,6 +86,10 @@ class NotNow(RunError):
 
 
 class CacheError(CpodfsError):
+    pass
+
+
+class CacheDamaged(CacheError):
     pass
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import pyfuse3
 import trio
 
+from cpodfs.cache.durability import Durability
 from cpodfs.cache.folder import Cache
 from cpodfs.cache.schema import ROOT
 from cpodfs.config import Settings
@@ -70,7 +71,8 @@ class Parts:
 
     def _make_sync(self, dfs: Client) -> None:
         store, content, settings = self._cache.store, self._cache.content, self._settings
-        self._merger = Merger(store, self._handles.discard)
+        self._durability = Durability(store, content)
+        self._merger = Merger(store, content, self._handles.discard)
         locks = DirLocks(store)
         self.lister = Lister(
             *(store, dfs, self._merger, locks),
@@ -80,7 +82,7 @@ class Parts:
             on_outcome=self._on_outcome,
         )
         self.engine = Engine(
-            *(store, content, dfs, self.lister, self._merger, locks),
+            *(store, self._durability, dfs, self.lister, self._merger, locks),
             delay_s=settings.writeback_delay_s,
             fresh_s=max(settings.attr_ttl_s, MIN_FRESH_S),
             limits=Limits(settings.uploads, settings.changes),
@@ -101,7 +103,7 @@ class Parts:
         store, settings = self._cache.store, self._settings
         self._files = Files(
             *(store, self._cache.content, self._handles, self.engine, self.lister),
-            *(self.downloads, self._merger, self._on_outcome),
+            *(self.downloads, self._merger, self._durability, self._on_outcome),
         )
         tree = Tree(store, self._handles, self.engine, self.lister, self._files)
         guard = Guard(tree, TrustBook(trust_file(self._cache.folder)), settings.sandbox)

@@ -2,6 +2,10 @@
 
 Imports the cache. A close or fsync returns only when the data file, its entry in the cache folder
 and the journal that names it are on the disk. Many that wait at once share one sync of the journal.
+
+The journal goes first, in three places: it says that a file is dirty before its data file changes,
+that it is shorter before it is cut, and what is sent before the server hears of it. So a loss of
+power leaves no more to find out than the death of the process does.
 """
 
 from __future__ import annotations
@@ -18,8 +22,8 @@ class Durability:
     """``wrote`` marks what a later ``flush`` must make durable."""
 
     def __init__(self, store: Store, content: Content) -> None:
+        self.content = content
         self._store = store
-        self._content = content
         self._unsynced: set[int] = set()
         self._syncing: dict[int, trio.Event] = {}
         self._asked = 0
@@ -47,18 +51,30 @@ class Durability:
     async def _flush(self, ino: int, fd: int) -> None:
         self._unsynced.discard(ino)
         done = self._syncing[ino] = trio.Event()
+        try:
+            size = os.fstat(fd).st_size
+            await self.both(ino, fd)
+            if ino not in self._unsynced:
+                # From now on the data file holds no less, or it was damaged.
+                self._store.acknowledge(ino, size)
+        except OSError:
+            self._unsynced.add(ino)
+            raise
+        finally:
+            del self._syncing[ino]
+            done.set()
+
+    async def both(self, ino: int, fd: int) -> None:
+        """Make a data file and every change of names and attributes so far durable. Raises OSError."""
         own = os.dup(fd)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.names)
-                await trio.to_thread.run_sync(self._content.sync, ino, own)
+                await trio.to_thread.run_sync(self.content.sync, ino, own)
         except* OSError as group:
-            self._unsynced.add(ino)
             raise group.exceptions[0] from None
         finally:
             os.close(own)
-            del self._syncing[ino]
-            done.set()
 
     async def names(self) -> None:
         """Make every change of names and attributes so far durable. Raises OSError."""

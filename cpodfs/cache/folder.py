@@ -1,7 +1,8 @@
 """One account's cache folder: its lock, its metadata and its contents.
 
-Imports the cache. Layout: ``lock``, ``meta.db`` (+ ``-wal``), ``content/``, ``runs/``, and
-``last-unmount.json``. The lock is the kernel's (flock), so a dead driver's is free by itself.
+Imports the cache. Layout: ``lock``, ``meta.db`` (+ ``-wal``), ``starts``, ``content/``,
+``unclaimed/``, ``runs/``, and ``last-unmount.json``. The lock is the kernel's (flock), so a dead
+driver's is free by itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cpodfs.cache import claims
 from cpodfs.cache.content import Content
 from cpodfs.cache.store import Store
 from cpodfs.errors import CacheError, CacheLocked
@@ -21,9 +23,12 @@ from cpodfs.errors import CacheError, CacheLocked
 
 @dataclass(frozen=True, slots=True)
 class Cache:
+    """``notices``: what is to be said of the contents at the start, in one line each."""
+
     folder: Path
     store: Store
     content: Content
+    notices: tuple[str, ...] = ()
 
 
 @contextmanager
@@ -43,7 +48,8 @@ def opened(folder: Path) -> Iterator[Cache]:
         store = Store(folder / "meta.db")
         in_vain = False
         try:
-            yield Cache(folder, store, Content(folder / "content"))
+            content = Content(folder / "content")
+            yield Cache(folder, store, content, tuple(claims.settle(folder, store, content)))
         except BaseException:
             in_vain = is_new and store.is_blank()
             raise

@@ -81,14 +81,15 @@ CREATE INDEX remote_moving ON remote (to_parent, to_name) WHERE to_parent IS NOT
 CREATE INDEX remote_orphan ON remote (rid) WHERE ino IS NULL;
 
 CREATE TABLE state (           -- what is true of the cache as a whole
-    epoch INTEGER NOT NULL,    -- grows with each start that follows an unclean end
+    starts INTEGER NOT NULL,   -- how often it was opened
+    epoch INTEGER NOT NULL,    -- the last of these that followed an unclean end
     ended INTEGER NOT NULL     -- 1 when the last driver closed the cache; 0 while one has it open
 );
 
 INSERT INTO inode VALUES ({ROOT}, NULL, NULL, 'd', 448, 0, 0, 0, 0, NULL, 0, 0, 0, 0, NULL, NULL, 0);
 INSERT INTO remote VALUES
     ({ROOT}, NULL, '', 'd', 0, NULL, 0, 448, 0, {ROOT}, NULL, NULL, NULL, 0, 1);
-INSERT INTO state VALUES (0, 1);
+INSERT INTO state VALUES (0, 0, 1);
 PRAGMA user_version = {VERSION};
 """
 
@@ -99,8 +100,10 @@ ALTER TABLE inode ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE remote ADD COLUMN absent_s REAL;
 ALTER TABLE remote ADD COLUMN absences INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE remote ADD COLUMN in_swarm INTEGER NOT NULL DEFAULT 1;
-CREATE TABLE state (epoch INTEGER NOT NULL, ended INTEGER NOT NULL);
-INSERT INTO state VALUES (0, 0);
+CREATE TABLE state (
+    starts INTEGER NOT NULL, epoch INTEGER NOT NULL, ended INTEGER NOT NULL
+);
+INSERT INTO state VALUES (1, 1, 1);
 PRAGMA user_version = 2;
 """
 }

@@ -12,12 +12,13 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cpodfs.cache.schema import (
     CONTENT,
+    DAMAGED,
     DIR,
     FILE,
     MIGRATIONS,
@@ -100,25 +101,57 @@ class Remote(NamedTuple):
 
 
 class Store:
-    """The metadata of one account. Not thread-safe: one owner, the event loop."""
+    """The metadata of one account. Not thread-safe: one owner, the event loop.
+
+    ``starts``: how often it was opened before. ``epoch``: a data file that was right at an earlier
+    one must be looked at before it is believed. ``was_cut``: the last driver did not end well.
+    ``lost_journal``: of what that one committed, some is gone.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open or create the database. Raises CacheVersion or CacheError."""
         self._path = path
+        self._depth = 0
+        # Rows as read, until they change: most requests of the kernel ask for one again and again.
+        self._known: dict[int, Inode] = {}
+        had_journal = os.path.exists(f"{path}-wal")
         try:
             self._db = sqlite3.connect(path, isolation_level=None, cached_statements=256)
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._check_version()
+            self._check_pages()
+            self._start(had_journal)
             # For sync(). Open for as long as the database: closing any descriptor of a file drops
             # the process's POSIX locks on it, and others could then clear the journal away.
             self._files = [os.open(f"{path}{end}", os.O_RDONLY) for end in ("-wal", "")]
         except sqlite3.Error as error:
-            raise CacheError(f"{path}: not a usable cache: {error}") from error
-        self._depth = 0
-        # Rows as read, until they change: most requests of the kernel ask for one again and again.
-        self._known: dict[int, Inode] = {}
+            raise self._unusable(str(error)) from error
+
+    def _unusable(self, reason: str) -> CacheError:
+        return CacheError(
+            f"{self._path}: not a usable cache: {reason}; nothing was changed; what is in it: "
+            f"cpodfs cache rescue DIR; then move {self._path.parent} away and mount anew"
+        )
+
+    def _check_pages(self) -> None:
+        found = [text for (text,) in self._db.execute("PRAGMA quick_check(1)")]
+        if found != ["ok"]:
+            self._db.close()
+            raise self._unusable("; ".join(found))
+
+    def _start(self, had_journal: bool) -> None:
+        self.starts, self.epoch, ended = self._db.execute("SELECT * FROM state").fetchone()
+        self.was_cut = not ended
+        self.lost_journal = self.was_cut and not had_journal
+        if self.was_cut:
+            self.epoch = self.starts + 1
+        self._db.execute(
+            "UPDATE state SET starts = starts + 1, epoch = ?, ended = 0", (self.epoch,)
+        )
+        # In the database itself: should the journal be lost, it says that it was not closed.
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _check_version(self) -> None:
         (found,) = self._db.execute("PRAGMA user_version").fetchone()
@@ -136,6 +169,9 @@ class Store:
             self._db.executescript(f"BEGIN; {MIGRATIONS[version]} COMMIT;")
 
     def close(self) -> None:
+        """Close it as what it is: complete, and on the disk."""
+        with suppress(sqlite3.Error):  # on a full disk it counts as cut off, which costs a look
+            self._db.execute("UPDATE state SET ended = 1")
         self._db.close()
         for fd in self._files:
             os.close(fd)
@@ -226,10 +262,28 @@ class Store:
         )
 
     def mark(self, ino: int, bits: int) -> None:
-        """Set ``dirty`` bits; an earlier error no longer counts."""
+        """Set ``dirty`` bits; an earlier error no longer counts, but that the file is damaged."""
         self._known.pop(ino, None)
         self._db.execute(
-            "UPDATE inode SET dirty = dirty | ?, error = NULL WHERE ino = ?", (bits, ino)
+            f"UPDATE inode SET dirty = dirty | ?, error = iif(dirty & {DAMAGED}, error, NULL) "
+            "WHERE ino = ?",
+            (bits, ino),
+        )
+
+    def wrote(self, ino: int, **columns: Any) -> None:
+        """Bytes of a file are about to change: it is dirty, whole again if it was damaged, and what
+        was known of its content no longer counts. ``columns`` change with it."""
+        with self.transaction():
+            self.set(ino, crc=None, **columns)
+            self.unmark(ino, DAMAGED)
+            self.mark(ino, CONTENT)
+
+    def acknowledge(self, ino: int, size: int) -> None:
+        """So many bytes of a file are on the disk for good, should it still be dirty."""
+        self._known.pop(ino, None)
+        self._db.execute(
+            f"UPDATE inode SET size = ? WHERE ino = ? AND dirty & {CONTENT} AND size != ?",
+            (size, ino, size),
         )
 
     def unmark(self, ino: int, bits: int) -> None:
@@ -322,6 +376,18 @@ class Store:
             (limit,),
         )
         return [Inode._make(row) for row in rows]
+
+    def claimed(self) -> frozenset[int]:
+        """Inodes that have a data file."""
+        return frozenset(
+            ino for (ino,) in self._db.execute("SELECT ino FROM inode WHERE cached = 1")
+        )
+
+    def never_again(self, ino: int) -> None:
+        """No inode gets this number, or one below it, from now on."""
+        self._db.execute(
+            "UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'inode'", (ino,)
+        )
 
     def unlinked(self) -> list[int]:
         """Inodes without a name: left over when the driver died while they were open."""

@@ -1,12 +1,15 @@
 """Contents: opening, reading, writing, truncating, and making them durable.
 
 Imports the cache and sync. Bytes are served from the data file as soon as they are there; they are
-changed only when all of them are, since the server takes files whole. Each change is journalled
-before it is made; what was acknowledged by close or fsync is on the disk.
+changed only when all of them are, since the server takes files whole. That a file changes is in the
+journal on the disk before it does; what was acknowledged by close or fsync is on the disk. A data
+file that is not what the journal says is not believed: what the server has is fetched again, what it
+has not is an error until writeback has set it aside.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -14,15 +17,16 @@ import sqlite3
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import trio
 
 from cpodfs.cache import content as data
 from cpodfs.cache.content import Content
 from cpodfs.cache.durability import Durability
-from cpodfs.cache.schema import CONTENT, SENT
+from cpodfs.cache.schema import CONTENT
 from cpodfs.cache.store import Inode, Store
-from cpodfs.errors import Conflict, CpodfsError, NotFound
+from cpodfs.errors import CacheDamaged, Conflict, CpodfsError, NotFound
 from cpodfs.fs.handles import Handles, OpenFile
 from cpodfs.fs.pods import check_writable, inode_of, oserror
 from cpodfs.sync.downloads import Downloads
@@ -46,6 +50,7 @@ class Files:
         lister: Lister,
         downloads: Downloads,
         merger: Merger,
+        durability: Durability,
         on_outcome: Callable[[Outcome], None],
     ) -> None:
         self._store = store
@@ -56,7 +61,10 @@ class Files:
         self._downloads = downloads
         self._merger = merger
         self._on_outcome = on_outcome
-        self._durability = Durability(store, content)
+        self._durability = durability
+        self._unjournalled: dict[int, object] = {}
+        """Files that became dirty, which the journal on the disk does not say yet: since when."""
+        self._looked_at: dict[int, trio.Event] = {}
         handles.on_last_close = self._closed
         handles.on_gone = self._gone
         self._doomed = trio.Event()
@@ -106,40 +114,44 @@ class Files:
         file = self._handles.opened(inode.ino)
         if file is not None:
             return os.fstat(file.fd).st_size
-        try:
-            return self._content.size(inode.ino)
-        except FileNotFoundError:
-            return self.size(self._lost_content(inode))
+        return self._content.size_or_0(inode.ino)
 
     async def truncate(self, inode: Inode, size: int, handle: int | None) -> None:
         """Cut or extend a file, through a handle if there is one."""
         if not inode.is_file:
             raise oserror(errno.EISDIR if inode.is_dir else errno.EINVAL)
-        own = self.open(inode.ino, truncate=size == 0) if handle is None else handle
+        own = self.open(inode.ino, emptied=size == 0) if handle is None else handle
         try:
             file = self._handles.file(own)
             if size == 0:
-                self._empty(file)
+                await self._empty(file)
             else:
                 await self._complete(file)
-                self._dirty(file.ino)
+                await self._about_to_change(file.ino, cut_to=size)
                 os.ftruncate(file.fd, size)
         finally:
             if handle is None:
                 self._handles.release(own)
 
-    def open(self, ino: int, *, truncate: bool = False) -> int:
-        """A handle for reading and writing."""
+    def open(self, ino: int, *, emptied: bool = False) -> int:
+        """A handle for reading and writing. ``emptied``: what is in the file does not matter."""
         inode = inode_of(self._store, ino)
         if not inode.is_file:
             raise oserror(errno.EISDIR if inode.is_dir else errno.ELOOP)
-        if truncate:
-            check_writable(self._store, ino)
-        handle = self._handles.open(ino, lambda: self._open_data(inode))
-        if truncate:
-            self._empty(self._handles.file(handle))
-        else:
+        handle = self._handles.open(ino, lambda: self._open_data(inode, emptied=emptied))
+        if not emptied:
             self._store.set(ino, used_s=time.time())
+        return handle
+
+    async def open_emptied(self, ino: int) -> int:
+        """A handle of a file that has just been emptied."""
+        check_writable(self._store, ino)
+        handle = self.open(ino, emptied=True)
+        try:
+            await self._empty(self._handles.file(handle))
+        except BaseException:
+            self._handles.release(handle)
+            raise
         return handle
 
     async def open_to_read(self, ino: int) -> int:
@@ -165,51 +177,89 @@ class Files:
             return handle  # offline, maybe not for long: it is time enough when somebody reads
         return handle
 
-    def _open_data(self, inode: Inode) -> int:
+    # -- data files, and whether they are believed ------------------------------------------------
+
+    def _open_data(self, inode: Inode, *, emptied: bool) -> int:
+        if inode.cached and inode.dirty & CONTENT:
+            return self._open_dirty(inode, emptied=emptied)
         if inode.cached:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 return self._content.open(inode.ino)
-            except FileNotFoundError:
-                inode = self._lost_content(inode)
-                if inode.cached:
-                    return self._content.open(inode.ino)
-        if not any(d.ino == inode.ino for d in self._downloads.running()):
-            return self._content.create(inode.ino, inode.size)
-        return self._content.open(inode.ino)
+            self._disbelieve(inode, "is not there")
+        if self._downloads.is_running(inode.ino):
+            return self._content.open_part(inode.ino)
+        return self._content.create_part(inode.ino, inode.size)
 
-    def _lost_content(self, inode: Inode) -> Inode:
-        """The data file is not there: a loss of power before it was synced, or somebody's rm in the
-        cache folder. Back to what the server has; if it has nothing, to an empty file."""
-        log.error("content lost: %s", self._store.path(inode.ino))
-        remote = self._store.remote_of(inode.ino)
-        with self._store.transaction():
-            if remote is None:
-                os.close(self._content.create(inode.ino))
-            else:
-                self._store.set(inode.ino, cached=0, size=max(0, remote.size))
-                self._store.unmark(inode.ino, CONTENT | SENT)
-        return inode_of(self._store, inode.ino)
-
-    def _empty(self, file: OpenFile) -> None:
-        """Truncate to nothing, which needs no download even when nothing is here yet."""
-        if not inode_of(self._store, file.ino).cached:
-            # A thread of the download may still be writing to the old data file: leave it that.
-            self._downloads.unwanted(file.ino, gone=True)
-            fresh = self._content.create(file.ino)
-            os.dup2(fresh, file.fd, inheritable=False)
-            os.close(fresh)
+    def _open_dirty(self, inode: Inode, *, emptied: bool) -> int:
+        if self._content.size_or_0(inode.ino) < inode.size and not emptied:
+            self._engine.send_now(inode.ino)  # which sets it aside
+            raise CacheDamaged(
+                f"{self._store.path(inode.ino)}: the cache has lost bytes of it that the server has "
+                "not got; see: cpodfs status"
+            )
         try:
-            with self._store.transaction():
-                self._store.set(file.ino, cached=1, mtime_ns=time.time_ns())
-                self._dirty(file.ino)
-        except BaseException:
-            self._engine.closed(file.ino)  # the mark was rolled back
-            raise
+            return self._content.open(inode.ino)
+        except FileNotFoundError:
+            return self._content.create(inode.ino)
+
+    async def _look(self, file: OpenFile) -> None:
+        """Before the content of a clean file is believed for the first time since an end that was
+        none: it must be what the journal says. Else it is fetched again."""
+        while (inode := inode_of(self._store, file.ino)).cached and not inode.dirty & CONTENT:
+            if inode.epoch >= self._store.epoch:
+                return
+            if file.ino in self._looked_at:
+                await self._looked_at[file.ino].wait()
+                continue
+            looked = self._looked_at[file.ino] = trio.Event()
+            try:
+                found = os.fstat(file.fd).st_size, inode.crc
+                if found[0] == inode.size and inode.crc is not None:
+                    crc = await trio.to_thread.run_sync(data.checksum, file.fd)
+                    found = found[0], crc
+                now = self._store.get(file.ino)
+                if now is None or now.dirty & CONTENT or not now.cached:
+                    continue  # somebody emptied it meanwhile
+                if found == (now.size, now.crc):
+                    self._store.set(file.ino, epoch=self._store.epoch)
+                else:
+                    self._disbelieve(now, "has another content than it had")
+                    self._replace_data(file, self._content.create_part(file.ino, now.size))
+            finally:
+                del self._looked_at[file.ino]
+                looked.set()
+
+    def _disbelieve(self, inode: Inode, what: str) -> None:
+        """The data file of a clean file is not what the journal says: the server's content counts."""
+        aside = self._content.set_aside(inode.ino)
+        kept = f"; kept as {aside}" if aside is not None else ""
+        log.error(
+            "cache: the data file %s, and is fetched again: %r ino=%d%s",
+            *(what, self._store.path(inode.ino), inode.ino, kept),
+        )
+        self._store.set(inode.ino, cached=0)
+
+    def _replace_data(self, file: OpenFile, fresh: int) -> None:
+        os.dup2(fresh, file.fd, inheritable=False)
+        os.close(fresh)
+
+    async def _empty(self, file: OpenFile) -> None:
+        """Truncate to nothing, which needs no download even when nothing is here yet."""
+        now = time.time_ns()
+        if inode_of(self._store, file.ino).cached:
+            self._mark(file.ino, mtime_ns=now)
+        else:
+            # A thread of the download may still be writing to its part: leave it that.
+            self._downloads.unwanted(file.ino, gone=True)
+            self._replace_data(file, self._content.create(file.ino))
+            self._mark(file.ino, mtime_ns=now, cached=1, size=0)
+        await self._about_to_change(file.ino, cut_to=0)
         os.ftruncate(file.fd, 0)
 
     async def read(self, handle: int, offset: int, size: int) -> bytes:
         """At most ``size`` bytes; waits for no more of the file than that."""
         file = self._handles.file(handle)
+        await self._look(file)
         inode = inode_of(self._store, file.ino)
         download = None
         if not inode.cached and inode.size:
@@ -232,7 +282,7 @@ class Files:
         file = self._handles.file(handle)
         await self._complete(file)
         self._content.check_room(len(buffer))
-        self._dirty(file.ino)
+        await self._about_to_change(file.ino)
         left = memoryview(buffer)
         while left:  # the kernel's write-back does not look at how much was written
             written = os.pwrite(file.fd, left, offset)
@@ -240,17 +290,42 @@ class Files:
             offset += written
         return len(buffer)
 
-    def _dirty(self, ino: int) -> None:
-        """Journal that a file is about to be changed, before it is."""
+    async def _about_to_change(self, ino: int, *, cut_to: int | None = None) -> None:
+        """Return when the journal on the disk says that a file is dirty, and no longer than
+        ``cut_to``. The caller changes the data file before it awaits anything."""
+        while True:
+            cut = cut_to is not None and cut_to < inode_of(self._store, ino).size
+            self._mark(ino, **({"size": cut_to} if cut else {}))
+            since = self._unjournalled.get(ino)
+            if since is None and not cut:
+                return
+            await self._durability.names()
+            # Unless an upload made it clean meanwhile, and somebody else dirty.
+            if self._unjournalled.get(ino) is since:
+                self._unjournalled.pop(ino, None)
+
+    def _mark(self, ino: int, **columns: Any) -> None:
+        """Journal that a file is dirty, and ``columns`` with it."""
         if ino in self._merger.replaced:
             outcome = Outcome()
             self._merger.revive(ino, outcome)
             self._on_outcome(outcome)
-        self._engine.wrote(ino)
+        was_clean = not inode_of(self._store, ino).dirty & CONTENT
+        try:
+            with self._store.transaction():
+                if columns:
+                    self._store.set(ino, **columns)
+                self._engine.wrote(ino)
+        except BaseException:
+            self._engine.closed(ino)  # the mark was rolled back
+            raise
         self._durability.wrote(ino)
+        if was_clean:
+            self._unjournalled[ino] = object()
 
     async def _complete(self, file: OpenFile) -> None:
         """Wait until the whole content is here: uploads send files whole."""
+        await self._look(file)
         inode = inode_of(self._store, file.ino)
         if inode.cached:
             return
@@ -258,6 +333,7 @@ class Files:
         if inode.size:
             await self._downloads.get(file.ino, inode.size).wait_for(inode.size)
         else:
+            self._content.complete(file.ino)
             self._store.set(file.ino, cached=1)
 
     async def flush(self, handle: int) -> None:
@@ -286,12 +362,12 @@ class Files:
 
     def _gone(self, ino: int) -> None:
         self._downloads.unwanted(ino, gone=True)
+        self._downloads.tidy(ino)
         self._merger.replaced.pop(ino, None)
+        self._durability.forget(ino)
+        self._unjournalled.pop(ino, None)
 
     def _closed(self, ino: int) -> None:
-        inode = self._store.get(ino)
-        if inode is not None and inode.dirty & CONTENT:
-            self._store.set(ino, size=self._content.size(ino))
         self._engine.closed(ino)
-        self._durability.forget(ino)
         self._downloads.unwanted(ino)
+        self._downloads.tidy(ino)

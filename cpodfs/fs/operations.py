@@ -56,9 +56,9 @@ def _answer(handler: _F) -> _F:
             raise FUSEError(error.errno) from error
         except OSError as error:
             raise FUSEError(error.errno or errno.EIO) from error
-        except sqlite3.OperationalError as error:
-            log.exception("%s: the journal cannot be written", handler.__name__)
-            full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+        except sqlite3.Error as error:
+            log.warning("%s: the journal cannot be used: %s", handler.__name__, error)
+            full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
             raise FUSEError(errno.ENOSPC if full else errno.EIO) from error
         except Exception as error:
             log.exception("%s failed", handler.__name__)
@@ -311,8 +311,10 @@ class Operations(pyfuse3.Operations):
         # A content that is here changes only through this mount: the kernel's pages may stay. What
         # must be fetched anew might be another version by now.
         cached = bool(inode_of(self._tree.store, inode).cached)
-        if flags & os.O_TRUNC or flags & os.O_ACCMODE == os.O_WRONLY:
-            handle = self._tree.files.open(inode, truncate=bool(flags & os.O_TRUNC))
+        if flags & os.O_TRUNC:
+            handle = await self._tree.files.open_emptied(inode)
+        elif flags & os.O_ACCMODE == os.O_WRONLY:
+            handle = self._tree.files.open(inode)
         else:
             handle = await self._tree.files.open_to_read(inode)
         return FileInfo(fh=handle, keep_cache=cached)

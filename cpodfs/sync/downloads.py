@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -62,6 +63,7 @@ class Download:
     tried: int = 0
     moved_s: float = field(default_factory=trio.current_time)
     available: int = 0
+    crc: int = 0
     finished: bool = False
     begun: bool = False
     error: CpodfsError | None = None
@@ -138,6 +140,9 @@ class Downloads:
     def running(self) -> list[Download]:
         return list(self._running.values())
 
+    def is_running(self, ino: int) -> bool:
+        return ino in self._running
+
     def is_read(self, rid: int | None) -> bool:
         """Whether the content of this remote object is being fetched."""
         return any(download.rid == rid for download in self._running.values())
@@ -150,7 +155,8 @@ class Downloads:
             remote = self._store.remote_of(ino)
             if remote is None:
                 raise NotFound("the content was not here yet when the file was deleted")
-            download = Download(ino, remote.rid, self._content.create(ino, size), size, self._pulse)
+            fd = self._content.create_part(ino, size)
+            download = Download(ino, remote.rid, fd, size, self._pulse)
             self._running[ino] = download
             self._nursery.start_soon(self._fetch, download)
         download.tried = 0  # whoever comes late may hope as much as who came first
@@ -160,11 +166,16 @@ class Downloads:
         """The last reader closed the file (or, ``gone``, it will never be read again)."""
         download = self._running.get(ino)
         if download is not None and (gone or download.size > KEEP_GOING_BYTES):
-            # The name of the data file goes at once: the next download gets a file of its own,
+            # The name of the part goes at once: the next download gets a file of its own,
             # and what this one's thread still writes harms nobody.
             del self._running[ino]
-            self._content.remove(ino)
+            self._content.remove_part(ino)
             download.scope.cancel()
+
+    def tidy(self, ino: int) -> None:
+        """Nobody has the file open: a part that nothing is fetched into can go."""
+        if ino not in self._running:
+            self._content.remove_part(ino)
 
     async def _fetch(self, download: Download) -> None:
         error: CpodfsError | None = None
@@ -207,7 +218,7 @@ class Downloads:
             download.finished = True
             self.on_complete()
         else:
-            # Emptied, not removed: whoever has the data file open reads the next attempt's bytes.
+            # Emptied, not removed: whoever has the part open reads the next attempt's bytes.
             download.available = 0
             os.ftruncate(download.fd, 0)
             download.error = error or BadReply("the download was given up")
@@ -216,16 +227,17 @@ class Downloads:
 
     def _record(self, download: Download) -> bool:
         try:
-            self._store.set(download.ino, cached=1)
-        except sqlite3.Error:
-            log.exception("download cannot be recorded ino=%d", download.ino)
+            self._content.complete(download.ino)
+            self._store.set(download.ino, cached=1, crc=download.crc, epoch=self._store.epoch)
+        except (OSError, sqlite3.Error) as error:
+            log.warning("download cannot be recorded ino=%d: %s", download.ino, error)
             return False
         return True
 
     async def _stream(self, download: Download) -> None:
         if self._store.remote(download.rid) is None:
             raise NotFound("the file is no longer at the server")
-        offset = 0
+        offset = download.crc = 0
         async with self._dfs.download(*pod_and_path(self._store, download.rid)) as body:
             if body.size != download.size:
                 raise Conflict(f"{body.size} bytes at the server, {download.size} expected")
@@ -234,18 +246,22 @@ class Downloads:
                 download.moved()
             async for chunk in body:
                 self._content.check_room(len(chunk))
-                await trio.to_thread.run_sync(_write_all, download.fd, chunk, offset)
+                download.crc = await trio.to_thread.run_sync(
+                    _write_all, download.fd, chunk, offset, download.crc
+                )
                 offset += len(chunk)
                 if offset > download.available:
                     download.available = offset
                     download.moved()
-        # Before the journal calls it complete: else a loss of power could leave holes in it.
+        # Before it takes the data file's place: else a loss of power could leave holes in it.
         await trio.to_thread.run_sync(os.fdatasync, download.fd)
 
 
-def _write_all(fd: int, chunk: bytes, offset: int) -> None:
+def _write_all(fd: int, chunk: bytes, offset: int, crc: int) -> int:
+    """Write all of a chunk; returns the CRC-32 of everything up to its end."""
     view = memoryview(chunk)
     while view:
         written = os.pwrite(fd, view, offset)
         view = view[written:]
         offset += written
+    return zlib.crc32(chunk, crc)

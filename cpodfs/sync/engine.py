@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from cpodfs.cache.content import Content
-from cpodfs.cache.schema import CONTENT
+from cpodfs.cache.durability import Durability
 from cpodfs.cache.store import Store
 from cpodfs.dfs import Client
 from cpodfs.errors import (
@@ -38,7 +37,7 @@ from cpodfs.sync.lister import Lister
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
 from cpodfs.sync.ops import Item, Look, Move, Op, RemoveDir, Resolve, Upload, move_aside, moved
-from cpodfs.sync.planner import Blocked, Planner
+from cpodfs.sync.planner import Blocked, Damaged, Planner
 from cpodfs.sync.retry import Retry
 from cpodfs.sync.schedule import Schedule
 from cpodfs.sync.waits import Waits
@@ -85,7 +84,7 @@ class Engine:
     def __init__(
         self,
         store: Store,
-        content: Content,
+        durability: Durability,
         dfs: Client,
         lister: Lister,
         merger: Merger,
@@ -101,7 +100,8 @@ class Engine:
         self._lister = lister
         self._merger = merger
         self._locks = locks
-        self._planner = Planner(store, content, fresh_s)
+        self._durability = durability
+        self._planner = Planner(store, durability, fresh_s)
         self._delay_s = delay_s
         self._limits = limits
         self._on_outcome = on_outcome
@@ -140,7 +140,7 @@ class Engine:
         if flight is not None and isinstance(flight.op, Upload):
             flight.op.changed = True
         if ino not in self._marked:
-            self._store.mark(ino, CONTENT)
+            self._store.wrote(ino)
             self._marked.add(ino)
         self.touch(item)
 
@@ -283,6 +283,11 @@ class Engine:
             self._settled(item)
         elif isinstance(plan, Blocked):
             self._block(item, plan.on)
+        elif isinstance(plan, Damaged):
+            outcome = Outcome()
+            self._merger.damaged(plan.ino, outcome)
+            self._settled(item)
+            self._on_outcome(outcome)
         else:
             self._start(plan)
 
@@ -407,6 +412,7 @@ class Engine:
             return None
         log.debug("start %r", op)
         op.before(self._store)
+        await self._durability.names()
         await op.call(self._store, self._dfs)
         return op.done(self._store)
 

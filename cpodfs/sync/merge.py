@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
+from cpodfs.cache.content import Content
+from cpodfs.cache.schema import CONTENT, DAMAGED, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import DOOMED, Entry
 from cpodfs.errors import Conflict
@@ -83,8 +84,9 @@ class Merger:
     or to have been joined with, one that was made elsewhere.
     """
 
-    def __init__(self, store: Store, discard: Callable[[int], None]) -> None:
+    def __init__(self, store: Store, content: Content, discard: Callable[[int], None]) -> None:
         self._store = store
+        self._content = content
         self._discard = discard
         self.replaced: dict[int, tuple[tuple[int, ...], str]] = {}
         self.on_taken: Callable[[str], None] = lambda _pod: None
@@ -232,6 +234,30 @@ class Merger:
             outcome.changes.append(NameChange(home.ino, name, appeared=True))
             outcome.work.append(("ino", inode.ino))
 
+    def damaged(self, ino: int, outcome: Outcome) -> None:
+        """The data file of a dirty file lost acknowledged bytes. What is left of it is kept, under a
+        name of its own where the server has a version, and never sent; that version is shown."""
+        inode, remote = self._store.get(ino), self._store.remote_of(ino)
+        if inode is None or inode.parent is None or inode.name is None:
+            return
+        path, there = self._store.path(ino), self._content.size_or_0(ino)
+        with self._store.transaction():
+            if remote is not None and remote.size != UNKNOWN:
+                self._store.set_remote(remote.rid, ino=None)
+                self._set_aside(inode, outcome, "damaged")
+                entry = Entry(
+                    *(remote.name, False, remote.size, remote.mode),
+                    *(remote.mtime_s or 0, remote.mtime_s or 0, remote.mtime_s or 0),
+                )
+                self._adopt(inode.parent, remote.rid, entry, outcome, inode.name)
+            reason = (
+                f"{path}: lost in the cache: {inode.size} bytes were written, {there} are left; they "
+                "are not uploaded; write the file anew, or remove it"
+            )
+            log.error("cache: %r: %d of %d bytes are left; set aside", path, there, inode.size)
+            self._store.mark(ino, DAMAGED)
+            self._store.set(ino, size=there, error=reason)
+
     # -- one entry --------------------------------------------------------------------------------
 
     def _new(
@@ -350,12 +376,15 @@ class Merger:
             or None,  # the list of pods has no times
         )
 
-    def _set_aside(self, local: Inode, outcome: Outcome) -> None:
+    def _set_aside(self, local: Inode, outcome: Outcome, word: str = "conflict") -> None:
         """Rename ours, here, to a conflict name; it goes to the server beside the other version."""
         assert local.parent is not None
         assert local.name is not None
-        name = self._free_name(local.parent, local.name)
-        log.warning("conflict: %s changed here and at the server; ours is now %r", local.name, name)
+        name = self._free_name(local.parent, local.name, word)
+        if word == "conflict":
+            log.warning(
+                "conflict: %r changed here and at the server; ours is now %r", local.name, name
+            )
         outcome.changes += [
             NameChange(local.parent, local.name),
             NameChange(local.parent, name, appeared=True),
@@ -363,12 +392,12 @@ class Merger:
         self._store.place(local.ino, local.parent, name)
         outcome.work.append(("ino", local.ino))
 
-    def _free_name(self, parent: int, name: str) -> str:
+    def _free_name(self, parent: int, name: str, word: str = "conflict") -> str:
         stem, extension = os.path.splitext(name)
         stamp = time.strftime("%Y-%m-%d %H.%M.%S", time.gmtime())
         for number in range(1000):
             suffix = (
-                f" (conflict {platform.node()} {stamp}{f' {number}' if number else ''}){extension}"
+                f" ({word} {platform.node()} {stamp}{f' {number}' if number else ''}){extension}"
             )
             room = FILE_NAME_MAX - len(suffix.encode())
             candidate = stem.encode()[:room].decode(errors="ignore") + suffix

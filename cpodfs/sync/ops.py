@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-import trio
-
 from cpodfs.cache import content as data
-from cpodfs.cache.content import Content
+from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
 from cpodfs.cache.store import Remote, Store
 from cpodfs.dfs import DOOMED, Client
@@ -72,7 +71,8 @@ class Op:
         return None
 
     def before(self, store: Store) -> None:
-        """Journal what must be known if the outcome of the call never is."""
+        """Journal what must be known if the outcome of the call never is. The engine calls the
+        server only when that is on the disk."""
 
     async def call(self, store: Store, dfs: Client) -> None:
         raise NotImplementedError
@@ -350,12 +350,14 @@ class Upload(Op):
     raises before its last byte, and the server, which parses the form before it acts, has done
     nothing: readers elsewhere see the old file or the new one, never a mixture. ``known`` is the
     version that will be replaced; when the server has another by now, the call raises Conflict.
+    What is sent is on this disk before: a loss of power must not leave the server a better version
+    than the one that would be sent again.
     """
 
     ino: int
     rparent: int
     name: str
-    content: Content
+    durability: Durability
     known: Remote | None
     changed: bool = field(default=False, init=False)
     stored_s: int | None = field(default=None, init=False)
@@ -363,6 +365,7 @@ class Upload(Op):
     sent_before: bool = field(default=True, init=False)
     begun: bool = field(default=False, init=False)
     size: int = field(default=0, init=False)
+    crc: int = field(default=0, init=False)
     sent: int = field(default=0, init=False)
 
     @property
@@ -407,10 +410,13 @@ class Upload(Op):
     async def call(self, store: Store, dfs: Client) -> None:
         pod, directory = pod_and_path(store, self.rparent)
         await self._check_version(dfs, *child_path(store, self.rparent, self.name))
-        fd = self.content.open(self.ino)
+        fd = self.durability.content.open(self.ino)
         started = time.time()
         try:
             self._about_to_send(store)
+            await self.durability.both(self.ino, fd)
+            if self.changed:
+                raise ChangedDuringUpload(f"{self.name}: written to before it was uploaded")
             self.size = os.fstat(fd).st_size
             await dfs.upload(
                 *(pod, directory, self.name),
@@ -418,8 +424,6 @@ class Upload(Op):
                 self.size,
                 on_progress=self._progress,
             )
-            # From now on the content counts as clean, which only what is on the disk may.
-            await trio.to_thread.run_sync(os.fdatasync, fd)
         finally:
             os.close(fd)
         skew_s = dfs.session.clock_skew_s
@@ -439,7 +443,7 @@ class Upload(Op):
             raise Conflict(f"{pod}{path}: changed at the server since it was read")
 
     async def _body(self, fd: int) -> AsyncIterator[bytes]:
-        offset = 0
+        offset = self.crc = 0
         while True:
             chunk = await data.read(fd, offset, min(UPLOAD_CHUNK, self.size - offset))
             if self.changed or (not chunk and offset < self.size):
@@ -447,6 +451,7 @@ class Upload(Op):
             if not chunk:
                 return
             offset += len(chunk)
+            self.crc = zlib.crc32(chunk, self.crc)
             yield chunk
 
     def _progress(self, sent: int) -> None:
@@ -476,8 +481,13 @@ class Upload(Op):
             )
             if inode is None or not alive:
                 return [*work, ("rid", rid)]
-            store.unmark(self.ino, SENT if self.changed else SENT | CONTENT)
-            store.set(self.ino, size=self.size, error=None)
+            if self.changed:
+                store.unmark(self.ino, SENT)
+                store.set(self.ino, error=None)
+            else:
+                store.unmark(self.ino, SENT | CONTENT)
+                right = {"size": self.size, "crc": self.crc, "epoch": store.epoch}
+                store.set(self.ino, error=None, **right)
             store.replace(self.ino)
             # An upload resets the mode at the server. Bits for group and others that only come from
             # a umask are not worth a call: the mount is its owner's alone.

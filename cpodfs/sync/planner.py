@@ -11,8 +11,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from cpodfs.cache.content import Content
-from cpodfs.cache.schema import CONTENT, DIR, FILE, LINK, MODE, PLACE, ROOT
+from cpodfs.cache.durability import Durability
+from cpodfs.cache.schema import CONTENT, DAMAGED, DIR, FILE, LINK, MODE, PLACE, ROOT, UNKNOWN
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.sync.ops import (
     Chmod,
@@ -38,15 +38,22 @@ class Blocked:
     on: Item
 
 
-Plan = Op | Blocked | None
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """The data file of an inode holds less than was acknowledged: it must not be sent."""
+
+    ino: int
+
+
+Plan = Op | Blocked | Damaged | None
 
 
 class Planner:
     """``fresh_s``: for so long a listing tells what the server has under a name."""
 
-    def __init__(self, store: Store, content: Content, fresh_s: float = float("inf")) -> None:
+    def __init__(self, store: Store, durability: Durability, fresh_s: float = float("inf")) -> None:
         self._store = store
-        self._content = content
+        self._durability = durability
         self._fresh_s = fresh_s
 
     def plan(self, item: Item) -> Plan:
@@ -60,6 +67,8 @@ class Planner:
             return self._resolve(("ino", ino), mine)
         inode = self._store.get(ino)
         if inode is None or inode.parent is None or not inode.dirty or inode.kind == LINK:
+            return None
+        if inode.dirty & DAMAGED:
             return None
         home = self._store.remote_of(inode.parent)
         moving = self._store.moving_above(home.rid) if home is not None else None
@@ -146,10 +155,15 @@ class Planner:
     def _upload(self, inode: Inode, home: Remote, known: Remote | None) -> Plan:
         item: Item = ("ino", inode.ino)
         assert inode.cached, "an upload needs the whole content"
+        if self._durability.content.size_or_0(inode.ino) < inode.size:
+            in_doubt = known is not None and known.size == UNKNOWN
+            if in_doubt and not self._is_fresh(inode.parent):
+                return Look(item, (home.rid,), home.rid)  # which version has the server?
+            return Damaged(inode.ino)
         if known is None and not self._is_fresh(inode.parent):
             return Look(item, (home.rid,), home.rid)  # is there something of that name by now?
         name = inode.name or ""
-        return Upload(item, (home.rid,), inode.ino, home.rid, name, self._content, known)
+        return Upload(item, (home.rid,), inode.ino, home.rid, name, self._durability, known)
 
     def _is_fresh(self, directory: int | None) -> bool:
         """Whether the last listing of a directory is recent enough to overwrite what it lacks."""

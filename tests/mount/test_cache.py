@@ -128,7 +128,9 @@ def test_one_look_costs_one_call(tmp_path: Path, own_server: Server) -> None:
         assert own_server.calls() == {"GET /v1/dir/ls": 1}
 
 
-def test_a_lost_data_file_falls_back_to_the_server(tmp_path: Path, own_server: Server) -> None:
+def test_what_is_lost_in_the_cache_is_named_and_the_servers_copy_shown(
+    tmp_path: Path, own_server: Server
+) -> None:
     with mounted(tmp_path, own_server, None, "--writeback-delay", "3600") as mount:
         pod = mount.pod()
         (pod / "f").write_text("at the server")
@@ -140,9 +142,18 @@ def test_a_lost_data_file_falls_back_to_the_server(tmp_path: Path, own_server: S
             if file.is_file():
                 file.unlink()
         mount.start()
+        until(lambda: len(mount.status()["failed"]) == 2)
         assert (pod / "f").read_text() == "at the server"
-        assert (pod / "new").read_text() == ""
-        assert "content lost: pod/f" in mount.logged()
+        (aside,) = pod.glob("f (damaged *)")
+        failed = {Path(one["path"]).name: one["error"] for one in mount.status()["failed"]}
+        assert set(failed) == {aside.name, "new"}
+        assert "9 bytes were written, 0 are left" in failed["new"]
+        (pod / "new").write_text("written anew")
+        aside.unlink()
+        mount.sync()
+        mount.remount(wipe=True)
+        found = {path.name: path.read_text() for path in pod.iterdir()}
+        assert found == {"f": "at the server", "new": "written anew"}
 
 
 def test_a_second_driver_on_the_same_cache_is_refused(mount: Mount, tmp_path: Path) -> None:

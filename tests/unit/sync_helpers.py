@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cpodfs.cache.content import Content
+from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT, DIR, FILE, PLACE, ROOT
 from cpodfs.cache.store import Store
 from cpodfs.sync.ops import Item, Look, Op, move_aside
@@ -17,7 +18,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder / "meta.db")
         self.content = Content(folder / "content")
-        self.planner = Planner(self.store, self.content)
+        self.planner = Planner(self.store, Durability(self.store, self.content))
         self.calls: list[str] = []
 
     def make(self, parent: int, name: str, kind: str = FILE, mode: int = 0o600) -> int:

@@ -287,7 +287,7 @@ def test_a_lost_upload_to_a_new_name_is_taken_for_ours(tmp_path: Path) -> None:
     assert home is not None
     assert directory is not None
     entries = [Entry(name, False, size, 0o600, 5, 5, 5) for name, size in (("O", 0), ("N", 3))]
-    merger = Merger(world.store, lambda ino: None)
+    merger = Merger(world.store, world.content, lambda ino: None)
     outcomes = list(merger.listing(directory, home.rid, entries, set()))
     assert not any(outcome.changes for outcome in outcomes)
     assert [c.name for c in world.store.children(pod)] == ["N"]
@@ -301,7 +301,7 @@ def test_a_write_to_what_was_deleted_with_its_directory_is_kept_above(tmp_path: 
     folder = world.make(pod, "d", DIR)
     file = world.make(folder, "f")
     world.settle()
-    merger = Merger(world.store, lambda ino: None)
+    merger = Merger(world.store, world.content, lambda ino: None)
     remote = world.store.remote_of(folder)
     assert remote is not None
     merger.gone(remote, Outcome())
@@ -327,7 +327,7 @@ def test_a_directory_on_its_way_is_not_forgotten_where_it_came_from(tmp_path: Pa
     assert directory is not None
     aside = f"{TEMP_PREFIX}{remote.rid}"
     world.store.set_remote(remote.rid, to_parent=home.rid, to_name=aside)
-    merger = Merger(world.store, lambda ino: None)
+    merger = Merger(world.store, world.content, lambda ino: None)
     old, new = (Entry(name, True, 0, 0o700, 5, 5, 5) for name in ("d", aside))
     list(merger.listing(directory, home.rid, [old], set()))
     list(merger.listing(directory, home.rid, [old, new], set()))
