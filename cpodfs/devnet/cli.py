@@ -50,12 +50,10 @@ _CHANCE = click.FloatRange(0.0, 1.0)
     "--rename-needs-listing", is_flag=True, default=None, help="The real server's other one."
 )
 @click.option("--read-failure-rate", type=float, help="Share of chunk reads that find nothing.")
-@click.option("--pods-empty", is_flag=True, default=None, help="The list of pods comes back empty.")
-@click.option(
-    "--wipe-pods", is_flag=True, default=None, help="A list that cannot be read is stored anew."
-)
-@click.option("--not-there", multiple=True, help='A "pod" or "pod/path" that is denied.')
 @click.option("--empty-store", is_flag=True, default=None, help="As after the loss of all pods.")
+@click.option(
+    "--swarm-delay", "swarm_delay_s", type=float, help="Seconds until Swarm has what was uploaded."
+)
 @click.option("--seed", type=int, help="Same seed, same faults.")
 @click.option("--match", help="Faults only where this expression is found in the path.")
 @click.option(

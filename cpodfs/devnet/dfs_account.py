@@ -23,8 +23,11 @@ from cpodfs.devnet.dfs_routes import reply as json_reply
 from cpodfs.devnet.dfs_session import COOKIE, Session
 from cpodfs.devnet.dfs_store import Pod, Store, User, scrypt
 from cpodfs.devnet.dfs_tree import Tree
+from cpodfs.devnet.faults import retry_header
 
 _SYLLABLES = "ba be bi bo da de di do fa fe fi fo ga ge gi go ka ke ki ko la le li lo ma me mi mo"
+
+_REJECTED_TOKEN = "devnet.rejected.token"  # noqa: S105 - opens nothing
 
 
 async def add_user(store: Store, name: str, password: str, mnemonic: str = "") -> tuple[User, str]:
@@ -59,6 +62,10 @@ async def _signup(call: Call) -> Reply:
 
 async def _login(call: Call) -> Reply:
     store, name = call.server.store, call.args["userName"]
+    if call.server.box.refuses_login():
+        status = call.server.box.faults.login_status
+        headers = retry_header(call.request, status)
+        return json_reply({"message": "user login: invalid password"}, status, headers)
     user = store.user(name)
     if user is None:
         raise Refusal("no user available")
@@ -84,7 +91,9 @@ def _welcome(
         "publicKey": user.public_key,
         "message": text,
         **more,
-        "accessToken": call.server.sessions.token(session),
+        "accessToken": _REJECTED_TOKEN
+        if call.server.box.faults.reject_tokens
+        else call.server.sessions.token(session),
     }
     response = json_reply(body, status)
     call.server.sessions.set_cookie(response, session)

@@ -7,6 +7,7 @@ not grow with file size. There is no Range: a download is the whole file, as at 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -162,7 +163,7 @@ async def _store_part(
     finally:
         with store.change():
             store.release(content.blob)
-    session.tagged.add((pod.address, m.join(path, part.name)))
+    session.tagged[pod.address, m.join(path, part.name)] = time.monotonic()
 
 
 def _write_own_index(tree: Tree, path: str, part: _Part) -> None:

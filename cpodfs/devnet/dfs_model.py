@@ -96,6 +96,25 @@ def parse_size(text: str) -> int:
     return int(number * _UNITS[unit]) & 0xFFFFFFFF
 
 
+def chunks_of_upload(size: int, block_size: int) -> int:
+    """How many chunks an upload makes: the trees of its blocks and of the list of its blocks.
+
+    Without compression. Chunks hold 4096 bytes or, encrypted, the references of 64 others.
+    """
+    blocks = [min(block_size, size - start) for start in range(0, size, block_size)]
+    # An entry of the list is a block's size, its compressed size and its reference as JSON.
+    return sum(map(_chunks_of_tree, [*blocks, 13 + 130 * len(blocks)]))
+
+
+def _chunks_of_tree(size: int) -> int:
+    level = max(1, -(-size // 4096))
+    count = level
+    while level > 1:
+        level = -(-level // 64)
+        count += level
+    return count
+
+
 def parse_mode(text: str) -> int:
     """A mode in decimal digits, 32 bits. Raises Refusal with the server's text."""
     if not re.fullmatch(r"[0-9]+", text):

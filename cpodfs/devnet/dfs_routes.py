@@ -156,12 +156,14 @@ class Endpoint:
         return message(text, status, code=self.bare in ("work", "all"))
 
 
-def reply(payload: Any, status: int = 200) -> web.Response:
+def reply(
+    payload: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.Response:
     text = json.dumps(payload, ensure_ascii=False, separators=(",", ":")) + "\n\n"
     return web.Response(
         body=text.encode("utf-8", "replace"),
         status=status,
-        headers={"Content-Type": "application/json; charset=utf-8"},
+        headers={"Content-Type": "application/json; charset=utf-8", **(headers or {})},
     )
 
 
@@ -177,6 +179,8 @@ def handler_for(endpoint: Endpoint) -> Handler:
         session_id = ""
         if not endpoint.public:
             try:
+                if server.box.faults.reject_tokens:
+                    raise Unauthorized("jwt: invalid token")
                 session_id = server.sessions.authenticate(request)
             except Unauthorized as why:
                 return message(str(why), 401)

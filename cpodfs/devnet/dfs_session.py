@@ -33,7 +33,8 @@ class Unauthorized(Exception):
 class Session:
     """``open_pods``: names opened by this session.
 
-    ``tagged``: files that it uploaded, ``listed``: directories in its memory, both as (pod, path).
+    ``tagged``: files that it uploaded, and when (monotonic, s), ``listed``: directories in its
+    memory, both by (pod, path).
     What it has in ``memory`` of a pod, by (kind, path), needs no chunk until it closes the pod; the
     value says how many of the newest entries of a directory's list it did not see.
     """
@@ -41,7 +42,7 @@ class Session:
     id: str
     user: User
     open_pods: set[str] = field(default_factory=set)
-    tagged: set[tuple[str, str]] = field(default_factory=set)
+    tagged: dict[tuple[str, str], float] = field(default_factory=dict)
     listed: set[tuple[str, str]] = field(default_factory=set)
     _memory: dict[str, dict[tuple[str, str], int]] = field(default_factory=dict)
 
@@ -52,6 +53,7 @@ class Session:
     def forget(self, pod: str) -> None:
         """Close the pod that has this address."""
         self._memory.pop(pod, None)
+        self.tagged = {key: at for key, at in self.tagged.items() if key[0] != pod}
         self.listed = {(other, path) for other, path in self.listed if other != pod}
 
 

@@ -37,9 +37,14 @@ class Faults:
     Attributes:
         latency_s, latency_jitter_s: wait before each answer, plus up to so much more.
         bandwidth: bytes per second in each direction, shared by all transfers; None = no limit.
-        error_rate, status: share of requests answered with this status, undone.
+        error_rate, status: share of requests answered with this status, undone. retry_after: the
+            header that goes with 429 and 503.
         drop_rate: share of connections closed without an answer, half of them after the work.
         truncate_rate: share of downloads that end early.
+        refuse_logins: so many logins are refused with login_status from now on, right as they are.
+        reject_tokens: logins succeed, always with the same token, and no token is accepted.
+        swarm_delay_s: how long after an upload Swarm has all its chunks, as file/status tells.
+        status_has_total: False: it tells no total, as over a Bee node of version 2.
         expire_every: all sessions end at each n-th request that needs one; 0 = never.
         seed: None draws one. match: regular expression searched in the path.
         directory_race: concurrent changes of one directory lose entries, as the real server does;
@@ -65,6 +70,12 @@ class Faults:
     error_rate: float = Field(default=0.0, ge=0, le=1)
     status: int = Field(default=500, ge=400, le=599)
     drop_rate: float = Field(default=0.0, ge=0, le=1)
+    retry_after: str = Field(default="1", max_length=100, pattern=r"^[ -~]*$")
+    refuse_logins: int = Field(default=0, ge=0)
+    login_status: int = Field(default=401, ge=400, le=599)
+    reject_tokens: bool = False
+    swarm_delay_s: float = Field(default=0.0, ge=0)
+    status_has_total: bool = True
     truncate_rate: float = Field(default=0.0, ge=0, le=1)
     expire_every: int = Field(default=0, ge=0)
     seed: int | None = None
@@ -169,6 +180,7 @@ class FaultBox:
         self.faults = faults
         self._on_store(faults.empty_store)
         self._reads: Counter[str] = Counter()
+        self._logins_to_refuse = faults.refuse_logins
         self.seed = secrets.randbits(32) if faults.seed is None else faults.seed
         self.seen = 0
         self._needing_session = 0
@@ -181,6 +193,11 @@ class FaultBox:
         self.seen += 1
         self._maybe_expire(request)
         return plan(self.faults, self.seed, self.seen)
+
+    def refuses_login(self) -> bool:
+        """Count a login; whether it is one of those to refuse."""
+        self._logins_to_refuse -= 1
+        return self._logins_to_refuse >= 0
 
     @property
     def is_lying(self) -> bool:
@@ -253,9 +270,14 @@ def hang_up(request: web.Request) -> web.Response:
 async def _error(request: web.Request, status: int) -> web.Response:
     async for _ in request.content.iter_chunked(_DRAIN_CHUNK):
         pass
-    headers = {"Retry-After": "1"} if status in (429, 503) else {}
     body = {"message": "devnet: injected fault", "code": status}
-    return web.json_response(body, status=status, headers=headers)
+    return web.json_response(body, status=status, headers=retry_header(request, status))
+
+
+def retry_header(request: web.Request, status: int) -> dict[str, str]:
+    """What goes with an answer of this status."""
+    asked = request.app[BOX].faults.retry_after
+    return {"Retry-After": asked} if asked and status in (429, 503) else {}
 
 
 async def show(request: web.Request) -> web.Response:

@@ -50,6 +50,10 @@ def _rules(meaning: type[DfsError], *texts: str, endpoint: str = "") -> tuple[_R
     return tuple(_Rule(meaning, text, endpoint) for text in texts)
 
 
+class StatusUnknown(Refused):
+    """The server keeps no record of how much of the file Swarm has."""
+
+
 _LOGIN = "/v2/user/login"
 _TABLE: tuple[_Rule, ...] = (
     *_rules(
@@ -88,6 +92,7 @@ _TABLE: tuple[_Rule, ...] = (
         "deleted feed",
         endpoint="/v1/file/",
     ),
+    *_rules(StatusUnknown, "file status is not available", endpoint="/v1/file/status"),
     *_rules(NotFound, "feed does not exist", endpoint="/v1/file/share"),
     *_rules(NotFound, "Not Found", endpoint="/v1/pod/receive"),
     *_rules(NotFound, "Not Found", endpoint="/v1/file/receive"),

@@ -16,7 +16,7 @@ from typing import Self, TypeVar
 import httpx
 
 from cpodfs.dfs import _trees, models
-from cpodfs.dfs._errors import upload_refusal
+from cpodfs.dfs._errors import StatusUnknown, upload_refusal
 from cpodfs.dfs._flight import SingleFlight
 from cpodfs.dfs._multipart import MultipartFile, Source
 from cpodfs.dfs.session import Session
@@ -334,6 +334,18 @@ class Client:
     async def stat_file(self, pod: str, path: str) -> models.FileStat:
         body = await self._get(pod, "/v1/file/stat", filePath=_path(path))
         return models.file_stat(body, "/v1/file/stat")
+
+    async def file_status(self, pod: str, path: str) -> models.FileStatus | None:
+        """How much of the file Swarm has; None when the server does not know.
+
+        It knows of what this session uploaded since the pod was opened. Raises NotFound.
+        """
+        endpoint = "/v1/file/status"
+        try:
+            body = await self._get(pod, endpoint, filePath=_path(path))
+        except StatusUnknown:
+            return None
+        return models.file_status(body, endpoint)
 
     async def delete_file(self, pod: str, path: str) -> None:
         await self._change(pod, "DELETE", "/v1/file/delete", filePath=_path(path))

@@ -61,6 +61,19 @@ class FileStat:
 
 
 @dataclass(frozen=True, slots=True)
+class FileStatus:
+    """Chunks of an upload: all, those that are on their way, those that Swarm has.
+
+    A server over a Bee node of version 2 tells ``total`` and ``processed`` as 0, and the truth of
+    ``synced`` only.
+    """
+
+    total: int
+    processed: int
+    synced: int
+
+
+@dataclass(frozen=True, slots=True)
 class DirStat:
     name: str
     path: str
@@ -172,6 +185,12 @@ class _FileStatIn(_Times):
     compression: str = ""
 
 
+class _FileStatusIn(_In):
+    total: _Count
+    processed: _Count
+    synced: _Count
+
+
 class _DirStatIn(_Times):
     name: str = Field(alias="dirName")
     path: str = Field("", alias="dirPath")
@@ -247,6 +266,11 @@ def _parse(model: type[_Model], body: bytes, endpoint: str) -> _Model:
 
 def _permissions(mode: int | None, default: int) -> int:
     return default if mode is None else mode & _MODE_BITS
+
+
+def file_status(body: bytes, endpoint: str) -> FileStatus:
+    parsed = _parse(_FileStatusIn, body, endpoint)
+    return FileStatus(parsed.total, parsed.processed, parsed.synced)
 
 
 def listing(body: bytes, endpoint: str) -> Listing:

@@ -264,6 +264,28 @@ async def test_a_file_of_many_blocks(client: Client) -> None:
     assert (await listed(client))["big"].size == size
 
 
+async def test_how_much_of_a_file_swarm_has(client: Client) -> None:
+    await write(client, "/f", b"x" * 3_000_000)
+    status = await client.file_status("pod", "/f")
+    assert status is not None
+    # A server over the mock of a Bee node tells 0, 0, 0.
+    assert status.synced <= status.processed == status.total
+    assert status.total == 0 or status.total > 3_000_000 // 4096
+    with pytest.raises(errors.NotFound):
+        await client.file_status("pod", "/nope")
+    await client.rename_file("pod", "/f", "/g")
+    assert await client.file_status("pod", "/g") is None
+
+
+async def test_how_much_swarm_has_is_forgotten_with_the_pod(client: Client) -> None:
+    await write(client, "/f", b"x")
+    assert await client.file_status("pod", "/f") is not None
+    await client.close_pod("pod")
+    assert await client.file_status("pod", "/f") is None
+    await write(client, "/f", b"y")
+    assert await client.file_status("pod", "/f") is not None
+
+
 async def test_a_download_may_be_left_early(client: Client) -> None:
     await write(client, "/big", b"x" * 4_000_000)
     async with client.download("pod", "/big") as download:

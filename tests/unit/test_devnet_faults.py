@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from aiohttp import ClientError, ClientPayloadError
-from devnet_helpers import Dfs, with_pod
+from devnet_helpers import PASSWORD, Dfs, with_pod
 
 from cpodfs.devnet.faults import Faults, plan
 
@@ -159,3 +159,55 @@ async def test_requests_are_counted_and_logged(tmp_path: Path) -> None:
     assert wanted.items() <= lines[-3].items()
     assert "accessToken" not in log.read_text()
     assert lines[-3]["concurrency"] == 1
+
+
+async def test_swarm_has_a_file_later_than_the_server(tmp_path: Path) -> None:
+    async with with_pod(tmp_path) as dfs:
+        await _set(dfs, swarm_delay_s=3600)
+        await dfs.upload("/", "f", b"x" * 9_000_000)
+        where = {"podName": "p", "filePath": "/f"}
+        status, some = await dfs.get("/v1/file/status", **where)
+        assert (status, some["synced"]) == (200, 0)
+        assert some["processed"] == some["total"] > 9_000_000 // 4096
+        await _set(dfs, swarm_delay_s=3600, status_has_total=False)
+        nothing = {"total": 0, "processed": 0, "synced": 0}
+        assert (await dfs.get("/v1/file/status", **where))[1] == nothing
+        await _set(dfs)
+        every = some | {"synced": some["total"]}
+        assert (await dfs.get("/v1/file/status", **where))[1] == every
+        await dfs.post("/v1/pod/close", podName="p")
+        gone = {"message": "status: file status is not available", "code": 500}
+        assert await dfs.get("/v1/file/status", **where) == (500, gone)
+
+
+async def test_what_goes_with_an_overload(tmp_path: Path) -> None:
+    async with with_pod(tmp_path) as dfs:
+        for asked in ("7", "", "Wed, 21 Oct 2015 07:28:00 GMT"):
+            await _set(dfs, error_rate=1, status=503, retry_after=asked, match="/v1/pod/ls")
+            async with dfs.client.get("/v1/pod/ls", headers=dfs.headers) as response:
+                assert response.status == 503
+                assert response.headers.get("Retry-After", "") == asked
+        async with dfs.client.post("/devnet/faults", json={"retry_after": "1\r\nX: y"}) as response:
+            assert response.status == 400
+
+
+async def test_logins_are_refused_for_a_while(tmp_path: Path) -> None:
+    async with with_pod(tmp_path) as dfs:
+        login = {"userName": "ann", "password": PASSWORD}
+        await _set(dfs, refuse_logins=2)
+        answers = [(await dfs.post("/v2/user/login", **login))[0] for _ in range(4)]
+        assert answers == [401, 401, 200, 200]
+        await _set(dfs, refuse_logins=1, login_status=429, retry_after="9")
+        async with dfs.client.post("/v2/user/login", json=login) as response:
+            assert (response.status, response.headers["Retry-After"]) == (429, "9")
+
+
+async def test_tokens_that_no_call_accepts(tmp_path: Path) -> None:
+    async with with_pod(tmp_path) as dfs:
+        await _set(dfs, reject_tokens=True)
+        tokens = set()
+        for _ in range(3):
+            await dfs.login()
+            tokens.add(dfs.headers["Authorization"])
+            assert await dfs.get("/v1/pod/ls") == (401, {"message": "jwt: invalid token"})
+        assert len(tokens) == 1
