@@ -12,14 +12,15 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import pyfuse3
 import trio
 
-from cpodfs import fuse, mountpoint
+from cpodfs import fuse
+from cpodfs.attachment import DETACH_S, Attachment
 from cpodfs.cache.folder import Cache, opened
 from cpodfs.cache.schema import ROOT
 from cpodfs.config import Settings
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 
 MAX_REQUESTS = 500
 """Requests served at once. Readers that wait for the network must not keep others out."""
-DETACH_S = 5.0
 LEFT_OVER_NAMES = 1000
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -69,7 +69,8 @@ class Driver:
             await nursery.start(self._watch_signals)
             self._mount()
             try:
-                await self._serve_mounted(ready)
+                attachment = Attachment(self._settings.mountpoint, self._parts.open_inos)
+                await self._serve_mounted(attachment, ready)
             finally:
                 self._parts.mounted = False
                 pyfuse3.close(unmount=False)
@@ -108,11 +109,13 @@ class Driver:
             log.warning("FUSE: %s", line)
         self._parts.mounted = True
 
-    async def _serve_mounted(self, ready: Callable[[], None]) -> None:
+    async def _serve_mounted(self, attachment: Attachment, ready: Callable[[], None]) -> None:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._detach)
             nursery.start_soon(self._start_up, nursery, ready)
-            await pyfuse3.main(max_tasks=MAX_REQUESTS)
+            async with trio.open_nursery() as session:
+                session.start_soon(self._detach, attachment, session)
+                await pyfuse3.main(max_tasks=MAX_REQUESTS)
+                session.cancel_scope.cancel()
             log.info("unmounted")
             self._ending = True
             sd_notify(STOPPING="1", STATUS="uploading what is pending")
@@ -178,23 +181,20 @@ class Driver:
                 await runs.cancel_all()
             self._runs_left = scope.cancelled_caught
 
-    async def _detach(self) -> None:
-        """When asked to: end the runs, then the mount; one that is in use is detached all the same."""
-        await self._asked_to_end.wait()
+    async def _detach(self, attachment: Attachment, session: trio.Nursery) -> None:
+        """When asked to: end the runs, then the mount; one that is in use is detached all the same.
+
+        So, too, when the mount is gone while its session lives on, but then whoever still has a file
+        open in it, here and not in another namespace, may go on until it is closed.
+        """
+        await _first(self._asked_to_end.wait, attachment.gone)
         log.info("unmounting")
         sd_notify(STOPPING="1", STATUS="unmounting")
         await self._end_runs()
-        path = self._settings.mountpoint
-        try:
-            await trio.to_thread.run_sync(mountpoint.unmount, path)
-        except MountError:
-            # Whoever is still inside keeps it alive: take their dirty pages, then leave.
-            with suppress(Exception), trio.move_on_after(DETACH_S):
-                await trio.run_process(["sync", "-f", str(path)], check=False)
-            with suppress(MountError):
-                await trio.to_thread.run_sync(lambda: mountpoint.unmount(path, lazy=True))
-            await trio.sleep(0.1)
-            pyfuse3.terminate()
+        await _first(self._asked_to_end.wait, attachment.unheld)
+        await attachment.release()
+        await trio.sleep(DETACH_S)
+        session.cancel_scope.cancel()  # somebody's request waits for the server
 
     async def _finish(self, progress: Progress) -> list[str]:
         """Upload what is pending; a signal gives up at once. Returns the paths of what is left."""
@@ -231,6 +231,18 @@ class Driver:
         for rid in store.orphans()[:LEFT_OVER_NAMES]:
             left.append({"path": "/".join(store.remote_path(rid)), "error": "not yet deleted"})
         return left
+
+
+async def _first(*waits: Callable[[], Awaitable[object]]) -> None:
+    """Wait for the first of them."""
+    async with trio.open_nursery() as nursery:
+
+        async def wait(one: Callable[[], Awaitable[object]]) -> None:
+            await one()
+            nursery.cancel_scope.cancel()
+
+        for one in waits:
+            nursery.start_soon(wait, one)
 
 
 async def run(

@@ -24,21 +24,28 @@ SUPERVISOR = b"cpodfs.runs.supervisor"
 
 @dataclass(frozen=True, slots=True)
 class MountEntry:
-    """``owner``: the uid of whoever mounted it, which only FUSE tells. ``device``: as in mountinfo."""
+    """``owner``: the uid of whoever mounted it, which only FUSE tells. ``device``, ``mount_id`` and
+    ``parent_id``, the mount that it lies on: as in mountinfo."""
 
     mountpoint: Path
     fstype: str
     source: str
     owner: int | None = None
     device: str = ""
+    mount_id: int = 0
+    parent_id: int = 0
+
+    def is_on(self, device: str) -> bool:
+        """Whether it shows the pods of the driver with this device."""
+        return self.device == device and self.fstype == FSTYPE
 
 
 def mounts() -> list[MountEntry]:
-    """All mounts, the topmost of several on one folder last."""
+    """All mounts of our namespace, the topmost of several on one folder last."""
     entries = []
     for line in MOUNTINFO.read_text(errors="surrogateescape").splitlines():
         left, _, right = line.partition(" - ")
-        device, _, point = left.split(" ")[2:5]
+        mount_id, parent_id, device, _, point = left.split(" ")[:5]
         fstype, source, options = (*right.split(" "), "", "", "")[:3]
         owner = re.search(r"(?:^|,)user_id=(\d+)", options)
         entries.append(
@@ -48,9 +55,20 @@ def mounts() -> list[MountEntry]:
                 _unescape(source),
                 owner=int(owner[1]) if owner else None,
                 device=device,
+                mount_id=int(mount_id),
+                parent_id=int(parent_id),
             )
         )
-    return entries
+    # The kernel's order is that of their making; one that was moved may lie on a younger one.
+    below = {entry.mount_id: entry.parent_id for entry in entries}
+    return sorted(entries, key=lambda entry: _depth(entry.mount_id, below))
+
+
+def _depth(mount_id: int, below: dict[int, int]) -> int:
+    depth = 0
+    while (parent_id := below.get(mount_id, mount_id)) != mount_id:
+        mount_id, depth = parent_id, depth + 1
+    return depth
 
 
 def own() -> list[Path]:
@@ -67,6 +85,13 @@ def own() -> list[Path]:
 def find(path: Path) -> MountEntry | None:
     """The topmost mount on exactly this path."""
     return next((m for m in reversed(mounts()) if m.mountpoint == path), None)
+
+
+def places(device: str) -> list[Path]:
+    """Where in our namespace a mount can be unmounted by its path: all its copies, the uppermost
+    first, without those that something else is mounted over."""
+    topmost = {entry.mountpoint: entry for entry in mounts()}
+    return [path for path, entry in reversed(topmost.items()) if entry.is_on(device)]
 
 
 def resolved(path: Path) -> Path:
@@ -213,6 +238,44 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
     if re.search("busy", reason, re.IGNORECASE):
         error.errno = errno.EBUSY
     raise error
+
+
+def unmount_device(device: str, *, lazy: bool = False) -> None:
+    """Take down a mount and its copies, wherever in our namespace they are by now, and nothing else.
+    Raises MountError (EBUSY: in use)."""
+    while paths := places(device):
+        unmount(paths[0], lazy=lazy)
+
+
+def is_in_our_namespace(pid: int) -> bool:
+    """Whether a process sees the mounts that we see; of one that we may not look into, suppose so."""
+    try:
+        return os.path.samefile(f"/proc/{pid}/ns/mnt", "/proc/self/ns/mnt")
+    except PermissionError:
+        return True
+    except FileNotFoundError:  # in another namespace of processes
+        return False
+
+
+def is_held(ids: set[int]) -> bool:
+    """Whether a process of our namespace has a file open in one of these mounts, be it gone from the
+    namespace (``umount -l``). Touches no file system; as far as we may look."""
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with suppress(OSError):
+            if is_in_our_namespace(pid) and _holds(pid, ids):
+                return True
+    return False
+
+
+def _holds(pid: int, ids: set[int]) -> bool:
+    for fd in os.listdir(f"/proc/{pid}/fdinfo"):
+        with suppress(OSError):
+            found = re.search(
+                r"^mnt_id:\s*(\d+)", Path(f"/proc/{pid}/fdinfo/{fd}").read_text(), re.M
+            )
+            if found and int(found[1]) in ids:
+                return True
+    return False
 
 
 def _unescape(text: str) -> str:

@@ -138,6 +138,10 @@ class Parts:
         for part in (self.lister, self.downloads, self._evictor, self._files, self.engine):
             await nursery.start(part.run)
 
+    def open_inos(self) -> list[int]:
+        """The files that anybody has open."""
+        return self._handles.open_inos()
+
     # -- news between the parts -------------------------------------------------------------------
 
     def _on_outcome(self, outcome: Outcome) -> None:

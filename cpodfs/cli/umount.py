@@ -37,7 +37,7 @@ LEAVE = ": close what is open there, or leave the folder"
     help="Give up after so many seconds without progress; what is left stays in the cache.",
 )
 def umount(mountpoint: Path, stall: float) -> None:
-    """End the runs at MOUNTPOINT, upload what is pending, then unmount it.
+    """End the runs at MOUNTPOINT, upload what is pending, then unmount it, with its bind mounts.
 
     While a program is in there it refuses, before anything else, and says which; runs do not count.
 
@@ -45,11 +45,14 @@ def umount(mountpoint: Path, stall: float) -> None:
     sent by the next mount.
     """
     point = mount_of(mountpoint, dead_too=True)
+    entry = mp.find(point)
+    device = entry.device if entry is not None else ""
     if mp.is_dead(point):
-        mp.unmount(point, lazy=True)
+        mp.unmount_device(device, lazy=True)
         raise MountError(f"{point}: the driver had died; unmounted. Mount again to upload the rest")
     os.chdir("/")  # whoever called us may have stayed in there; we need not
-    _refuse_if_busy(point)
+    _refuse_a_copy(point)
+    _refuse_if_busy(point, device)
     _end_runs(point)
     tell(point, "drain")
     with drain_progress() as progress:
@@ -58,22 +61,31 @@ def umount(mountpoint: Path, stall: float) -> None:
     # The driver goes on with what came in since; not once more with what we have waited for.
     tell(point, "stall", str(min(stall, LAST_S) if _left(status) else stall))
     try:
-        mp.unmount(point)
+        mp.unmount_device(device)
     except MountError as error:
         tell(point, "stall", "")
         tell(point, "drain", "0")
         tell(point, "runs", "1")
         if error.errno == errno.EBUSY:
-            _refuse_if_busy(point)
+            _refuse_if_busy(point, device)
             raise MountError(f"{point}: in use{LEAVE}") from error
         raise
     select.select([driver], [], [], stall + END_S)
     sys.exit(_verdict(status))
 
 
-def _refuse_if_busy(point: Path) -> None:
+def _refuse_a_copy(point: Path) -> None:
+    """The driver does not end with a copy, as a container has one."""
+    if not mp.is_in_our_namespace(ask(point, "status")["pid"]):
+        raise MountError(
+            f"{point}: the copy of a mount in another mount namespace; end that there, or take down "
+            f"the copy alone, with: umount {point}"
+        )
+
+
+def _refuse_if_busy(point: Path, device: str) -> None:
     """Before anything is done that would be for nothing, such as ending the runs."""
-    if busy := mp.holders(point):
+    if busy := list(dict.fromkeys(h for path in mp.places(device) for h in mp.holders(path))):
         shown = [*busy[:SHOWN], *([f"{len(busy) - SHOWN} more"] if len(busy) > SHOWN else [])]
         raise MountError(f"{point}: in use by {', '.join(shown)}{LEAVE}")
 
@@ -117,7 +129,8 @@ def _verdict(status: dict[str, Any]) -> int:
     except (OSError, ValueError):
         report = {}
     if report.get("pid") != status["pid"]:
-        click.echo("cpodfs: the driver has not ended yet; it is still uploading", err=True)
+        what = f"the driver (pid {status['pid']}) has not ended yet; its log says why"
+        click.echo(f"cpodfs: {what}", err=True)
         return 1
     # Of one path there may be two: a file, and the one at the server whose place it takes.
     left: dict[str, str] = {}

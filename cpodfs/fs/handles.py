@@ -66,6 +66,9 @@ class Handles:
     def opened(self, ino: int) -> OpenFile | None:
         return self._files.get(ino)
 
+    def open_inos(self) -> list[int]:
+        return list(self._files)
+
     def release(self, handle: int) -> None:
         file = self._by_handle.pop(handle)
         file.handles -= 1
