@@ -86,6 +86,12 @@ def account_cache(base: Path | None, server: str, user: str) -> Path:
     return base / f"{readable}-{digest}"
 
 
+def cache_folders() -> list[Path]:
+    """The cache folders of accounts in the usual place."""
+    base = platformdirs.user_cache_path(APP)
+    return sorted(path.parent for path in base.glob("*/content")) if base.is_dir() else []
+
+
 def read_password_file(path: Path) -> str:
     """The first line of a file that only its owner may read. Raises ConfigError."""
     try:

@@ -127,6 +127,9 @@ def _cache(folder: Path) -> Finding:
         return Finding("cache", BAD, f"{there}: cannot be written to", "another --cache-dir")
     if there == folder and folder.stat().st_mode & 0o077:
         return Finding("cache", BAD, f"{folder}: others may look in", f"chmod 700 {folder}")
+    if (folder / "unclaimed").is_dir() and any((folder / "unclaimed").iterdir()):
+        text = f"{folder}: holds contents that no name belongs to"
+        return Finding("cache", WARN, text, f"cpodfs cache check --folder {folder}")
     disk = os.statvfs(there)
     free = disk.f_bavail * disk.f_frsize
     text = f"{folder}: {size(free)} free"

@@ -252,13 +252,18 @@ async def run(
     *,
     ready: Callable[[], None] = lambda: None,
     progress: Progress = lambda status: None,
+    notice: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
-    """Mount an account and serve it to the end; see ``Driver.serve``.
+    """Mount an account and serve it to the end; see ``Driver.serve``. ``notice`` gets what the user
+    must be told of the cache.
 
     What it raises may come in an ExceptionGroup, as all that passes through a nursery.
     """
     timeouts = Timeouts(metadata_s=settings.timeout_s)
     with opened(settings.cache_dir) as cache:
+        for text in cache.notices:
+            log.warning("cache: %s", text)
+            notice(text)
         session = Session(settings.server, settings.user, password, timeouts=timeouts)
         async with session:
             driver = Driver(settings, cache, Client(session), environment)

@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from cpodfs import __version__
+from cpodfs.cache.claims import unclaimed
 from cpodfs.cache.folder import Cache
 from cpodfs.cache.schema import ROOT
 from cpodfs.config import Settings
@@ -107,6 +108,7 @@ class Status:
             "clean": store.cached_bytes(),
             "dirty": store.totals()["bytes"],
             "limit": self._settings.cache_size,
+            "unclaimed": unclaimed(self._cache.content)[1],
         }
 
     def _reads(self) -> dict[str, Any]:

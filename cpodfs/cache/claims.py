@@ -6,13 +6,39 @@ inode has is moved to ``unclaimed/``, where nothing overwrites it: it may be the
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import sqlite3
+import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from cpodfs.cache import content as data
 from cpodfs.cache.content import PART, Content, sync_folder
-from cpodfs.cache.store import Store
+from cpodfs.cache.schema import CONTENT
+from cpodfs.cache.store import Inode, Store
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """A data file that is not what the journal says. ``is_pending``: the server has not got it."""
+
+    path: str
+    what: str
+    is_pending: bool
+
+
+@dataclass(slots=True)
+class Found:
+    """What a look at a whole cache found. ``unclaimed``: files and their bytes."""
+
+    files: int = 0
+    bytes: int = 0
+    damaged: list[Damage] = field(default_factory=list)
+    unclaimed: list[tuple[Path, int]] = field(default_factory=list)
 
 
 def settle(folder: Path, store: Store, content: Content) -> list[str]:
@@ -101,3 +127,87 @@ def _count(folder: Path, starts: int) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(folder / "starts")
+
+
+# -- without a mount ------------------------------------------------------------------------------
+
+
+def check(store: Store, content: Content) -> Found:
+    """Look at every content, to its last byte."""
+    found = Found(unclaimed=[(path, path.stat().st_size) for path in aside(content)])
+    for ino in sorted(store.claimed()):
+        inode = store.get(ino)
+        if inode is None or inode.parent is None:
+            continue  # deleted
+        found.files += 1
+        found.bytes += content.size_or_0(ino)
+        if (what := _damage(inode, content)) is not None:
+            found.damaged.append(Damage(store.path(ino), what, bool(inode.dirty & CONTENT)))
+    return found
+
+
+def _damage(inode: Inode, content: Content) -> str | None:
+    there = content.size_or_0(inode.ino)
+    if inode.dirty & CONTENT:
+        return f"{there} of {inode.size} bytes are left" if there < inode.size else None
+    if there != inode.size:
+        return f"{there} bytes, {inode.size} expected"
+    if inode.crc is None or not inode.size:
+        return None
+    fd = content.open(inode.ino)
+    try:
+        return None if data.checksum(fd) == inode.crc else "has another content than it had"
+    finally:
+        os.close(fd)
+
+
+def rescue(content: Content, target: Path, names: dict[int, str] | None) -> tuple[int, int]:
+    """Copy what is unclaimed to a folder that is new or empty; returns files and bytes copied.
+
+    ``names``: with them, all data files go, those that have a name under it. Raises OSError.
+    """
+    target.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if any(target.iterdir()):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(target))
+    wanted = [(path, f"unclaimed/{path.name}") for path in aside(content)]
+    if names is not None:
+        wanted += [(path, names.get(ino, f"nameless/{ino}")) for ino, path in data_files(content)]
+    total = 0
+    for path, name in wanted:
+        try:
+            _copy(path, target / name)
+        except (FileExistsError, NotADirectoryError):  # names that damage made the same
+            _copy(path, target / "nameless" / path.name)
+        total += path.stat().st_size
+    return len(wanted), total
+
+
+def _copy(path: Path, goal: Path) -> None:
+    goal.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with path.open("rb") as source, goal.open("xb") as copy:
+        shutil.copyfileobj(source, copy)
+
+
+def names_of(folder: Path) -> dict[int, str]:
+    """As many names of data files as a damaged journal still tells. Reads a copy of it."""
+    found: dict[int, tuple[int, str]] = {}
+    with tempfile.TemporaryDirectory() as scratch, suppress(OSError, sqlite3.Error):
+        for journal in folder.glob("meta.db*"):
+            shutil.copyfile(journal, Path(scratch) / journal.name)
+        with closing(sqlite3.connect(Path(scratch) / "meta.db")) as db:
+            for ino, parent, name in db.execute("SELECT ino, parent, name FROM inode"):
+                if isinstance(name, str) and isinstance(parent, int):
+                    found[ino] = parent, name
+    paths = {ino: _path(found, ino) for ino in found}
+    return {ino: path for ino, path in paths.items() if path is not None}
+
+
+def _path(found: dict[int, tuple[int, str]], ino: int) -> str | None:
+    """A path that leads out of no folder, whatever the damage made of the names."""
+    parts: list[str] = []
+    while ino in found:
+        ino, name = found[ino]
+        if name in ("", ".", "..") or "/" in name or "\0" in name or len(parts) > 1000:
+            return None
+        parts.append(name)
+    return "/".join(reversed(parts))

@@ -18,7 +18,7 @@ from pathlib import Path
 from cpodfs.cache import claims
 from cpodfs.cache.content import Content
 from cpodfs.cache.store import Store
-from cpodfs.errors import CacheError, CacheLocked
+from cpodfs.errors import CacheError, CacheLocked, CacheVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +72,24 @@ def _lock(folder: Path, lock: int) -> None:
         ) from None
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+
+
+def check(folder: Path) -> claims.Found:
+    """Look at every content of a cache that nobody has open. Raises CacheError."""
+    with opened(folder) as cache:
+        return claims.check(cache.store, cache.content)
+
+
+def rescue(folder: Path, target: Path) -> tuple[int, int]:
+    """Copy what no name belongs to, or all contents if the journal is unusable, to ``target``, which
+    must be new or empty. Returns files and bytes copied. Raises CacheError."""
+    try:
+        try:
+            with opened(folder) as cache:
+                return claims.rescue(cache.content, target, None)
+        except (CacheLocked, CacheVersion):
+            raise
+        except CacheError:
+            return claims.rescue(Content(folder / "content"), target, claims.names_of(folder))
+    except OSError as error:
+        raise CacheError(f"{target}: cannot copy to it: {error}; nothing was removed") from error

@@ -139,7 +139,7 @@ class Store:
         found = [text for (text,) in self._db.execute("PRAGMA quick_check(1)")]
         if found != ["ok"]:
             self._db.close()
-            raise self._unusable("; ".join(found))
+            raise self._unusable(" ".join("; ".join(found).split()))
 
     def _start(self, had_journal: bool) -> None:
         self.starts, self.epoch, ended = self._db.execute("SELECT * FROM state").fetchone()

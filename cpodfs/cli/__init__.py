@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from cpodfs import __version__
+from cpodfs.cli.cache import cache
 from cpodfs.cli.demo import demo
 from cpodfs.cli.doctor import doctor
 from cpodfs.cli.forget import forget
@@ -51,6 +52,6 @@ for command in (
     *(mount, umount, status, sync, refresh),
     *(run, runs, logs, cancel),
     *(trust, fork, share, receive, forget),
-    *(doctor, demo, devnet),
+    *(doctor, cache, demo, devnet),
 ):
     main.add_command(command)

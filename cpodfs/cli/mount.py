@@ -245,13 +245,16 @@ async def _mounted(
         run,
     )  # here: it starts FUSE's library, which the other commands need not
 
+    notice = _notice(options)
     if password is not None:
         appkey = os.environ.get("YAGNA_APPKEY")
         environment = {"YAGNA_API_URL": options["yagna_url"]}
         if appkey:
             environment["YAGNA_APPKEY"] = appkey
         settings = _settings(point, options, options["server"], options["user"])
-        return await run(settings, password, lambda: environment, ready=ready, progress=progress)
+        return await run(
+            settings, password, lambda: environment, ready=ready, progress=progress, notice=notice
+        )
     async with launch.running(options["devnet_state"]) as net:
         settings = _settings(point, options, net.dfs_url, net.user, key=f"devnet:{net.state}")
         return await run(
@@ -260,7 +263,15 @@ async def _mounted(
             functools.partial(devnet_environment, net),
             ready=ready,
             progress=progress,
+            notice=notice,
         )
+
+
+def _notice(options: Mapping[str, Any]) -> Callable[[str], None]:
+    """Says what the user must know of the cache, unless the log says it at the same place."""
+    if not (options["daemon"] or options["log_file"]):
+        return lambda _text: None
+    return lambda text: click.echo(f"cpodfs: {text}", err=True)
 
 
 def devnet_environment(net: launch.Devnet) -> dict[str, str]:

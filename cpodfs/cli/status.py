@@ -92,6 +92,8 @@ def _table(report: dict[str, Any]) -> Table:
     table.add_row("cache", report["cache"])
     table.add_row("", f"{size(use['clean'])} clean of at most {size(use['limit'])}")
     table.add_row("", f"{size(use['dirty'])} dirty, in {count(report['files'], 'file')}")
+    if use["unclaimed"]:
+        table.add_row("", f"{size(use['unclaimed'])} unclaimed; see: cpodfs cache --help")
     table.add_row("reads", _reads(report["reads"]))
     changes, deletions = count(report["pending"], "change"), count(report["deletions"], "deletion")
     table.add_row("pending", f"{changes}, {deletions}")
