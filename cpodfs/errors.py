@@ -24,7 +24,8 @@ CpodfsError                     EIO
     ├── Conflict                ESTALE      the server's copy is not the one that we read
     ├── NotEmpty                ENOTEMPTY   a directory that still has children
     ├── NotLoggedIn             EACCES      the session is gone; logging in again may help
-    │   └── LoginRefused        EACCES      wrong password or no such user; trying again will not
+    │   ├── LoginRefused        EACCES      wrong password or no such user; trying again will not
+    │   └── LoginFailed         EIO         the server cannot log anybody in; it may pass
     ├── PodNotOpen              EIO         opening the pod again may help
     ├── Denied                  EACCES      the server will not, ever
     │   └── ReadOnlyPod         EROFS
@@ -115,9 +116,11 @@ class DfsError(CpodfsError):
     ``status`` is the HTTP status (``None`` when there was no answer), ``endpoint`` the path called.
     ``sent`` is False only when the request surely never reached the server. ``remedy``: what the
     user can do about a refusal that repeating will not mend; ``{path}`` is where it happened.
+    ``retry_after_s``: no call is worth making before, whatever it is about, if that is known.
     """
 
     remedy: str = ""
+    retry_after_s: float | None = None
 
     def __init__(
         self, message: str, *, endpoint: str = "", status: int | None = None, sent: bool = True
@@ -154,6 +157,10 @@ class LoginRefused(NotLoggedIn):
     pass
 
 
+class LoginFailed(NotLoggedIn):
+    errno = _errno.EIO
+
+
 class PodNotOpen(DfsError):
     pass
 
@@ -186,9 +193,7 @@ class ServerError(DfsError):
 
 
 class Overloaded(ServerError):
-    """``retry_after_s`` is the wait that the server asked for, if it named one."""
-
-    retry_after_s: float | None = None
+    pass
 
 
 class BadReply(DfsError):

@@ -119,24 +119,25 @@ def classify(
     status: int,
     body: bytes,
     *,
-    retry_after: str | None = None,
+    retry_after_s: float | None = None,
     secrets: tuple[str, ...] = (),
 ) -> DfsError:
     """The one error that this reply means; ``secrets`` are blotted out of the server's text."""
     said = models.error_message(body)
     message = _presentable(said or f"HTTP {status}", secrets)
+    error = _meaning(endpoint, status, said)(message, endpoint=endpoint, status=status)
+    if status == 429 or status >= 500:
+        error.retry_after_s = retry_after_s
+    return error
+
+
+def _meaning(endpoint: str, status: int, said: str | None) -> type[DfsError]:
     if status in (429, 503):
-        overloaded = Overloaded(message, endpoint=endpoint, status=status)
-        overloaded.retry_after_s = _seconds(retry_after)
-        return overloaded
+        return Overloaded
     if said is not None or status in (401, 402):
         for rule in _TABLE:
             if rule.matches(endpoint, status, said or ""):
-                return rule.meaning(message, endpoint=endpoint, status=status)
-    return _by_status(status, said)(message, endpoint=endpoint, status=status)
-
-
-def _by_status(status: int, said: str | None) -> type[DfsError]:
+                return rule.meaning
     if status >= 500:
         return ServerError
     if said is None or status in (404, 405) or status < 400:
@@ -159,10 +160,3 @@ def _presentable(text: str, secrets: tuple[str, ...]) -> str:
             text = text.replace(secret, "***")
     clean = "".join(char if char.isprintable() else "?" for char in text[:_SHOWN])
     return clean + ("…" if len(text) > _SHOWN else "")
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """Only the form in seconds; the form with a date is ignored."""
-    if retry_after is None or not (retry_after.isascii() and retry_after.isdigit()):
-        return None
-    return float(retry_after[:9])

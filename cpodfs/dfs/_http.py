@@ -6,6 +6,8 @@ the token must go to the configured server and nowhere else.
 
 from __future__ import annotations
 
+import email.utils
+import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -15,6 +17,8 @@ import httpx
 from cpodfs.errors import BadReply, ConfigError, TimedOut, Unreachable
 
 _MAX_JSON = 64 * 2**20
+MAX_RETRY_AFTER_S = 300.0
+"""A server that asks for more is asked again sooner."""
 
 
 def http_client(
@@ -71,3 +75,23 @@ async def bounded(response: httpx.Response, endpoint: str) -> bytes:
             if len(body) > _MAX_JSON:
                 raise BadReply("reply is larger than 64 MiB", endpoint=endpoint)
     return bytes(body)
+
+
+def unix_time(date: str | None) -> float | None:
+    """Seconds, of a date as HTTP has it; None when it is none."""
+    try:
+        return email.utils.parsedate_to_datetime(date).timestamp() if date else None
+    except (ValueError, OverflowError):
+        return None
+
+
+def retry_after_s(response: httpx.Response) -> float | None:
+    """How long the server asks us to wait, in seconds or by a date of its own clock; bounded."""
+    asked = response.headers.get("Retry-After", "").strip()
+    if asked.isascii() and asked.isdigit():
+        return min(float(asked[:9]), MAX_RETRY_AFTER_S)
+    until = unix_time(asked)
+    if until is None:
+        return None
+    now = unix_time(response.headers.get("Date"))
+    return min(max(until - (time.time() if now is None else now), 0.0), MAX_RETRY_AFTER_S)

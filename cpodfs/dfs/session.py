@@ -7,10 +7,8 @@ connection, expired session, 429); everything else is for the caller to verify.
 
 from __future__ import annotations
 
-import email.utils
 import json
 import logging
-import math
 import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
@@ -25,12 +23,18 @@ import trio
 
 from cpodfs.dfs import models
 from cpodfs.dfs._errors import classify
-from cpodfs.dfs._flight import SingleFlight
-from cpodfs.dfs._http import bounded, http_client, raw_body, transport_error
+from cpodfs.dfs._http import (
+    bounded,
+    http_client,
+    raw_body,
+    retry_after_s,
+    transport_error,
+    unix_time,
+)
+from cpodfs.dfs._login import Login
 from cpodfs.dfs._multipart import MultipartFile
 from cpodfs.errors import (
     DfsError,
-    LoginRefused,
     NotLoggedIn,
     Overloaded,
     ServerError,
@@ -41,15 +45,13 @@ from cpodfs.errors import (
 _LOGIN = "/v2/user/login"
 # Who is asked to wait for longer is told so, instead of being kept.
 _LONGEST_WAIT_S = 30.0
-# A server whose own network is down calls a good password invalid, so what has worked before is
-# tried again after this time.
-_REFUSAL_LASTS_S = 60.0
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
-    """Seconds. ``metadata_s`` bounds a whole call, ``slow_s`` the calls that walk or copy a pod.
+    """Seconds. ``metadata_s`` bounds a whole call, ``slow_s`` the calls that walk or copy a pod: with
+    the login that it may need, its repeats, and the pauses that the server asks for.
 
     Transfers have no total limit: ``idle_s`` without a byte ends them. After an upload's last
     byte the server stores the file before it answers, for which it gets ``idle_s`` plus the time
@@ -96,7 +98,8 @@ class Session:
     the server's clock minus ours, to about a second, None before the first answer. Keep fewer
     transfers going than ``max_connections``, or all other calls wait for them.
 
-    A refused login is final until ``reset``; when an earlier one went well, for a minute only.
+    A refused login is final until ``reset``; when an earlier one went well, for a time only. While
+    the server asks to be left alone (``Retry-After``), no call of anybody's is made.
     """
 
     def __init__(
@@ -114,13 +117,11 @@ class Session:
         self.stats = Stats()
         self.timeouts = timeouts or Timeouts()
         self.clock_skew_s: float | None = None
-        self.generation = 0
         self._password = password
+        self._asking = trio.CapacityLimiter(1)  # one password helper at a time, abandoned ones too
         self._extra_attempts = extra_attempts
-        self._token: str | None = None
-        self._refused: LoginRefused | None = None
-        self._refused_until = 0.0
-        self._logins = SingleFlight()
+        self._login = Login(self._log_in)
+        self._quiet_until = 0.0
         self._http = http_client(base_url, max_connections, transport)
         self._base_url = str(self._http.base_url)
 
@@ -140,26 +141,30 @@ class Session:
         exc: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._token = None
+        self._login.forget()
         await self._http.__aexit__(kind, exc, trace)
+
+    @property
+    def generation(self) -> int:
+        return self._login.generation
 
     @property
     def logged_in(self) -> bool:
         """Whether we hold a token; the server may have forgotten it."""
-        return self._token is not None
+        return self._login.has_token
 
     def reset(self) -> None:
         """Forget a refused login, so that the next call asks for the password again."""
-        self._refused = None
-        self._token = None
+        self._login.reset()
 
     def forget(self) -> None:
         """Drop the token (after a logout); the next call logs in."""
-        self._token = None
+        self._login.forget()
 
     async def login(self) -> None:
-        """Log in unless we are. Raises LoginRefused (for good, until ``reset``), Unreachable, …"""
-        await self._ensure_token(None)
+        """Log in unless we are. Raises LoginRefused (for good, until ``reset``), LoginFailed,
+        Unreachable, …"""
+        await self._login.token()
 
     async def call(
         self,
@@ -169,20 +174,26 @@ class Session:
         params: Mapping[str, str] | None = None,
         payload: Mapping[str, str] | None = None,
         repeat: bool = False,
+        extra_attempts: int | None = None,
         authenticated: bool = True,
         limit_s: float | None = None,
         secrets: tuple[str, ...] = (),
     ) -> bytes:
         """One JSON call; returns the body of a 2xx reply, at most 64 MiB.
 
-        ``repeat`` says that carrying it out twice does no harm. Raises DfsError.
+        ``repeat`` says that carrying it out twice does no harm; ``extra_attempts`` are those that
+        all calls get, unless it says otherwise. ``limit_s`` bounds all that it takes,
+        a login and repeats too. Raises DfsError.
         """
         limit = self.timeouts.metadata_s if limit_s is None else limit_s
         body = None if payload is None else json.dumps(payload).encode()
         headers = {} if payload is None else {"Content-Type": "application/json"}
+        sent = False
 
         async def exchange(token: str | None) -> bytes:
-            with trio.move_on_after(limit):
+            nonlocal sent
+            sent = True
+            try:
                 async with self._exchange(
                     method,
                     endpoint,
@@ -194,12 +205,17 @@ class Session:
                     secrets=secrets,
                 ) as response:
                     return await bounded(response, endpoint)
-            raise self._count(TimedOut(f"no answer within {limit:g} s", endpoint=endpoint))
+            except DfsError as error:
+                sent = not _surely_not_done(error)
+                raise
 
         async def attempts(token: str | None) -> bytes:
-            return await self._retrying(repeat, lambda: exchange(token))
+            return await self._retrying(repeat, lambda: exchange(token), extra_attempts)
 
-        return await (self._authenticated(attempts) if authenticated else attempts(None))
+        with trio.move_on_after(limit):
+            return await (self._authenticated(attempts) if authenticated else attempts(None))
+        text = f"no answer within {limit:g} s"
+        raise self._count(TimedOut(text, endpoint=endpoint, sent=sent))
 
     async def send_file(self, endpoint: str, make_body: Callable[[], MultipartFile]) -> bytes:
         """Stream a multipart body, made anew for each attempt; never repeated once carried out.
@@ -324,6 +340,7 @@ class Session:
         content: bytes | AsyncIterator[bytes] | None,
         timeout: httpx.Timeout,
     ) -> httpx.Response:
+        await self._leave_alone(endpoint)
         bearer = {} if token is None else {"Authorization": f"Bearer {token}"}
         self.stats.calls[endpoint] += 1
         self.stats.recent.append(trio.current_time())
@@ -353,70 +370,80 @@ class Session:
             endpoint,
             response.status_code,
             body,
-            retry_after=response.headers.get("Retry-After"),
+            retry_after_s=retry_after_s(response),
             secrets=(*secrets, token or ""),
         )
+        if error.retry_after_s is not None:
+            until = trio.current_time() + error.retry_after_s
+            self._quiet_until = max(self._quiet_until, until)
         raise self._count(error)
+
+    async def _leave_alone(self, endpoint: str) -> None:
+        """Wait as long as the server has asked to be left alone. Raises Overloaded when that is too
+        long for a wait, or for the caller's time limit."""
+        while (left_s := self._quiet_until - trio.current_time()) > 0:
+            if not _is_worth_waiting(left_s):
+                text = f"the server asks not to be called for {left_s:.0f} s"
+                error = Overloaded(text, endpoint=endpoint, sent=False)
+                error.retry_after_s = left_s
+                raise error
+            await trio.sleep(left_s)
 
     # -- login -----------------------------------------------------------------------------
 
     async def _authenticated(self, exchange: Callable[[str | None], Awaitable[_T]]) -> _T:
-        token = await self._ensure_token(None)
+        """With one repeat after a new login when the session was not known (any more)."""
+        token = await self._login.token()
         try:
-            return await exchange(token)
-        except LoginRefused:
-            raise
-        except NotLoggedIn:
+            result = await exchange(token.text)
+        except NotLoggedIn as error:
+            self._login.rejected(token, error)
+            token = await self._login.token()
             self.stats.repeats += 1
-            return await exchange(await self._ensure_token(token))
+            try:
+                result = await exchange(token.text)
+            except NotLoggedIn as again:
+                raise self._login.rejected(token, again) from None
+        self._login.accepted(token)
+        return result
 
-    async def _ensure_token(self, stale: str | None) -> str:
-        """A token other than ``stale``. However many tasks ask, one login is made."""
-        while self._token is None or self._token == stale:
-            if self._refused is not None and trio.current_time() < self._refused_until:
-                raise LoginRefused(
-                    self._refused.message, endpoint=_LOGIN, status=self._refused.status
-                )
-            await self._logins.do("login", self._log_in)
-        return self._token
-
-    async def _log_in(self) -> None:
-        self._token = None
+    async def _log_in(self, hopeful: bool) -> str:
         # In a thread, as it may run a credential helper.
-        password = await trio.to_thread.run_sync(self._password)
-        try:
-            body = await self.call(
-                "POST",
-                _LOGIN,
-                payload={"userName": self.user, "password": password},
-                repeat=True,
-                authenticated=False,
-                secrets=(password,),
-            )
-        except LoginRefused as exc:
-            self._refused = exc
-            lasts_s = _REFUSAL_LASTS_S if self.generation else math.inf
-            self._refused_until = trio.current_time() + lasts_s
-            raise
-        self._token = models.access_token(body, _LOGIN)
-        self.generation += 1
+        password = await trio.to_thread.run_sync(
+            self._password, abandon_on_cancel=True, limiter=self._asking
+        )
+        body = await self.call(
+            "POST",
+            _LOGIN,
+            payload={"userName": self.user, "password": password},
+            repeat=True,
+            extra_attempts=None if hopeful else 0,
+            authenticated=False,
+            secrets=(password,),
+        )
         self.stats.logins += 1
+        return models.access_token(body, _LOGIN)
 
     # -- retries ---------------------------------------------------------------------------
 
-    async def _retrying(self, repeat: bool, attempt: Callable[[], Awaitable[_T]]) -> _T:
+    async def _retrying(
+        self,
+        repeat: bool,
+        attempt: Callable[[], Awaitable[_T]],
+        extra_attempts: int | None = None,
+    ) -> _T:
+        extra = self._extra_attempts if extra_attempts is None else extra_attempts
+
         def worth_repeating(exc: BaseException) -> bool:
-            if isinstance(exc, Unreachable):
-                return repeat or not exc.sent
-            if isinstance(exc, Overloaded):
-                soon = (exc.retry_after_s or 0) <= _LONGEST_WAIT_S
-                return soon and (repeat or exc.status == 429)
-            return repeat and isinstance(exc, ServerError)
+            if not isinstance(exc, Unreachable | ServerError):
+                return False
+            soon = _is_worth_waiting(exc.retry_after_s or 0.0)
+            return soon and (repeat or _surely_not_done(exc))
 
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception(worth_repeating),
-            stop=tenacity.stop_after_attempt(1 + self._extra_attempts),
-            wait=_wait,
+            stop=tenacity.stop_after_attempt(1 + extra),
+            wait=tenacity.wait_random_exponential(multiplier=0.3, max=5),
             sleep=trio.sleep,
             before_sleep=self._note_repeat,
             reraise=True,
@@ -441,11 +468,7 @@ class Session:
         )
 
     def _note_clock(self, response: httpx.Response, started: float) -> None:
-        date = response.headers.get("Date")
-        try:
-            server = email.utils.parsedate_to_datetime(date).timestamp() if date else None
-        except (ValueError, OverflowError):
-            server = None
+        server = unix_time(response.headers.get("Date"))
         if server is not None:
             # The header has whole seconds, so the true time is half a second later on average.
             self.clock_skew_s = server + 0.5 - (started + time.time()) / 2
@@ -455,10 +478,12 @@ class Session:
         return error
 
 
-_backoff = tenacity.wait_random_exponential(multiplier=0.3, max=5)
+def _surely_not_done(error: DfsError) -> bool:
+    """Whether the server has not acted on the request; it may have got it."""
+    return not error.sent or error.status == 429 or isinstance(error, NotLoggedIn)
 
 
-def _wait(state: tenacity.RetryCallState) -> float:
-    exc = state.outcome.exception() if state.outcome is not None else None
-    asked = exc.retry_after_s if isinstance(exc, Overloaded) else None
-    return _backoff(state) if asked is None else asked
+def _is_worth_waiting(wait_s: float) -> bool:
+    """Whether it is not too long, nor longer than the caller's time limit."""
+    left_s = trio.current_effective_deadline() - trio.current_time()
+    return wait_s <= min(_LONGEST_WAIT_S, left_s)

@@ -45,7 +45,8 @@ class Retry:
         return self._offline_s > 0
 
     def gate_s(self) -> float:
-        """Seconds for which nothing should be tried at all."""
+        """Seconds for which nothing should be tried at all: the server is away, refuses to log us in,
+        or has asked to be left alone."""
         return max(0.0, self._offline_until - time.monotonic())
 
     def open_gate(self) -> None:
@@ -63,16 +64,21 @@ class Retry:
 
     def failed(self, item: Item, error: Exception) -> float:
         """Count a failure; returns the seconds until the next attempt."""
-        if isinstance(error, Unreachable | NotLoggedIn):
+        away = isinstance(error, Unreachable | NotLoggedIn)
+        if away:
             self.attempts.setdefault(item, 0)  # not the object's fault, however often
             self.went_offline()
+        if isinstance(error, DfsError) and error.retry_after_s:
+            pause_s = min(error.retry_after_s, MAX_S)
+            self._offline_until = max(self._offline_until, time.monotonic() + pause_s)
+        if away:
             return self.gate_s()
         attempt = self.attempts[item] = self.attempts.get(item, 0) + 1
         if isinstance(error, FOR_GOOD) and attempt > 1:
             return MAX_S * _jitter()
         if isinstance(error, LOOK_FIRST) and attempt == 1:
-            return 0.0
-        return min(FIRST_S * 2.0 ** min(attempt - 1, 10), MAX_S) * _jitter()
+            return self.gate_s()
+        return max(self.gate_s(), min(FIRST_S * 2.0 ** min(attempt - 1, 10), MAX_S) * _jitter())
 
 
 def surely_not_done(error: Exception) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 
 import httpx
 import pytest
@@ -15,108 +14,25 @@ from cpodfs import errors
 from cpodfs.dfs import Client, Session, Timeouts
 from cpodfs.dfs._errors import classify
 from cpodfs.dfs._multipart import MultipartFile, filename_parameter
+from tests.unit.scripted_server import (
+    LOGIN,
+    PASSWORD,
+    PODS,
+    UPLOAD,
+    Server,
+    connected,
+    message,
+    on_the_wire,
+    reply,
+    stream_of,
+)
 
 pytestmark = pytest.mark.anyio
 
-PASSWORD = "correct horse battery"
-LOGIN = "/v2/user/login"
-
 
 @pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, object]]:
-    """Trio on a clock that jumps over every wait, so that retries take no time."""
-    return "trio", {"clock": trio.testing.MockClock(autojump_threshold=0)}
-
-
-def reply(status: int, payload: object = None, **headers: str) -> httpx.Response:
-    return httpx.Response(status, json=payload if payload is not None else {}, headers=headers)
-
-
-def stream_of(*chunks: bytes | Exception) -> AsyncIterator[bytes]:
-    async def stream() -> AsyncIterator[bytes]:
-        for chunk in chunks:
-            if isinstance(chunk, Exception):
-                raise chunk
-            yield chunk
-
-    return stream()
-
-
-def on_the_wire(response: httpx.Response) -> httpx.Response:
-    """The reply as a network would bring it: to be read from a stream, once."""
-    if not hasattr(response, "_content"):
-        return response
-    content = stream_of(response.content)
-    return httpx.Response(response.status_code, headers=response.headers, content=content)
-
-
-def message(status: int, text: str, **headers: str) -> httpx.Response:
-    return reply(status, {"message": text}, **headers)
-
-
-class Server:
-    """Plays a server: ``answers[path]`` is called for a request, or is a list used up in order."""
-
-    def __init__(self) -> None:
-        self.answers: dict[str, object] = {"/v1/pod/open": lambda _r: message(200, "opened")}
-        self.requests: list[httpx.Request] = []
-        self.valid: set[str] = set()
-        self.logins = 0
-
-    async def __call__(self, request: httpx.Request) -> httpx.Response:
-        await trio.lowlevel.checkpoint()
-        if request.url.path == _UPLOAD:
-            await request.aread()
-        self.requests.append(request)
-        return on_the_wire(self._reply(request))
-
-    def _reply(self, request: httpx.Request) -> httpx.Response:
-        if request.url.path == LOGIN and LOGIN not in self.answers:
-            return self._log_in(request)
-        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not request.url.path.startswith("/v2/") and token not in self.valid:
-            return message(401, "jwt: invalid token")
-        return self._answer(request)
-
-    def _log_in(self, request: httpx.Request) -> httpx.Response:
-        assert json.loads(request.content)["password"] == PASSWORD
-        self.logins += 1
-        token = f"token-{self.logins}"
-        self.valid.add(token)
-        headers = {"Set-Cookie": "fairOS-dfs=secret-cookie; Path=/"}
-        return httpx.Response(200, json={"address": "0x1", "accessToken": token}, headers=headers)
-
-    def _answer(self, request: httpx.Request) -> httpx.Response:
-        answer = self.answers[request.url.path]
-        if isinstance(answer, list):
-            answer = answer.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        if isinstance(answer, httpx.Response):
-            return answer
-        assert callable(answer)
-        result = answer(request)
-        assert isinstance(result, httpx.Response)
-        return result
-
-    def paths(self) -> list[str]:
-        return [request.url.path for request in self.requests]
-
-
-_UPLOAD = "/v1/file/upload"
-
-
-@asynccontextmanager
-async def connected(server: Server, **options: object) -> AsyncIterator[Client]:
-    session = Session(
-        "http://dfs.test",
-        "ann",
-        lambda: PASSWORD,
-        transport=httpx.MockTransport(server),
-        **options,  # type: ignore[arg-type]
-    )
-    async with session:
-        yield Client(session)
+def anyio_backend(jumping_clock: tuple[str, dict[str, object]]) -> tuple[str, dict[str, object]]:
+    return jumping_clock
 
 
 def body_of(*chunks: bytes) -> Callable[[], AsyncIterator[bytes]]:
@@ -129,7 +45,6 @@ def body_of(*chunks: bytes) -> Callable[[], AsyncIterator[bytes]]:
 
 
 STORED = {"Responses": [{"fileName": "f", "message": "uploaded successfully"}]}
-PODS = {"pods": ["a"], "sharedPods": ["b"]}
 
 
 # -- logging in ------------------------------------------------------------------------------
@@ -349,7 +264,7 @@ async def test_who_is_asked_to_wait_for_long_is_told() -> None:
     async with connected(server) as client:
         with pytest.raises(errors.Overloaded) as caught:
             await client.pods()
-        assert caught.value.retry_after_s == 600
+        assert caught.value.retry_after_s == 300
 
 
 async def test_nobody_listening_is_unreachable_and_unsent() -> None:
@@ -448,7 +363,7 @@ async def test_the_root_is_never_removed_and_bytes_are_never_mangled() -> None:
         for name in ("index.dfs", "a/b", "..", "", "x\0", "\udcff"):
             with pytest.raises(errors.NameRefused):
                 await client.upload("p", "/", name, body_of(), 0)
-        assert not set(server.paths()) & {"/v1/dir/rmdir", "/v1/dir/mkdir", _UPLOAD}
+        assert not set(server.paths()) & {"/v1/dir/rmdir", "/v1/dir/mkdir", UPLOAD}
 
 
 # -- meanings --------------------------------------------------------------------------------
@@ -600,7 +515,7 @@ async def test_the_clock_skew_comes_from_the_date_header() -> None:
 
 async def test_an_upload_is_exact_multipart() -> None:
     server = Server()
-    server.answers[_UPLOAD] = lambda _r: reply(200, STORED)
+    server.answers[UPLOAD] = lambda _r: reply(200, STORED)
     progress: list[int] = []
     async with connected(server) as client:
         await client.upload(
@@ -628,10 +543,10 @@ def test_a_name_with_control_characters_takes_the_extended_form() -> None:
 
 async def test_the_body_is_made_anew_after_a_new_login() -> None:
     server = Server()
-    server.answers[_UPLOAD] = [message(500, "user not logged-in"), reply(200, STORED)]
+    server.answers[UPLOAD] = [message(500, "user not logged-in"), reply(200, STORED)]
     async with connected(server) as client:
         await client.upload("p", "/", "f", body_of(b"abc"), 3)
-    uploads = [request for request in server.requests if request.url.path == _UPLOAD]
+    uploads = [request for request in server.requests if request.url.path == UPLOAD]
     assert len(uploads) == 2
     assert all(b"\r\n\r\nabc\r\n" in request.content for request in uploads)
 
@@ -649,7 +564,7 @@ class ReadingTransport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         assert isinstance(request.stream, httpx.AsyncByteStream)
         async for chunk in request.stream:
-            if request.url.path == _UPLOAD:
+            if request.url.path == UPLOAD:
                 self.uploaded.extend(chunk)
         return on_the_wire(reply(200, {"address": "0x1", "accessToken": "t"}))
 
@@ -679,13 +594,13 @@ async def test_a_failing_body_ends_before_the_last_boundary(
         with pytest.raises(kind):
             await Client(session).upload("p", "/", "f", body, size)
     assert transport.uploaded.endswith(b"abc")
-    assert session.stats.calls[_UPLOAD] == 1
+    assert session.stats.calls[UPLOAD] == 1
 
 
 async def test_an_upload_that_the_server_did_not_store_is_an_error() -> None:
     server = Server()
     refused = {"Responses": [{"fileName": "f", "message": "unexpected EOF"}]}
-    server.answers[_UPLOAD] = [reply(200, refused), reply(200, {"Responses": None})]
+    server.answers[UPLOAD] = [reply(200, refused), reply(200, {"Responses": None})]
     async with connected(server) as client:
         with pytest.raises(errors.ServerError, match="unexpected EOF"):
             await client.upload("p", "/", "f", body_of(b"x"), 1)
@@ -695,11 +610,11 @@ async def test_an_upload_that_the_server_did_not_store_is_an_error() -> None:
 
 async def test_a_lost_upload_is_not_repeated() -> None:
     server = Server()
-    server.answers[_UPLOAD] = [httpx.ReadError("gone")]
+    server.answers[UPLOAD] = [httpx.ReadError("gone")]
     async with connected(server) as client:
         with pytest.raises(errors.Unreachable):
             await client.upload("p", "/", "f", body_of(b"x"), 1)
-        assert server.paths().count(_UPLOAD) == 1
+        assert server.paths().count(UPLOAD) == 1
 
 
 async def test_a_large_body_is_never_held_in_one_piece() -> None:
