@@ -89,11 +89,13 @@ def data_files(content: Content) -> Iterator[tuple[int, Path]]:
 
 
 def _gather(store: Store, content: Content, *, older: bool) -> int:
-    """Set aside what no inode claims; remove parts, and evicted contents that were left over."""
-    claimed, moved, highest = store.claimed(), 0, 0
+    """Set aside what no inode claims; remove parts, and evicted contents that were left over. What
+    was evicted and is not known to be is known to be now."""
+    claimed, moved, highest = set(store.claimed()), 0, 0
     for ino, path in data_files(content):
         highest = max(highest, ino)
         if ino in claimed:
+            claimed.remove(ino)
             continue
         if store.get(ino) is not None and not older:
             path.unlink()  # evicted, or fetched, just before the end: the server has it
@@ -106,6 +108,9 @@ def _gather(store: Store, content: Content, *, older: bool) -> int:
         part.unlink()
     if moved:
         sync_folder(content.unclaimed)
+    with store.transaction():
+        for ino in claimed:
+            store.not_cached(ino)
     # A journal that lost its newest part would give the same numbers again.
     store.never_again(highest)
     return moved

@@ -52,6 +52,10 @@ class Content:
     def open(self, ino: int) -> int:
         return os.open(self.path(ino), _OPEN)
 
+    def open_dirty(self, ino: int) -> int:
+        """As ``open``. A file that nothing was written to may have none after a loss of power."""
+        return os.open(self.path(ino), _OPEN | os.O_CREAT, 0o600)
+
     def size(self, ino: int) -> int:
         return os.stat(self.path(ino)).st_size
 

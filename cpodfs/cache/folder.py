@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpodfs.cache import claims
-from cpodfs.cache.content import Content
+from cpodfs.cache.content import Content, sync_folder
 from cpodfs.cache.store import Store
 from cpodfs.errors import CacheError, CacheLocked, CacheVersion
 
@@ -40,6 +40,8 @@ def opened(folder: Path) -> Iterator[Cache]:
     is_new = not folder.exists()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if is_new:
+            sync_folder(folder.parent)
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise CacheError(f"{folder}: cannot use the cache folder: {error}") from error

@@ -383,6 +383,11 @@ class Store:
             ino for (ino,) in self._db.execute("SELECT ino FROM inode WHERE cached = 1")
         )
 
+    def not_cached(self, ino: int) -> None:
+        """The data file of an inode is not there; of a clean one the server has it."""
+        self._known.pop(ino, None)
+        self._db.execute("UPDATE inode SET cached = 0 WHERE ino = ? AND dirty = 0", (ino,))
+
     def never_again(self, ino: int) -> None:
         """No inode gets this number, or one below it, from now on."""
         self._db.execute(

@@ -197,10 +197,7 @@ class Files:
                 f"{self._store.path(inode.ino)}: the cache has lost bytes of it that the server has "
                 "not got; see: cpodfs status"
             )
-        try:
-            return self._content.open(inode.ino)
-        except FileNotFoundError:
-            return self._content.create(inode.ino)
+        return self._content.open_dirty(inode.ino)
 
     async def _look(self, file: OpenFile) -> None:
         """Before the content of a clean file is believed for the first time since an end that was
@@ -221,10 +218,11 @@ class Files:
                 if now is None or now.dirty & CONTENT or not now.cached:
                     continue  # somebody emptied it meanwhile
                 if found == (now.size, now.crc):
-                    self._store.set(file.ino, epoch=self._store.epoch)
-                else:
-                    self._disbelieve(now, "has another content than it had")
-                    self._replace_data(file, self._content.create_part(file.ino, now.size))
+                    with contextlib.suppress(sqlite3.OperationalError):  # to read needs no room
+                        self._store.set(file.ino, epoch=self._store.epoch)
+                    return
+                self._disbelieve(now, "has another content than it had")
+                self._replace_data(file, self._content.create_part(file.ino, now.size))
             finally:
                 del self._looked_at[file.ino]
                 looked.set()

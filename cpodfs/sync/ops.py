@@ -410,7 +410,7 @@ class Upload(Op):
     async def call(self, store: Store, dfs: Client) -> None:
         pod, directory = pod_and_path(store, self.rparent)
         await self._check_version(dfs, *child_path(store, self.rparent, self.name))
-        fd = self.durability.content.open(self.ino)
+        fd = self.durability.content.open_dirty(self.ino)
         started = time.time()
         try:
             self._about_to_send(store)
