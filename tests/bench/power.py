@@ -17,6 +17,8 @@ import copy
 import ctypes
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -148,7 +150,7 @@ class Memory(Tree):
     def _read(self, _path: str) -> None:
         pass
 
-    _pause = _read
+    _pause = _peek = _read
 
 
 def _draft(entry: File | Dir | Link) -> File | Dir | Link:
@@ -166,11 +168,13 @@ def _restored(state: list[tuple[str, File | Dir | Link, int]]) -> Entries:
 
 
 class Work(Choice):
-    """Draws the next call. ``offline``: only what needs no content from the server."""
+    """Draws the next call. ``offline``: only what needs no content from the server. ``quiet``: only
+    what promises nothing, so that what reaches the disk does so in no order of ours."""
 
     def __init__(self, dice: random.Random) -> None:
         super().__init__(dice)
         self.offline = False
+        self.quiet = False
         self._here: list[Draft] = []
         self._next: list[Step] = []
 
@@ -184,11 +188,12 @@ class Work(Choice):
         if tree.handles and self._dice.random() < 0.6:
             return self._on_handle(tree)
         names = [self._mkdir, self._remove, self._rename, self._rename, self._chmod, self._symlink]
-        contents = [self._fill] * 4 + [self._save_over] * 2 + [self._hold] * 2
-        contents += [self._read] * 3 + [self._append] * 2 + [self._truncate] * 2
-        contents += [self._rename_dir, self._rename_dir, self._fsyncdir, self._pause]
+        lasting = [self._fill] * 4 + [self._save_over] * 2 + [self._append] * 2 + [self._fsyncdir]
+        passing = [self._hold] * 2 + [self._read] * 2 + [self._peek] * 2 + [self._truncate] * 2
+        passing += [self._rename_dir, self._rename_dir, self._pause]
+        makers = [*names, *passing] if self.quiet else [*names, *passing, *lasting]
         while True:
-            step = self._dice.choice([*names, *contents])(tree)
+            step = self._dice.choice(makers)(tree)
             if step is not None:
                 return step
 
@@ -200,8 +205,8 @@ class Work(Choice):
 
     def _on_handle(self, tree: Memory) -> Step:
         slot = self._dice.choice(sorted(tree.handles))
-        ops = ["write", "append", "append", "ftruncate", "fsync", "close", "hand_over"]
-        op = self._dice.choice(ops)
+        ops = ["write", "append", "append", "ftruncate", "hand_over", "hand_over"]
+        op = self._dice.choice(ops if self.quiet else [*ops, "fsync", "close", "close"])
         if op in ("write", "append"):
             offset = -1 if op == "append" else self._dice.choice((0, 10, 4096, 5000))
             return ["write", slot, offset, self._seed(), self._size()]
@@ -270,13 +275,18 @@ class Work(Choice):
         slot = None if path is None else self._begin(tree, path)
         if slot is None:
             return None
-        if self._dice.random() < 0.6:
+        if not self.quiet and self._dice.random() < 0.6:
             self._next = [["open", slot, path, ""], ["fsync", slot], ["close", slot]]
         return ["truncate", path, self._size()]
 
     def _read(self, tree: Tree) -> Step | None:
         path = self._known(tree)
         return None if path is None else ["read", path]
+
+    def _peek(self, tree: Tree) -> Step | None:
+        """Opened and closed: what is not here is fetched meanwhile."""
+        path = self._known(tree)
+        return None if path is None else ["peek", path]
 
     def _rename_dir(self, tree: Tree) -> Step | None:
         old, new = self._pick(tree, Dir), self._place(tree)
@@ -318,6 +328,9 @@ class Hands:
                     os.fsync(fd)
             case "read":
                 return (self._root / one).read_bytes()
+            case "peek":
+                with _opened(self._at(one)):
+                    pass
             case "pause":
                 time.sleep(one)
             case "rename":
@@ -365,8 +378,12 @@ def start_writeback(fd: int) -> None:
 class Life:
     """A disk, a mount and a pod, from the first work on until something does not hold."""
 
-    def __init__(self, mount: Mount, disk: Disk, server: Server, line: Line, seed: str) -> None:
+    def __init__(
+        self, mount: Mount, disk: Disk, server: Server, line: Line, seed: str, evidence: Path | None
+    ) -> None:
+        """``evidence``: where the cache is kept as the last cut has left it."""
         self.mount = mount
+        self.evidence = evidence
         self.calls = 0
         self._disk = disk
         self._server = server
@@ -420,10 +437,11 @@ class Life:
 
     def _until_cut(self, work: Work, survive: int) -> Step | None:
         """The call during which power was cut, if it had not returned."""
-        weather = self._dice.choice(["fair", "slow", "bad", "offline", "offline"])
+        weather = self._dice.choice(["fair", "slow", "narrow", "bad", "offline"])
         self.recent.append(f"-- {weather}, survive {survive}")
         faults: dict[str, dict[str, Any]] = {
             "slow": {"latency_s": 0.1, "latency_jitter_s": 0.2},
+            "narrow": {"bandwidth": 100_000},
             "bad": {"drop_rate": 0.15, "error_rate": 0.15, "expire_every": 11},
         }
         self._server.faults(
@@ -431,8 +449,10 @@ class Life:
         )
         last = self._dice.randrange(1, OPS_MAX)
         offline_at = self._dice.randrange(last) if weather == "offline" else last
+        quiet_at = last - self._dice.choice((0, 0, 3, 8))
         try:
             for number in range(last):
+                work.quiet = number >= quiet_at
                 if number >= offline_at and not work.offline and not self._memory.handles:
                     self.recent.append("-- no server")
                     self._line.cut(up=1, down=1)
@@ -441,6 +461,8 @@ class Life:
                 self._step(work)
                 if self._dice.random() < 0.15:
                     self._write_back()
+            if work.quiet:
+                time.sleep(3 * self._dice.random())
             return self._last_step(work.next(self._memory), survive)
         finally:
             self._line.cut()
@@ -509,6 +531,9 @@ class Life:
     def _power_on(self) -> None:
         often = self._disk.fs in ("ext4", "btrfs") and self._dice.random() < 0.7
         self._disk.power_on(*(("commit=1",) if often else ()))
+        if self.evidence is not None:
+            shutil.rmtree(self.evidence, ignore_errors=True)
+            shutil.copytree(self.mount.cache, self.evidence)
         self.mount.options = options(self._dice)
         self.mount.start()
 
@@ -556,6 +581,7 @@ class Result:
     """``kept``, ``lost``: blocks that were not flushed when power was cut."""
 
     on_fault: Callable[[str], None]
+    evidence: Path | None
     rounds: int = 0
     calls: int = 0
     kept: int = 0
@@ -589,9 +615,10 @@ def power(
     size: int = 0,
     survive: int | None = None,
     on_fault: Callable[[str], None] = print,
+    evidence: Path | None = None,
 ) -> Result:
     """Run it. After a fault the next round has a new disk and a new account."""
-    result = Result(on_fault)
+    result = Result(on_fault, evidence)
     server = Server(folder / "devnet", "--no-market")
     try:
         while result.rounds < rounds:
@@ -619,7 +646,8 @@ def _live(
         switched_on(folder / "cache", fs=fs, size=size) as disk,
         mounted(folder, line, None, *flags) as mount,
     ):
-        life = Life(mount, disk, server, line, f"{seed}:{result.rounds}")
+        evidence = result.evidence and result.evidence / f"{fs}-seed{seed}-from{result.rounds}"
+        life = Life(mount, disk, server, line, f"{seed}:{result.rounds}", evidence)
         try:
             while result.rounds < rounds:
                 result.rounds += 1
@@ -628,6 +656,8 @@ def _live(
                     life.round(percent)
                     if result.rounds == rounds:
                         life.settle()
+            if evidence is not None:
+                shutil.rmtree(evidence, ignore_errors=True)
         except (AssertionError, OSError) as error:
             result.faults += 1
             result.on_fault(_account(life, seed, fs, percent, result.rounds, error))
@@ -670,14 +700,26 @@ def commit() -> str:
     help="Percent of the blocks not flushed that survive.  [default: 0, 30 and 100 in turn]",
 )
 @click.option(
+    "--evidence",
+    type=click.Path(path_type=Path),
+    help="Keep the caches of faults in this folder, as the last cut has left them.",
+)
+@click.option(
     "--report", type=click.Path(path_type=Path), help="Append what is found to this file."
 )
 def main(
-    rounds: int, seed: int | None, fs: str, size: int, survive: int | None, report: Path | None
+    rounds: int,
+    seed: int | None,
+    fs: str,
+    size: int,
+    survive: int | None,
+    report: Path | None,
+    evidence: Path | None,
 ) -> None:
     """Cut the power of the cache's disk in the middle of work, look what is there."""
     if lacking := missing(fs):
         raise click.ClickException(lacking)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # not without taking the disk down
     seed = random.randrange(1 << 30) if seed is None else seed
     print(f"seed {seed}", flush=True)
     started = time.monotonic()
@@ -689,7 +731,16 @@ def main(
                 file.write(text + "\n")
 
     with tempfile.TemporaryDirectory(prefix="power-") as folder:
-        result = power(Path(folder), rounds, seed, fs=fs, size=size, survive=survive, on_fault=tell)
+        result = power(
+            Path(folder),
+            rounds,
+            seed,
+            fs=fs,
+            size=size,
+            survive=survive,
+            on_fault=tell,
+            evidence=evidence,
+        )
     tell(
         f"{commit()}: {fs}, seed {seed}: {rounds} cuts, {result.calls} calls, of unflushed blocks "
         f"{result.kept} kept and {result.lost} lost, {result.faults} faults, "

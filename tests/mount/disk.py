@@ -114,6 +114,9 @@ class Disk:
         until(lambda: not os.path.ismount(self.point) or self._unmounted())
         if self._loop:
             run("losetup", "-d", self._loop)
+            # Another mount namespace (a sandbox's) may have a copy of the mount for a while.
+            held = Path("/sys/block", Path(self._loop).name, "loop/backing_file")
+            until(lambda: not held.exists())
             self._loop = ""
 
     def _unmounted(self) -> bool:
