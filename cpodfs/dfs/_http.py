@@ -19,6 +19,7 @@ from cpodfs.errors import BadReply, ConfigError, TimedOut, Unreachable
 _MAX_JSON = 64 * 2**20
 MAX_RETRY_AFTER_S = 300.0
 """A server that asks for more is asked again sooner."""
+_PIECE = 8192
 
 
 def http_client(
@@ -95,3 +96,11 @@ def retry_after_s(response: httpx.Response) -> float | None:
         return None
     now = unix_time(response.headers.get("Date"))
     return min(max(until - (time.time() if now is None else now), 0.0), MAX_RETRY_AFTER_S)
+
+
+async def pieces(response: httpx.Response) -> AsyncGenerator[bytes, None]:
+    """The body of a reply, of any length, in pieces that are soon parsed."""
+    async with aclosing(raw_body(response)) as raw:
+        async for chunk in raw:
+            for start in range(0, len(chunk), _PIECE):
+                yield chunk[start : start + _PIECE]

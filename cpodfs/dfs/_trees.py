@@ -18,13 +18,13 @@ from cpodfs.errors import AlreadyExists, NameRefused, NotEmpty, NotFound
 
 if TYPE_CHECKING:
     from cpodfs.dfs.client import Client
-    from cpodfs.dfs.models import Entry
+    from cpodfs.dfs.models import Listing
 
 # A directory of this name in a pod's root was about to be removed when we died.
 DOOMED_PREFIX = ".cpodfs-rm-"
 DOOMED = re.compile(re.escape(DOOMED_PREFIX) + "[0-9a-f]{16}")
 
-_Tree = dict[str, "tuple[Entry, ...]"]  # path of each directory → its children
+_Tree = dict[str, "Listing"]  # path of each directory → its children
 
 
 async def remove_dir(client: Client, pod: str, path: str, *, check: bool) -> None:
@@ -66,7 +66,8 @@ async def _move(
     await _refuse_taken(client, pod, new)
     await client.mkdir(pod, new)
     dirs = {entry.name for entry in tree[old] if entry.is_dir}
-    for entry in tree[old]:
+    children = {entry.name: entry for entry in tree[old]}  # a name can be listed twice
+    for entry in children.values():
         source, target = posixpath.join(old, entry.name), posixpath.join(new, entry.name)
         if entry.is_dir:
             await _move(client, pod, source, target, tree, dirs)
@@ -96,12 +97,12 @@ async def _list_tree(client: Client, pod: str, path: str, tree: _Tree) -> None:
     pending = [path]
     while pending:
         folder = pending.pop()
-        tree[folder] = (await client.list_dir(pod, folder)).entries
+        tree[folder] = await client.list_dir(pod, folder)
         pending += [posixpath.join(folder, entry.name) for entry in tree[folder] if entry.is_dir]
 
 
 async def _subdirs(client: Client, pod: str, path: str) -> set[str]:
-    return {entry.name for entry in (await client.list_dir(pod, path)).entries if entry.is_dir}
+    return {entry.name for entry in await client.list_dir(pod, path) if entry.is_dir}
 
 
 async def _require_empty(client: Client, pod: str, path: str) -> None:

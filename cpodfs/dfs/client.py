@@ -117,8 +117,7 @@ class Client:
     # -- pods ------------------------------------------------------------------------------
 
     async def pods(self) -> models.PodList:
-        endpoint = "/v1/pod/ls"
-        return models.pod_list(await self.session.call("GET", endpoint, repeat=True), endpoint)
+        return await self.session.parse("/v1/pod/ls", models.PodListParser)
 
     async def create_pod(self, pod: str) -> None:
         """The new pod is open. Raises AlreadyExists, TooLong (64 bytes), QuotaExceeded."""
@@ -212,9 +211,12 @@ class Client:
 
     async def list_dir(self, pod: str, path: str) -> models.Listing:
         """A name missing from one listing is no proof of its deletion: the server leaves out
-        children whose metadata it could not fetch just then."""
-        body = await self._get(pod, "/v1/dir/ls", dirPath=_path(path))
-        return models.listing(body, "/v1/dir/ls")
+        children whose metadata it could not fetch just then. BadReply for a directory that is too
+        large to be listed (``models.MAX_LISTING``)."""
+        params = _text({"podName": pod, "dirPath": _path(path)})
+        return await self._in_pod(
+            pod, lambda: self.session.parse("/v1/dir/ls", models.ListingParser, params)
+        )
 
     async def mkdir(self, pod: str, path: str) -> None:
         """Raises AlreadyExists (but not for a file of that name), NotFound (no parent), TooLong

@@ -1,23 +1,38 @@
 """What the FairOS-DFS server says, as frozen values: parsed strictly, or refused as BadReply.
 
-Imports only errors and pydantic. The server is not trusted: sizes and times come as decimal
-strings and are bounded here, but names are only known to be text — the caller decides which
-names ("..", "a/b", NUL) it will show to the kernel.
+Imports only errors, ``_members`` and pydantic. The server is not trusted: sizes and times come as
+decimal strings and are bounded here, but names are only known to be text — the caller decides which
+names ("..", "a/b", NUL) it will show to the kernel. What can be long, a listing and the list of pods,
+is parsed as it arrives, and an entry that is malformed is left out of it.
 """
 
 from __future__ import annotations
 
+import marshal
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from cpodfs.dfs._members import Members
 from cpodfs.errors import BadReply
 
 _MAX = 2**63 - 1
 _MODE_BITS = 0o7777
 _FILE_MODE = 0o600
 _DIR_MODE = 0o700
+_MAX_MODE = 2**32
+_BATCH = 256
+
+MAX_LISTING = 96 * 2**20
+"""Bytes of memory that one listing may take: two million entries with names of ordinary length."""
+MAX_PODS = 65_535
+"""How many pods a user can have, says the server; and as many received ones."""
+MAX_BODY = {"/v1/dir/ls": 512 * 2**20, "/v1/pod/ls": 32 * 2**20}
+"""Bytes of a reply that is parsed as it arrives."""
+MAX_MALFORMED = 10_000
+"""More are not some malformed entries, but no listing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +48,42 @@ class Entry:
     ctime_s: int
 
 
-@dataclass(frozen=True, slots=True)
 class Listing:
-    """A directory's children in the server's order; a name occurs once (the last one wins)."""
+    """A directory's children, files first, each kind in the server's order; to be iterated.
 
-    entries: tuple[Entry, ...]
+    Kept packed, at about 30 bytes and the name each, until looked at. A name can occur twice.
+    ``malformed``: how many entries were left out because they could not be understood.
+    """
+
+    def __init__(self) -> None:
+        self._batches: dict[bool, list[bytes]] = {False: [], True: []}
+        self._count = 0
+        self.malformed = 0
+
+    def __iter__(self) -> Iterator[Entry]:
+        for batches in self._batches.values():
+            for batch in batches:
+                for row in marshal.loads(batch):  # noqa: S302 - written below
+                    yield Entry(*row)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, rows: list[tuple[Any, ...]], *, are_dirs: bool) -> int:
+        """Entries as tuples of their fields, all of one kind; returns the bytes that they take."""
+        batch = marshal.dumps(rows)
+        self._batches[are_dirs].append(batch)
+        self._count += len(rows)
+        return len(batch)
 
 
 @dataclass(frozen=True, slots=True)
 class PodList:
+    """``malformed``: how many names were left out because they are none."""
+
     own: tuple[str, ...]
     shared: tuple[str, ...]
+    malformed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,33 +189,6 @@ class _Times(_In):
     access: _Count = Field(0, alias="accessTime")
 
 
-class _EntryIn(_Times):
-    name: str
-    size: _Count | None = None
-
-    def entry(self, *, is_dir: bool) -> Entry:
-        default = _DIR_MODE if is_dir else _FILE_MODE
-        return Entry(
-            name=self.name,
-            is_dir=is_dir,
-            size=0 if is_dir else self.size or 0,
-            mode=_permissions(self.mode, default),
-            mtime_s=self.modification,
-            atime_s=self.access,
-            ctime_s=self.creation,
-        )
-
-
-class _ListingIn(_In):
-    dirs: list[_EntryIn] | None = None
-    files: list[_EntryIn] | None = None
-
-
-class _PodListIn(_In):
-    pods: list[str] | None
-    shared: list[str] | None = Field(None, alias="sharedPods")
-
-
 class _FileStatIn(_Times):
     name: str = Field(alias="fileName")
     path: str = Field("", alias="filePath")
@@ -273,18 +286,135 @@ def file_status(body: bytes, endpoint: str) -> FileStatus:
     return FileStatus(parsed.total, parsed.processed, parsed.synced)
 
 
-def listing(body: bytes, endpoint: str) -> Listing:
-    parsed = _parse(_ListingIn, body, endpoint)
-    found = [item.entry(is_dir=True) for item in parsed.dirs or ()]
-    found += [item.entry(is_dir=False) for item in parsed.files or ()]
-    return Listing(tuple({entry.name: entry for entry in found}.values()))
+_Parsed_co = TypeVar("_Parsed_co", covariant=True)
 
 
-def pod_list(body: bytes, endpoint: str) -> PodList:
-    parsed = _parse(_PodListIn, body, endpoint)
-    own = dict.fromkeys(parsed.pods or ())
-    shared = dict.fromkeys(parsed.shared or ())
-    return PodList(tuple(own), tuple(shared))
+class Parser(Protocol[_Parsed_co]):
+    """Takes a reply as it arrives. Both methods raise BadReply."""
+
+    def feed(self, data: bytes) -> None: ...
+
+    def end(self) -> _Parsed_co: ...
+
+
+class _MembersParser:
+    def __init__(self, arrays: tuple[str, ...], endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._left = MAX_BODY[endpoint]
+        self._members = Members(arrays, self._take)
+        self._malformed = 0
+
+    def feed(self, data: bytes) -> None:
+        self._left -= len(data)
+        if self._left < 0:
+            raise self._bad(f"larger than {MAX_BODY[self._endpoint] >> 20} MiB")
+        try:
+            self._members.feed(data)
+        except ValueError as exc:
+            raise self._bad(str(exc)) from None
+
+    def _end(self) -> None:
+        try:
+            self._members.end()
+        except ValueError as exc:
+            raise self._bad(str(exc)) from None
+
+    def _take(self, name: str, item: Any) -> None:
+        raise NotImplementedError
+
+    def _leave_out(self) -> None:
+        self._malformed += 1
+        if self._malformed > MAX_MALFORMED:
+            raise self._bad(f"more than {MAX_MALFORMED:,} entries are malformed")
+
+    def _bad(self, how: str) -> BadReply:
+        return BadReply(f"reply is not as agreed: {how}", endpoint=self._endpoint)
+
+
+class ListingParser(_MembersParser):
+    """The reply of ``dir/ls``. BadReply also for one that would take more than ``MAX_LISTING``."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(("dirs", "files"), endpoint)
+        self._listing = Listing()
+        self._rows: dict[str, list[tuple[Any, ...]]] = {"dirs": [], "files": []}
+        self._bytes = 0
+
+    def end(self) -> Listing:
+        self._end()
+        for name in self._rows:
+            self._pack(name)
+        self._listing.malformed = self._malformed
+        return self._listing
+
+    def _take(self, name: str, item: Any) -> None:
+        row = _entry(item, is_dir=name == "dirs")
+        if row is None:
+            self._leave_out()
+            return
+        rows = self._rows[name]
+        rows.append(row)
+        if len(rows) == _BATCH:
+            self._pack(name)
+
+    def _pack(self, name: str) -> None:
+        self._bytes += self._listing.add(self._rows[name], are_dirs=name == "dirs")
+        self._rows[name] = []
+        if self._bytes > MAX_LISTING:
+            raise BadReply(
+                f"the directory is too large: its first {len(self._listing):,} entries take "
+                f"{MAX_LISTING >> 20} MiB, more than one directory may; divide it",
+                endpoint=self._endpoint,
+            )
+
+
+def _entry(item: Any, *, is_dir: bool) -> tuple[Any, ...] | None:
+    """The fields of an ``Entry``; None for what is none. By hand: there can be millions."""
+    if type(item) is not dict or type(name := item.get("name")) is not str:
+        return None
+    size = _number(item.get("size"))
+    mode = item.get("mode")
+    times = [_number(item.get(f"{what}Time")) for what in ("modification", "access", "creation")]
+    if size is None or None in times or not (mode is None or _is_mode(mode)):
+        return None
+    permissions = _permissions(mode, _DIR_MODE if is_dir else _FILE_MODE)
+    return (name, is_dir, 0 if is_dir else size, permissions, *times)
+
+
+def _number(value: Any) -> int | None:
+    """A count as the server writes it, or 0 for one that it left out."""
+    if value is None:
+        return 0
+    number = _decimal(value)
+    return number if type(number) is int and 0 <= number <= _MAX else None
+
+
+def _is_mode(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_MODE
+
+
+class PodListParser(_MembersParser):
+    """The reply of ``pod/ls``. BadReply also for more than ``MAX_PODS`` of one kind."""
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(("pods", "sharedPods"), endpoint)
+        self._names: dict[str, dict[str, None]] = {"pods": {}, "sharedPods": {}}
+
+    def end(self) -> PodList:
+        self._end()
+        if "pods" not in self._members.found:
+            raise self._bad("there are no pods in it")
+        own, shared = map(tuple, self._names.values())
+        return PodList(own, shared, self._malformed)
+
+    def _take(self, name: str, item: Any) -> None:
+        if type(item) is not str:
+            self._leave_out()
+            return
+        names = self._names[name]
+        names[item] = None
+        if len(names) > MAX_PODS:
+            raise self._bad(f"more than {MAX_PODS:,} pods")
 
 
 def file_stat(body: bytes, endpoint: str) -> FileStat:

@@ -26,6 +26,7 @@ from cpodfs.dfs._errors import classify
 from cpodfs.dfs._http import (
     bounded,
     http_client,
+    pieces,
     raw_body,
     retry_after_s,
     transport_error,
@@ -51,7 +52,8 @@ _T = TypeVar("_T")
 @dataclass(frozen=True, slots=True)
 class Timeouts:
     """Seconds. ``metadata_s`` bounds a whole call, ``slow_s`` the calls that walk or copy a pod: with
-    the login that it may need, its repeats, and the pauses that the server asks for.
+    the login that it may need, its repeats, and the pauses that the server asks for. A listing gets
+    ``metadata_s`` plus the time that its bytes take at ``listing_bytes_per_s``.
 
     Transfers have no total limit: ``idle_s`` without a byte ends them. After an upload's last
     byte the server stores the file before it answers, for which it gets ``idle_s`` plus the time
@@ -63,6 +65,7 @@ class Timeouts:
     slow_s: float = 900.0
     idle_s: float = 60.0
     store_bytes_per_s: float = 100_000.0
+    listing_bytes_per_s: float = 1_000_000.0
 
 
 @dataclass(slots=True)
@@ -216,6 +219,46 @@ class Session:
             return await (self._authenticated(attempts) if authenticated else attempts(None))
         text = f"no answer within {limit:g} s"
         raise self._count(TimedOut(text, endpoint=endpoint, sent=sent))
+
+    async def parse(
+        self,
+        endpoint: str,
+        make_parser: Callable[[str], models.Parser[_T]],
+        params: Mapping[str, str] | None = None,
+    ) -> _T:
+        """One GET whose 2xx reply, of any length, is parsed as it arrives, a little at a time, so
+        that nobody else waits for it. A new parser is made for each attempt. Raises DfsError.
+        """
+
+        limit = self.timeouts.metadata_s
+
+        async def exchange(token: str | None) -> _T:
+            parser = make_parser(endpoint)
+            async with self._exchange(
+                "GET",
+                endpoint,
+                token=token,
+                params=params,
+                headers={},
+                content=None,
+                timeout=self._timeout(limit),
+            ) as response:
+                async with aclosing(pieces(response)) as body:
+                    async for piece in body:
+                        begun = trio.current_time()
+                        parser.feed(piece)
+                        await trio.lowlevel.checkpoint()
+                        # A long reply takes long to send, and to parse.
+                        patience.deadline += trio.current_time() - begun
+                        patience.deadline += len(piece) / self.timeouts.listing_bytes_per_s
+                return parser.end()
+
+        async def attempts(token: str | None) -> _T:
+            return await self._retrying(True, lambda: exchange(token))
+
+        with trio.move_on_after(limit) as patience:
+            return await self._authenticated(attempts)
+        raise self._count(TimedOut(f"no answer within {limit:g} s", endpoint=endpoint))
 
     async def send_file(self, endpoint: str, make_body: Callable[[], MultipartFile]) -> bytes:
         """Stream a multipart body, made anew for each attempt; never repeated once carried out.

@@ -7,10 +7,12 @@ directory is waited for, by any number of readers, once.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import trio
 
@@ -36,6 +38,15 @@ MISSED_S = 5.0
 """How long somebody who misses a name waits for a new listing, at most."""
 REOPEN_TTLS = 5
 """A pod that is looked at is opened anew after so many times the metadata TTL."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the server lists. ``readonly`` names received pods."""
+
+    entries: Iterable[Entry]
+    readonly: set[str]
+    malformed: int
 
 
 class Lister:
@@ -182,7 +193,7 @@ class Lister:
             return
         started = self._store.remote_path(rid)
         try:
-            entries, readonly = await self._fetch(started)
+            found = await self._fetch(started)
         except NotFound:
             known = self._store.remote_path(rid) == started and not self._store.moving_above(rid)
             if started and known and await self._is_gone(remote):
@@ -190,16 +201,21 @@ class Lister:
                 self._merger.gone(remote, outcome)
                 self._on_outcome(outcome)
             raise
-        await self._merge(rid, directory.ino, started, entries, readonly)
+        await self._merge(rid, directory.ino, started, found)
 
-    async def _merge(
-        self, rid: int, ino: int, started: list[str], entries: Iterable[Entry], readonly: set[str]
-    ) -> None:
+    async def _merge(self, rid: int, ino: int, started: list[str], found: _Found) -> None:
         """Merge a listing slice by slice, for as long as the directory is where it was listed."""
         directory = self._store.get(ino)
         if directory is None or self._store.remote_path(rid) != started:
             return
-        for outcome in self._merger.listing(directory, rid, entries, readonly):
+        if found.malformed:
+            path = self._store.path(ino)
+            log.warning("%d malformed entries left out of the listing of %r", found.malformed, path)
+        complete = not found.malformed
+        merge = self._merger.listing(
+            directory, rid, found.entries, found.readonly, complete=complete
+        )
+        for outcome in merge:
             self._on_outcome(outcome)
             await self.confirm(outcome.missing)
             self._listed_s = trio.current_time()  # whoever waits sees that it goes on
@@ -282,13 +298,14 @@ class Lister:
             return
         raise TimedOut("it is not known yet whether the server has renamed this directory")
 
-    async def _fetch(self, parts: list[str]) -> tuple[tuple[Entry, ...], set[str]]:
+    async def _fetch(self, parts: list[str]) -> _Found:
         if not parts:
             pods = await self._dfs.pods()
             received = set(pods.shared) - set(pods.own)
-            return tuple(map(_pod_entry, [*pods.own, *sorted(received)])), received
+            names = itertools.chain(pods.own, received)
+            return _Found(map(_pod_entry, names), received, pods.malformed)
         listing = await self._dfs.list_dir(parts[0], "/" + "/".join(parts[1:]))
-        return listing.entries, set()
+        return _Found(listing, set(), listing.malformed)
 
     async def confirm(self, missing: list[Remote]) -> None:
         """Ask by name for what a listing did not show, before taking it as deleted. The caller

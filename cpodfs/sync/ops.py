@@ -160,7 +160,7 @@ class RemoveDir(Op):
             _believe_gone(store, self.rid, self.attempt)
 
     async def _delete_pod(self, dfs: Client, pod: str) -> None:
-        entries = (await dfs.list_dir(pod, "/")).entries
+        entries = await dfs.list_dir(pod, "/")
         if any(not DOOMED.fullmatch(entry.name) for entry in entries):
             raise NotEmpty(f"{len(entries)} files and directories are in the pod {pod!r}")
         await dfs.delete_pod(pod)
@@ -220,7 +220,7 @@ class Move(Op):
             await dfs.rename_file(pod, old, new)
             return
         # The server renames from its memory of the directory, which it has only once it listed it.
-        if any(entry.is_dir for entry in (await dfs.list_dir(pod, old)).entries):
+        if any(entry.is_dir for entry in await dfs.list_dir(pod, old)):
             await dfs.rename_dir(pod, old, new)
         else:
             await dfs.raw_rename_dir(pod, old, new)

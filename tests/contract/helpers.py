@@ -25,10 +25,10 @@ async def read(client: Client, path: str, pod: str = "pod") -> bytes:
 
 
 async def listed(client: Client, path: str = "/", pod: str = "pod") -> dict[str, Entry]:
-    return {entry.name: entry for entry in (await client.list_dir(pod, path)).entries}
+    return {entry.name: entry for entry in await client.list_dir(pod, path)}
 
 
 async def names(client: Client, path: str = "/", pod: str = "pod") -> list[str]:
     """Sorted, directories with a slash."""
-    entries = (await client.list_dir(pod, path)).entries
+    entries = list(await client.list_dir(pod, path))
     return sorted(entry.name + "/" * entry.is_dir for entry in entries)

@@ -11,9 +11,10 @@ import trio
 import trio.testing
 
 from cpodfs import errors
-from cpodfs.dfs import Client, Session, Timeouts
+from cpodfs.dfs import Client, Session, Timeouts, models
 from cpodfs.dfs._errors import classify
 from cpodfs.dfs._multipart import MultipartFile, filename_parameter
+from cpodfs.paths import is_safe_remote_name
 from tests.unit.scripted_server import (
     LOGIN,
     PASSWORD,
@@ -442,18 +443,10 @@ ENTRY = {"name": "f", "size": "5", "mode": 33188, "modificationTime": "170000000
         b"\xff\xfe",
         b"[" * 100_000,
         json.dumps({"files": "x"}).encode(),
-        json.dumps({"files": [{"size": "1"}]}).encode(),
-        json.dumps({"files": [{**ENTRY, "name": 3}]}).encode(),
-        json.dumps({"files": [{**ENTRY, "name": None}]}).encode(),
-        json.dumps({"files": [{**ENTRY, "size": "-1"}]}).encode(),
-        json.dumps({"files": [{**ENTRY, "size": "1e3"}]}).encode(),
-        json.dumps({"files": [{**ENTRY, "size": "9" * 19 + "9"}]}).encode(),
-        json.dumps({"files": [{**ENTRY, "size": "9" * 5000}]}).encode(),
-        json.dumps({"files": [{**ENTRY, "size": 2**63 + 1}]}).encode(),
-        json.dumps({"files": [{**ENTRY, "size": True}]}).encode(),
-        json.dumps({"files": [{**ENTRY, "mode": "rwx"}]}).encode(),
-        json.dumps({"files": [{**ENTRY, "mode": -1}]}).encode(),
-        json.dumps({"files": [{**ENTRY, "modificationTime": "٣"}]}).encode(),
+        b'{"files": [{"name": "f"}',
+        b'{"files": [{"name": "f"} {"name": "g"}]}',
+        b'{"files": []} []',
+        b'{"files": [' + b'["' * 2**20 + b"]}",
     ],
 )
 async def test_a_malformed_listing_is_a_bad_reply(payload: bytes) -> None:
@@ -464,19 +457,152 @@ async def test_a_malformed_listing_is_a_bad_reply(payload: bytes) -> None:
             await client.list_dir("p", "/")
 
 
+MALFORMED = [
+    {"size": "1"},
+    {**ENTRY, "name": 3},
+    {**ENTRY, "name": None},
+    {**ENTRY, "size": "-1"},
+    {**ENTRY, "size": "1e3"},
+    {**ENTRY, "size": 2**63 + 1},
+    {**ENTRY, "size": "9" * 19 + "9"},
+    {**ENTRY, "size": "9" * 5000},
+    {**ENTRY, "size": True},
+    {**ENTRY, "size": 1.5},
+    {**ENTRY, "mode": "rwx"},
+    {**ENTRY, "mode": -1},
+    {**ENTRY, "mode": "a number of 5000 digits"},
+    {**ENTRY, "modificationTime": "٣"},
+    "f",
+    None,
+    [ENTRY],
+]
+
+
+async def test_a_malformed_entry_costs_itself() -> None:
+    good = [{**ENTRY, "name": name} for name in "ab"]
+    listed = {"files": [good[0], *MALFORMED, good[1]], "dirs": [*MALFORMED, {"name": "d"}]}
+    body = json.dumps(listed).replace('"a number of 5000 digits"', "9" * 5000).encode()
+    server = Server()
+    server.answers["/v1/dir/ls"] = lambda _r: httpx.Response(200, content=body)
+    async with connected(server) as client:
+        listing = await client.list_dir("p", "/")
+    assert [entry.name for entry in listing] == ["a", "b", "d"]
+    assert len(listing) == 3
+    assert listing.malformed == 2 * len(MALFORMED)
+
+
+async def test_what_is_not_utf8_costs_the_names_that_it_is_in() -> None:
+    server = Server()
+    server.answers["/v1/dir/ls"] = lambda _r: httpx.Response(
+        200, content=b'{"files": [{"name": "\xff"}, {"name": "\\ud800"}, {"name": "f"}]}'
+    )
+    async with connected(server) as client:
+        listing = await client.list_dir("p", "/")
+    assert [entry.name for entry in listing if is_safe_remote_name(entry.name)] == ["f"]
+
+
+async def test_nothing_but_malformed_entries_is_no_listing() -> None:
+    server = Server()
+    body = b'{"files": [' + b"0," * models.MAX_MALFORMED + b"0]}"
+    server.answers["/v1/dir/ls"] = lambda _r: httpx.Response(200, content=body)
+    async with connected(server) as client:
+        with pytest.raises(errors.BadReply, match="malformed"):
+            await client.list_dir("p", "/")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100, 10_000])
+async def test_a_listing_is_the_same_however_it_is_cut_into_pieces(size: int) -> None:
+    names = ["f", "ü", "\U0001f427" * 50, '"\\/', "x" * 5000, ""]
+    listed = {"files": [{**ENTRY, "name": name} for name in names], "n": 12.5, "dirs": None}
+    body = json.dumps(listed, ensure_ascii=False).encode() + b" \n"
+    parser = models.ListingParser("/v1/dir/ls")
+    for start in range(0, len(body), size):
+        parser.feed(body[start : start + size])
+    assert [entry.name for entry in parser.end()] == names
+
+
+async def test_a_directory_that_takes_too_much_is_refused_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(models, "MAX_LISTING", 2**20)
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        yield b'{"files": ['
+        while True:
+            yield b"".join(b'{"name": "file%d"},' % n for n in range(1000))
+            sent += 1000
+
+    server = Server()
+    server.answers["/v1/dir/ls"] = lambda _r: httpx.Response(200, content=endless())
+    async with connected(server) as client:
+        with pytest.raises(
+            errors.BadReply, match=r"too large: its first [\d,]+ entries take 1 MiB"
+        ):
+            await client.list_dir("p", "/")
+    assert 10_000 < sent < 100_000
+
+
+async def test_more_pods_than_a_user_can_have_are_refused_at_once() -> None:
+    async def endless() -> AsyncIterator[bytes]:
+        yield b'{"pods": ["first"'
+        number = 0
+        while True:
+            number += 1000
+            yield b"".join(b',"pod%d"' % n for n in range(number - 1000, number))
+
+    server = Server()
+    server.answers["/v1/pod/ls"] = lambda _r: httpx.Response(200, content=endless())
+    async with connected(server) as client:
+        with pytest.raises(errors.BadReply, match="more than 65,535 pods"):
+            await client.pods()
+
+
+async def test_a_malformed_pod_costs_itself() -> None:
+    server = Server()
+    server.answers["/v1/pod/ls"] = lambda _r: reply(200, {"pods": ["a", 1, None, {}, "b"]})
+    async with connected(server) as client:
+        pods = await client.pods()
+    assert pods.own == ("a", "b")
+    assert pods.malformed == 3
+
+
+async def test_others_get_in_between_while_a_long_listing_is_parsed() -> None:
+    """Between any two of their turns, no more than one piece was parsed."""
+    server = Server()
+    body = json.dumps({"files": [{**ENTRY, "name": f"f{n}"} for n in range(20_000)]}).encode()
+    server.answers["/v1/dir/ls"] = lambda _r: httpx.Response(200, content=body)
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await trio.lowlevel.checkpoint()
+
+    async with connected(server) as client, trio.open_nursery() as nursery:
+        await client.open_pod("p")
+        nursery.start_soon(other)
+        await client.list_dir("p", "/")
+        nursery.cancel_scope.cancel()
+    assert turns > len(body) // 8192
+
+
 async def test_a_listing_is_read_as_the_server_writes_it() -> None:
     server = Server()
     dirs = [{"name": "d", "contentType": "inode/directory", "mode": 16832}]
     files = [ENTRY, {**ENTRY, "name": "../x\0", "size": 7}, {**ENTRY, "size": "6", "new": {}}]
     server.answers["/v1/dir/ls"] = lambda _r: reply(200, {"dirs": dirs, "files": files})
     async with connected(server) as client:
-        listed = (await client.list_dir("p", "/")).entries
+        listed = list(await client.list_dir("p", "/"))
     assert [(e.name, e.is_dir, e.size, e.mode) for e in listed] == [
-        ("d", True, 0, 0o700),
-        ("f", False, 6, 0o644),
+        ("f", False, 5, 0o644),
         ("../x\0", False, 7, 0o644),
+        ("f", False, 6, 0o644),
+        ("d", True, 0, 0o700),
     ]
-    assert listed[1].mtime_s == 1_700_000_000
+    assert listed[0].mtime_s == 1_700_000_000
 
 
 async def test_a_reply_without_end_is_cut_off() -> None:
