@@ -25,6 +25,7 @@ from cpodfs.fs.handles import Handles
 from cpodfs.fs.operations import Operations
 from cpodfs.fs.requests import Requests
 from cpodfs.fs.tree import Tree
+from cpodfs.limits import raise_open_files
 from cpodfs.paths import RUN_NAME
 from cpodfs.runs.manager import RunManager
 from cpodfs.runs.trust import TrustBook, trust_file
@@ -54,7 +55,7 @@ class Parts:
         self.stall_s = settings.stall_s
         self._settings = settings
         self._cache = cache
-        self._handles = Handles(cache.store, cache.content)
+        self._handles = Handles(cache.store, cache.content, raise_open_files())
         self._make_sync(dfs)
         self.runs = RunManager(
             *(cache.folder / "runs", settings.mountpoint),

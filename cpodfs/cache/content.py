@@ -75,6 +75,10 @@ class Content:
     def open_part(self, ino: int) -> int:
         return os.open(self.path(ino) + PART, _OPEN)
 
+    def empty_part(self, ino: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.truncate(self.path(ino) + PART, 0)
+
     def complete(self, ino: int) -> None:
         """The part, all of it on the disk, becomes the data file."""
         os.rename(self.path(ino) + PART, self.path(ino))

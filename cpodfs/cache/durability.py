@@ -17,6 +17,9 @@ import trio
 from cpodfs.cache.content import Content
 from cpodfs.cache.store import Store
 
+AT_ONCE = 32
+"""Data files synced at once; each takes two descriptors besides its own."""
+
 
 class Durability:
     """``wrote`` marks what a later ``flush`` must make durable."""
@@ -30,6 +33,7 @@ class Durability:
         self._done = 0
         self._running = False
         self._round = trio.Event()
+        self._descriptors = trio.CapacityLimiter(AT_ONCE)
 
     def wrote(self, ino: int) -> None:
         self._unsynced.add(ino)
@@ -66,15 +70,16 @@ class Durability:
 
     async def both(self, ino: int, fd: int) -> None:
         """Make a data file and every change of names and attributes so far durable. Raises OSError."""
-        own = os.dup(fd)
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self.names)
-                await trio.to_thread.run_sync(self.content.sync, ino, own)
-        except* OSError as group:
-            raise group.exceptions[0] from None
-        finally:
-            os.close(own)
+        async with self._descriptors:
+            own = os.dup(fd)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self.names)
+                    await trio.to_thread.run_sync(self.content.sync, ino, own)
+            except* OSError as group:
+                raise group.exceptions[0] from None
+            finally:
+                os.close(own)
 
     async def names(self) -> None:
         """Make every change of names and attributes so far durable. Raises OSError."""

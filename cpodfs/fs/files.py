@@ -175,6 +175,9 @@ class Files:
             raise oserror(errno.ESTALE, inode.name) from error
         except CpodfsError:
             return handle  # offline, maybe not for long: it is time enough when somebody reads
+        except BaseException:
+            self._handles.release(handle)
+            raise
         return handle
 
     # -- data files, and whether they are believed ------------------------------------------------

@@ -6,6 +6,7 @@ open; ``release``, ``forget`` and ``discard`` all end in the same check. Synchro
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,10 +27,13 @@ class OpenFile:
 
 @dataclass(slots=True)
 class Handles:
-    """``on_last_close(ino)`` runs when the last handle of a file was released."""
+    """``fd_limit``: no data file is opened for a user with this descriptor or a higher one, which is
+    to say when so many are taken, of whatever kind. ``on_last_close(ino)`` runs when the last handle
+    of a file was released."""
 
     store: Store
     content: Content
+    fd_limit: int = 1 << 30
     on_last_close: Callable[[int], None] = lambda ino: None
     on_gone: Callable[[int], None] = lambda ino: None
     on_doomed: Callable[[], None] = lambda: None
@@ -51,14 +55,20 @@ class Handles:
             self.discard(ino)
 
     def open(self, ino: int, fd: Callable[[], int]) -> int:
-        """A new handle; ``fd`` opens the data file if no other handle has."""
+        """A new handle; ``fd`` opens the data file if no other handle has. Raises EMFILE."""
         file = self._files.get(ino)
         if file is None:
-            file = self._files[ino] = OpenFile(ino, fd())
+            file = self._files[ino] = OpenFile(ino, self._within_limit(fd()))
         file.handles += 1
         handle, self._next = self._next, self._next + 1
         self._by_handle[handle] = file
         return handle
+
+    def _within_limit(self, fd: int) -> int:
+        if fd >= self.fd_limit:  # the kernel gives the lowest one that is free
+            os.close(fd)
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return fd
 
     def file(self, handle: int) -> OpenFile:
         return self._by_handle[handle]

@@ -1,6 +1,6 @@
 """How supervisors are started, and which environment they and the programs get.
 
-Imports `sandbox` and the package's place. What is not named here does not reach a program:
+Imports `sandbox`, limits and the package's place. What is not named here does not reach a program:
 the driver's own environment may hold passwords.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import cpodfs
+from cpodfs.limits import SOFT_AT_START
 from cpodfs.runs import sandbox
 
 _PASSED = ("HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "TZ", "TMPDIR")
@@ -35,12 +36,13 @@ AS_EVER = How()
 def program_start(
     how: How, pod: Path, extra: Mapping[str, str], ours: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The part of a supervisor's job that says how the program is started: env and wrap."""
+    """The part of a supervisor's job that says how the program is started: env, wrap, open_files."""
     env = run_environment({**extra, **how.env}, ours)
     if how.sandbox is None:
-        return {"env": env, "wrap": []}
+        return {"env": env, "wrap": [], "open_files": SOFT_AT_START}
     inside = sandbox.environment(env)
-    return {"env": inside, "wrap": sandbox.wrapper(how.sandbox, pod, inside)}
+    wrap = sandbox.wrapper(how.sandbox, pod, inside)
+    return {"env": inside, "wrap": wrap, "open_files": SOFT_AT_START}
 
 
 def run_environment(extra: Mapping[str, str], ours: Mapping[str, str]) -> dict[str, str]:

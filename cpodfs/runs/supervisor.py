@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 
+from cpodfs.limits import give_back_open_files
 from cpodfs.runs import box, keep, keyring, mirror, provider_link, state
 from cpodfs.runs.program import Program
 from cpodfs.runs.stream import LOG_LIMIT_BYTES, Spool, Stream
@@ -39,7 +40,7 @@ def read_job(data: bytes) -> dict[str, Any] | None:
     written anywhere. mountpoint: path. folders: script, payload, output, log, relative to the pod.
     grace_s: from SIGINT to SIGKILL. publish_s: how long to go on trying to complete the copy in
     the pod after the end. keep: run folders that stay in the pod. wrap: what goes before the
-    program's argv, if it runs in a sandbox. provider: the recipe's ``Runtime`` as an object, or
+    program's argv, if it runs in a sandbox. open_files: the program's soft limit. provider: the recipe's ``Runtime`` as an object, or
     null; if it is there the program runs on a provider, and `provider_link` speaks to who sees to it.
     """
     try:
@@ -118,6 +119,7 @@ class Supervisor:
         env["CPODFS_POD"] = self._record["pod"]
         env["CPODFS_RUN_LOG"] = os.path.join(self._pod, self._record["log"])
         self._record["started"] = state.utc_now()
+        give_back_open_files(self._job["open_files"])
         if self._job.get("provider"):
             self._start_link(env)
             return

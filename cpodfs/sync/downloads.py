@@ -50,12 +50,12 @@ class Pulse:
 class Download:
     """A file being fetched into its data file. ``available``: bytes from 0 on that may be read.
 
-    ``queued``: it waits for others to end, and so do its readers, as long as those get on.
+    ``queued``: it waits for others to end, and so do its readers, as long as those get on. Only when
+    its turn has come does it open the part: any number may wait, and descriptors are few.
     """
 
     ino: int
     rid: int
-    fd: int
     size: int
     pulse: Pulse
     queued: bool = True
@@ -155,8 +155,8 @@ class Downloads:
             remote = self._store.remote_of(ino)
             if remote is None:
                 raise NotFound("the content was not here yet when the file was deleted")
-            fd = self._content.create_part(ino, size)
-            download = Download(ino, remote.rid, fd, size, self._pulse)
+            os.close(self._content.create_part(ino, size))
+            download = Download(ino, remote.rid, size, self._pulse)
             self._running[ino] = download
             self._nursery.start_soon(self._fetch, download)
         download.tried = 0  # whoever comes late may hope as much as who came first
@@ -186,7 +186,7 @@ class Downloads:
                     try:
                         async with self._limit:
                             download.start()
-                            await self._stream(download)
+                            await self._into_part(download)
                         error = None
                         break
                     except PASSING as failure:
@@ -220,9 +220,9 @@ class Downloads:
         else:
             # Emptied, not removed: whoever has the part open reads the next attempt's bytes.
             download.available = 0
-            os.ftruncate(download.fd, 0)
+            if not given_up:
+                self._content.empty_part(download.ino)
             download.error = error or BadReply("the download was given up")
-        os.close(download.fd)
         download.moved()
 
     def _record(self, download: Download) -> bool:
@@ -234,7 +234,14 @@ class Downloads:
             return False
         return True
 
-    async def _stream(self, download: Download) -> None:
+    async def _into_part(self, download: Download) -> None:
+        fd = self._content.open_part(download.ino)
+        try:
+            await self._stream(download, fd)
+        finally:
+            os.close(fd)
+
+    async def _stream(self, download: Download, fd: int) -> None:
         if self._store.remote(download.rid) is None:
             raise NotFound("the file is no longer at the server")
         offset = download.crc = 0
@@ -247,14 +254,14 @@ class Downloads:
             async for chunk in body:
                 self._content.check_room(len(chunk))
                 download.crc = await trio.to_thread.run_sync(
-                    _write_all, download.fd, chunk, offset, download.crc
+                    _write_all, fd, chunk, offset, download.crc
                 )
                 offset += len(chunk)
                 if offset > download.available:
                     download.available = offset
                     download.moved()
         # Before it takes the data file's place: else a loss of power could leave holes in it.
-        await trio.to_thread.run_sync(os.fdatasync, download.fd)
+        await trio.to_thread.run_sync(os.fdatasync, fd)
 
 
 def _write_all(fd: int, chunk: bytes, offset: int, crc: int) -> int:

@@ -62,7 +62,7 @@ def test_a_log_has_a_limit(pipe, tmp_path):
 
 def supervisor(tmp_path, **job):
     record = state.new_record("id", "pod", ["x"], "logs/id")
-    job = {"mountpoint": str(tmp_path), "wrap": [], "grace_s": 0.0, **job}
+    job = {"mountpoint": str(tmp_path), "wrap": [], "open_files": 1024, "grace_s": 0.0, **job}
     wake, _ = os.pipe()
     return Supervisor(str(tmp_path), record, job, wake), record
 
