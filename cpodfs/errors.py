@@ -11,6 +11,7 @@ CpodfsError                     EIO
 ├── RunError                    EIO
 │   ├── RunInProgress           EBUSY       one run per pod
 │   ├── NotTrusted              EACCES      the code of somebody else, which nobody has vouched for
+│   ├── Held                    EBUSY       a run's code, which stays as it is until the run has ended
 │   └── NotNow                  EAGAIN      the machine is too busy to tell; trying again may help
 ├── CacheError                  EIO
 │   ├── CacheDamaged            EIO         bytes that only the cache had are not there any more
@@ -80,6 +81,10 @@ class RunInProgress(RunError):
 
 class NotTrusted(RunError):
     errno = _errno.EACCES
+
+
+class Held(RunError):
+    errno = _errno.EBUSY
 
 
 class NotNow(RunError):

@@ -130,7 +130,7 @@ class Driver:
             # Ctrl-C is for us.
             start_new_session=True,
         )
-        await nursery.start(self._parts.runs.run)
+        await self._parts.start_runs(nursery)
         sd_notify(READY="1", STATUS=f"{self._settings.mountpoint} is mounted")
         ready()
 

@@ -33,6 +33,7 @@ from cpodfs.status import Status
 from cpodfs.sync.downloads import Downloads
 from cpodfs.sync.engine import Engine, Limits
 from cpodfs.sync.eviction import Evictor
+from cpodfs.sync.holds import Holds
 from cpodfs.sync.lister import Lister
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
@@ -56,6 +57,7 @@ class Parts:
         self._settings = settings
         self._cache = cache
         self._handles = Handles(cache.store, cache.content, raise_open_files())
+        self._holds = Holds(cache.store, cache.folder / "runs" / "held.json")
         self._make_sync(dfs)
         self.runs = RunManager(
             *(cache.folder / "runs", settings.mountpoint),
@@ -97,7 +99,7 @@ class Parts:
         self._evictor = Evictor(
             *(store, content),
             size=settings.cache_size,
-            is_open=lambda ino: self._handles.opened(ino) is not None,
+            is_used=lambda ino: self._handles.opened(ino) is not None or self._holds.covers(ino),
         )
 
     def _make_fs(self, dfs: Client) -> None:
@@ -107,7 +109,8 @@ class Parts:
             *(self.downloads, self._merger, self._durability, self._on_outcome),
         )
         tree = Tree(store, self._handles, self.engine, self.lister, self._files)
-        guard = Guard(tree, TrustBook(trust_file(self._cache.folder)), settings.sandbox)
+        book = TrustBook(trust_file(self._cache.folder))
+        guard = Guard(tree, book, self._holds, settings.sandbox)
         self._run_files = RunFiles(tree, self.runs, guard)
         attributes = Attributes(tree, self._run_files)
         requests = Requests(tree, self._run_files, guard, dfs, self._refresh_pods)
@@ -129,6 +132,7 @@ class Parts:
         """Where two parts know of each other, the lower one has a hook for the higher."""
         self.lister.on_answer = self.engine.answered
         self._merger.on_taken = lambda pod: self._run_files.not_ours([pod])
+        self._merger.is_held = self.downloads.is_held = self._holds.is_held
         self.engine.is_read = self.downloads.is_read
         self.engine.on_clean = self.downloads.on_complete = self._evictor.poke
         self._evictor.on_shortage = self._files.sweep_now
@@ -142,6 +146,11 @@ class Parts:
     def open_inos(self) -> list[int]:
         """The files that anybody has open."""
         return self._handles.open_inos()
+
+    async def start_runs(self, nursery: trio.Nursery) -> None:
+        """Begin to serve runs, and find those that go on. The mount must answer."""
+        await nursery.start(self.runs.run)
+        self._holds.end_all_but(self.runs.pods())
 
     # -- news between the parts -------------------------------------------------------------------
 
@@ -162,7 +171,10 @@ class Parts:
             )
 
     def _on_run_end(self, pod: str) -> None:
-        """Tell the kernel that ``.run`` is gone: who watches it with inotify hears of it."""
+        """Tell the kernel that ``.run`` is gone: who watches it with inotify hears of it. What the
+        server has to say of the pod is heard again."""
+        self._holds.end(pod)
+        self.engine.retry()
         inode = self._cache.store.child(ROOT, pod)
         if inode is not None and self.mounted:
             pyfuse3.invalidate_entry_async(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from cpodfs.cli.control import mount_of, tell
 from cpodfs.cli.options import Number
 from cpodfs.cli.progress import drain_progress
 from cpodfs.cli.umount import wait_until_idle
+from cpodfs.errors import MountError
 
 
 @click.command()
@@ -41,4 +43,10 @@ def sync(path: Path | None, stall: float) -> None:
 def refresh(path: Path | None) -> None:
     """Look at the server for changes of the folder PATH, now; without PATH: for other pods."""
     point = mount_of(path)
-    tell(path or point, "refresh")
+    try:
+        tell(path or point, "refresh")
+    except MountError as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EBUSY:
+            what = "is code that runs, and stays as it is until its run has ended"
+            raise MountError(f"{path}: {what}") from error
+        raise

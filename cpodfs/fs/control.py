@@ -108,6 +108,7 @@ class RunFiles:
         if self.exists(pod) or pod in self._starting:
             raise oserror(errno.EBUSY, RUN_NAME)
         self._starting.add(pod)
+        begun = False
         try:
             what = await self.recipe(pod)
             sandbox = await self._guard.admit(what)
@@ -116,6 +117,7 @@ class RunFiles:
             for warning in recipe.warnings:
                 log.warning("recipe pod=%r: %s", name, warning)
             run_id = self._runs.begin(name, recipe, How(env, changed, sandbox))
+            begun = True
             self._turn(pod)
         except CpodfsError as error:
             self._refused(pod, str(error))
@@ -125,6 +127,8 @@ class RunFiles:
             raise
         finally:
             self._starting.discard(pod)
+            if not begun:
+                self._guard.let_go(self._pod_name(pod))
         self.errors.pop(pod, None)
         log.info("run started pod=%r run=%s", name, run_id)
         return run_id, f"{recipe.log}/{run_id}"

@@ -138,6 +138,9 @@ class Files:
         inode = inode_of(self._store, ino)
         if not inode.is_file:
             raise oserror(errno.EISDIR if inode.is_dir else errno.ELOOP)
+        if ino in self._merger.replaced:
+            # The kernel has not yet heard of the newer version of that name: it looks again.
+            raise oserror(errno.ESTALE, inode.name)
         handle = self._handles.open(ino, lambda: self._open_data(inode, emptied=emptied))
         if not emptied:
             self._store.set(ino, used_s=time.time())

@@ -20,6 +20,7 @@ from cpodfs.fs.tree import Tree
 from cpodfs.recipe import Recipe
 from cpodfs.runs import sandbox
 from cpodfs.runs.trust import Fingerprint, TrustBook
+from cpodfs.sync.holds import Extent, Holds
 
 log = logging.getLogger(__name__)
 
@@ -66,15 +67,17 @@ class Outlook:
 class Guard:
     """``mode``: one of ``sandbox.MODES``."""
 
-    def __init__(self, tree: Tree, book: TrustBook, mode: str) -> None:
+    def __init__(self, tree: Tree, book: TrustBook, holds: Holds, mode: str) -> None:
         self.book = book
         self._tree = tree
+        self._holds = holds
         self._mode = mode
         self._works: str | None = None
         self._probing = trio.Lock()
 
     async def admit(self, what: PodRecipe) -> str | None:
-        """Raise NotTrusted unless the pod may be run; returns the path of bwrap for a sandbox."""
+        """Raise NotTrusted unless the pod may be run; returns the path of bwrap for a sandbox. What
+        was looked at is held from then on; who starts no run after that says so (`let_go`)."""
         own = self.book.is_own(what.name)
         if not own:
             trusted = self.book.trusted(what.name)
@@ -83,6 +86,7 @@ class Guard:
                     f"{what.name}: not known to be your own, so its code is a stranger's; look at "
                     f"it and say yes: cpodfs trust {what.name}"
                 )
+            self._holds.begin(what.name, _extent(what.recipe))
             if (await self.fingerprint(what)).hexdigest() != trusted:
                 raise NotTrusted(
                     f"{what.name}: its code has changed since it was trusted; look "
@@ -98,7 +102,13 @@ class Guard:
                     f"look again: cpodfs trust {what.name}"
                 )
             log.warning("no sandbox pod=%r: %s", what.name, how.why)
+        if not own:
+            self._holds.seal(what.name)
         return how.bwrap
+
+    def let_go(self, pod: str) -> None:
+        """No run of the pod has begun."""
+        self._holds.end(pod)
 
     async def outlook(self, what: PodRecipe, *, own: bool) -> Outlook:
         """How it would be run, were it trusted."""
@@ -163,6 +173,13 @@ def not_code(recipe: Recipe) -> tuple[str, ...]:
         )
     inside = f"{recipe.script}/"
     return tuple(f for f in dict.fromkeys(folders) if not f"{f}/".startswith(inside))
+
+
+def _extent(recipe: Recipe) -> Extent:
+    """The folders of a pod whose contents `Guard.fingerprint` looks at."""
+    without = not_code(recipe)
+    within = tuple(folder for folder in (recipe.script, recipe.payload) if folder not in without)
+    return Extent(without, within)
 
 
 def _starts_script(recipe: Recipe) -> bool:

@@ -24,6 +24,7 @@ from cpodfs.errors import (
     BadReply,
     Conflict,
     CpodfsError,
+    Held,
     NotFound,
     ServerError,
     TimedOut,
@@ -129,6 +130,7 @@ class Downloads:
         """Opens for reading that found the content here, or nothing to fetch."""
         self.misses = 0
         self.on_complete: Callable[[], None] = lambda: None
+        self.is_held: Callable[[int], bool] = lambda _ino: False
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -148,13 +150,16 @@ class Downloads:
         return any(download.rid == rid for download in self._running.values())
 
     def get(self, ino: int, size: int) -> Download:
-        """The download of a file that is not cached, started if need be. Raises NotFound."""
+        """The download of a file that is not cached, started if need be. Raises NotFound or Held."""
         download = self._running.get(ino)
         if download is None:
             assert self._nursery is not None
             remote = self._store.remote_of(ino)
             if remote is None:
                 raise NotFound("the content was not here yet when the file was deleted")
+            if self.is_held(ino):
+                # The server may have another version, of the same size.
+                raise Held("its content was lost here, and another would not be what is run")
             os.close(self._content.create_part(ino, size))
             download = Download(ino, remote.rid, size, self._pulse)
             self._running[ino] = download

@@ -193,6 +193,10 @@ class Engine:
             self._schedule(item, 0.0)
         self._wake.set()
 
+    def retry(self) -> None:
+        """What kept some things from being sent is over: none of them waits any longer."""
+        self._retry_others()
+
     def relax(self) -> None:
         self._draining = False
 

@@ -24,15 +24,15 @@ AT_ONCE = 200
 
 
 class Evictor:
-    """``is_open(ino)``: whether somebody reads the file now."""
+    """``is_used(ino)``: whether somebody reads the file now, or may not do without its content."""
 
     def __init__(
-        self, store: Store, content: Content, *, size: int, is_open: Callable[[int], bool]
+        self, store: Store, content: Content, *, size: int, is_used: Callable[[int], bool]
     ) -> None:
         self._store = store
         self._content = content
         self._size = size
-        self._is_open = is_open
+        self._is_used = is_used
         self._wanted = trio.Event()
         self.on_shortage: Callable[[], None] = lambda: None
 
@@ -67,7 +67,7 @@ class Evictor:
         for ino, size in candidates:
             if excess <= 0:
                 return
-            if not self._is_open(ino):
+            if not self._is_used(ino):
                 self._evict(ino)
                 excess -= size
         if candidates:

@@ -191,6 +191,7 @@ class Lister:
         directory = self._store.get(remote.ino) if remote.ino is not None else None
         if directory is None:  # to be deleted, or gone: nothing to show
             return
+        self._merger.check_free(directory)
         started = self._store.remote_path(rid)
         try:
             found = await self._fetch(started)
@@ -241,7 +242,7 @@ class Lister:
     # -- one listing at a time per directory ------------------------------------------------------
 
     def _refresh_later(self, ino: int) -> None:
-        if time.monotonic() >= self._retry_at.get(ino, 0.0):
+        if time.monotonic() >= self._retry_at.get(ino, 0.0) and not self._merger.is_held(ino):
             self._begin(ino)
 
     def _begin(self, ino: int) -> None:

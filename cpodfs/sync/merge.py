@@ -20,7 +20,7 @@ from cpodfs.cache.content import Content
 from cpodfs.cache.schema import CONTENT, DAMAGED, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import DOOMED, Entry
-from cpodfs.errors import Conflict
+from cpodfs.errors import Conflict, Held
 from cpodfs.paths import FILE_NAME_MAX, RUN_NAME, is_safe_remote_name
 from cpodfs.sync.ops import Item, left_behind, moved
 
@@ -81,7 +81,7 @@ class Merger:
 
     ``replaced``: inodes that lost their name to a newer version, while somebody may have them open.
     ``on_taken(pod)`` is told, before it is so, that a pod known here under this name turns out to be,
-    or to have been joined with, one that was made elsewhere.
+    or to have been joined with, one that was made elsewhere. What ``is_held(inode)`` is not changed.
     """
 
     def __init__(self, store: Store, content: Content, discard: Callable[[int], None]) -> None:
@@ -90,6 +90,7 @@ class Merger:
         self._discard = discard
         self.replaced: dict[int, tuple[tuple[int, ...], str]] = {}
         self.on_taken: Callable[[str], None] = lambda _pod: None
+        self.is_held: Callable[[int], bool] = lambda _ino: False
 
     def revive(self, ino: int, outcome: Outcome) -> None:
         """Somebody writes to a version that another from the server has replaced under its name,
@@ -120,11 +121,12 @@ class Merger:
         """Merge a listing of ``directory`` (remote ``rid``) slice by slice, each of which is one
         transaction; ``readonly`` names received pods. Between two slices the trees may change, but
         the directory must stay: if it does not, do not go on. Only what a ``complete`` listing does
-        not show is missing.
+        not show is missing. Raises Held.
         """
         newest, seen, left = self._store.newest_rid(), _Ids(), iter(entries)
         more = True
         while more:
+            self.check_free(directory)
             outcome, until = Outcome(), time.perf_counter() + SLICE_S
             with self._store.transaction():
                 while more := (entry := next(left, None)) is not None:
@@ -180,6 +182,12 @@ class Merger:
             after = page[-1].name if len(page) == PAGE else None
             yield [r for r in page if r.rid <= newest and r.rid not in seen and r.to_parent is None]
 
+    def check_free(self, directory: Inode) -> None:
+        """Raise Held for a directory that stays as it is for now."""
+        if self.is_held(directory.ino):
+            path = self._store.path(directory.ino)
+            raise Held(f"{path}: is code that runs, and stays as it is until its run has ended")
+
     def _taken(self, remote: Remote, *, readonly: bool) -> None:
         """A pod of one's own has become a received one, or the reverse: it is another pod."""
         self.on_taken(remote.name)
@@ -189,7 +197,10 @@ class Merger:
         return is_safe_remote_name(name) and not (name == RUN_NAME and directory.parent == ROOT)
 
     def gone(self, remote: Remote, outcome: Outcome) -> None:
-        """The server has no such object any more. What is dirty here stays, and is sent anew."""
+        """The server has no such object any more. What is dirty here stays, and is sent anew; what
+        is held stays as it is."""
+        if remote.ino is not None and self.is_held(remote.ino):
+            return
         with self._store.transaction():
             for child in self._store.remote_children(remote.rid):
                 self.gone(child, outcome)
@@ -223,7 +234,7 @@ class Merger:
             if home is not None and home.ino is None:
                 self.resurrect(home.rid, outcome)
                 home = self._store.remote(remote.rparent)
-            if home is None or home.ino is None:
+            if home is None or home.ino is None or self.is_held(home.ino):
                 return
             name = remote.name
             if self._store.child(home.ino, name):
