@@ -21,6 +21,8 @@ _INTERRUPT_SHARE = 0.75
 """Of the grace: from SIGINT to SIGTERM. A requestor of yapapi's ends its agreements and pays at the
 first, as at Ctrl-C, and drops everything at the second."""
 _KILL_LIMIT_S = 5.0
+_WATCH_S = 1.0
+"""How often a sandbox is looked at."""
 _SANDBOX_PROCESSES = 2
 """What a sandbox has inside at least: its own init and the program."""
 
@@ -29,13 +31,15 @@ class Program:
     """``status``: as `subprocess` has it, once it has ended. ``cancelled``: it was asked to end.
 
     ``beyond_us``: it became another user, whom we may not signal. ``sandboxed``: what was started is
-    a sandbox around it.
+    a sandbox around it. ``meddled``: it stopped the sandbox, and was killed for that.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], *, sandboxed: bool = False) -> None:
         self.pid = process.pid
         self.status: int | None = None
         self.beyond_us = False
+        self.meddled = False
+        self._watch_at = time.monotonic()
         self._process = process
         self._sandboxed = sandboxed
         self._grace_ends: float | None = None
@@ -69,17 +73,21 @@ class Program:
         if self._term_at is not None and now >= self._term_at:
             self._term_at = None
             self._ask(signal.SIGTERM)
+        if self._sandboxed and now >= self._watch_at:
+            self._watch_at = now + _WATCH_S
+            self._watch()
         if self._grace_ends is not None and now >= self._grace_ends:
             self._kill()
 
     def next_tick_s(self) -> float | None:
         """How long until `tick` or `over` may have news; None for ever."""
         if self._grace_ends is None:
-            return None
+            return _WATCH_S if self._sandboxed else None
         if self._killed:
             return _KILL_LIMIT_S / 5
         due = self._grace_ends if self._term_at is None else min(self._term_at, self._grace_ends)
-        return max(0.0, due - time.monotonic())
+        left = max(0.0, due - time.monotonic())
+        return min(left, _WATCH_S) if self._sandboxed else left
 
     def over(self) -> bool:
         """Whether there is nothing more to wait for: it has ended and, if asked, its children too."""
@@ -135,6 +143,15 @@ class Program:
         # Not to the sandbox's own process: it would die of it, and the exit code would be lost.
         for pid in inside:
             self._send(pid, number)
+
+    def _watch(self) -> None:
+        """A program may trace the first process in there: with that stopped nobody would hear of its
+        end. From outside the sandbox as a whole may be stopped, as any program."""
+        if self.status is not None or self._killed or state.is_stopped(self.pid):
+            return
+        if any(state.is_stopped(first) for first in state.children(self.pid)):
+            self.meddled = True
+            self._kill()
 
     def _pass_on_term(self) -> None:
         # Those in a session of their own did not get the group's signals.

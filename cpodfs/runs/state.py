@@ -311,10 +311,18 @@ def descendants(ancestor: int) -> list[int]:
     return found
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped, by a signal or by whoever traces it."""
+    process = _look_at(pid)
+    return process is not None and process.state in b"Tt"
+
+
 class _Process:
-    """A line of /proc/PID/stat: the parent's pid, the session's number, clock ticks since boot."""
+    """A line of /proc/PID/stat: the state's letter, the parent's pid, the session's number, clock
+    ticks since boot."""
 
     def __init__(self, fields: Sequence[bytes]) -> None:
+        self.state = fields[0]
         self.parent, self.session, self.start_ticks = (int(fields[n]) for n in (1, 3, 19))
 
     def started_in(self, session: tuple[int, int] | None) -> bool:

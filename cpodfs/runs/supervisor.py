@@ -264,6 +264,8 @@ class Supervisor:
     def _complaint(self) -> str | None:
         """What did not go as it should, other than the program itself, in one line."""
         program = self._program
+        if program.meddled:
+            return "it stopped its sandbox's own process, and was killed for that"
         if program.beyond_us and (program.status is None or state.children(os.getpid())):
             return "it could not be ended: processes of it belong to another user, and go on"
         if lost := sum(spool.lost + len(spool.pending) for spool in self._spools):

@@ -172,6 +172,21 @@ def test_what_a_stranger_leaves_behind_is_ended(theirs: Mount) -> None:
 
 
 @pytest.mark.sandbox
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_program_that_stops_its_sandbox_is_ended(theirs: Mount, stays: bool) -> None:
+    """Nobody would hear of its end: bwrap's first process, which waits for it, does nothing more."""
+    pod = forked(theirs, f"stops {stays}", stranger_with("tracer.py", "60" if stays else "0"))
+    vouch(pod)
+    folder = run_to_end(pod)
+    ended = record(folder)
+    if (folder / "stdout.log").read_text() == "refused\n":
+        pytest.skip("this kernel lets nobody trace what is not its child")
+    assert (ended["state"], ended["signal"]) == ("failed", "SIGKILL")
+    assert ended["error"] == "it stopped its sandbox's own process, and was killed for that"
+    assert run_processes(folder.name) == []
+
+
+@pytest.mark.sandbox
 def test_a_sandbox_does_not_outlive_the_driver_in_vain(tmp_path: Path, server: Server) -> None:
     """It goes on and its logs are kept, but its pod is lost to it with the mount that it knew."""
     with mounted(tmp_path, server) as mount:
