@@ -102,7 +102,8 @@ def devnet(
 
     Prints one JSON line with the addresses when both answer. State survives restarts; the faults
     can be changed while it runs through POST /devnet/faults at the store, and POST
-    /devnet/misbehave at the market; POST /devnet/vanish there makes a provider disappear.
+    /devnet/misbehave at the market; POST /devnet/vanish there makes a provider disappear. All need
+    "Authorization: Bearer" with what is in control.key in the state folder, and so does signing up.
 
     To use it: cpodfs mount --devnet, with this --state as --devnet-state when that is given.
     """

@@ -1,8 +1,7 @@
 """The FairOS-DFS-compatible application: routes, middleware and start-up put together.
 
 Imports the devnet's own modules, which import only leaves. ``create_app`` is the contract that tests
-and the command line build on. The application must be served on loopback only: it has no TLS and its
-``/devnet/`` endpoints ask for no login.
+and the command line build on. The application must be served on loopback only: it has no TLS.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from cpodfs.devnet import dfs_account, dfs_content, dfs_files
+from cpodfs.devnet import dfs_account, dfs_content, dfs_files, guard
 from cpodfs.devnet import faults as fault_module
 from cpodfs.devnet import request_log as log_module
 from cpodfs.devnet.dfs_routes import SERVER, Server, handler_for
@@ -28,12 +27,15 @@ def create_app(
     state_dir: Path,
     faults: Faults | None = None,
     *,
+    control_key: str,
     request_log: Path | None = None,
     token_lifetime_s: float = TOKEN_LIFETIME_S,
     strict_open: bool = False,
+    open_signup: bool = False,
 ) -> web.Application:
     """A server over the state in ``state_dir``, which is created if missing.
 
+    ``/devnet/…`` needs the ``control_key``, see `guard`; so does signing up, unless ``open_signup``.
     ``request_log`` gets a JSON line for each request. With ``strict_open`` a call on a pod that this
     session has not opened, or has closed, is refused ("pod not open") instead of opening it.
     """
@@ -48,7 +50,16 @@ def create_app(
     box = FaultBox(
         faults or Faults(), lambda tokens: sessions.expire_all(tokens_too=tokens), use_store
     )
-    app = web.Application(middlewares=[log_module.middleware, _not_found, fault_module.middleware])
+    guarded = ("/devnet/",) if open_signup else ("/devnet/", "/v2/user/signup")
+    app = web.Application(
+        middlewares=[
+            guard.local_only,
+            guard.controls_need_key(control_key, *guarded),
+            log_module.middleware,
+            _not_found,
+            fault_module.middleware,
+        ]
+    )
     app[SERVER] = Server(store, sessions, box, strict_open)
     app[BOX] = box
     app[LOG] = RequestLog(request_log)

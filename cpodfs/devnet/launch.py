@@ -38,6 +38,12 @@ class DevnetFailed(CpodfsError):
     """The child did not start; the message ends with what it wrote to stderr."""
 
 
+_PATHS = (
+    *("password_file", "control_key_file", "app_key_file"),
+    *("gftp_dir", "run_path_dir", "state"),
+)
+
+
 @dataclass(frozen=True)
 class Devnet:
     """The ready line. The market's fields are None without a market. ``stays``: it does not end with
@@ -46,6 +52,7 @@ class Devnet:
     dfs_url: str
     user: str
     password_file: Path
+    control_key_file: Path
     yagna_url: str | None
     app_key_file: Path | None
     gftp_dir: Path | None
@@ -58,12 +65,16 @@ class Devnet:
         """The default user's password, read from its file."""
         return self.password_file.read_text().strip()
 
+    def control_headers(self) -> dict[str, str]:
+        """What ``/devnet/…`` of both servers and signing up ask for."""
+        return {"Authorization": f"Bearer {self.control_key_file.read_text().strip()}"}
+
     @classmethod
     def parse(cls, line: bytes) -> Devnet:
         """Raises ValueError, KeyError or TypeError for what is not a ready line."""
         fields: dict[str, Any] = json.loads(line)
         known: dict[str, Any] = {name: fields[name] for name in cls.__dataclass_fields__}
-        for name in ("password_file", "app_key_file", "gftp_dir", "run_path_dir", "state"):
+        for name in _PATHS:
             known[name] = None if known[name] is None else Path(known[name])
         return cls(**known)
 

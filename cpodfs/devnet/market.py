@@ -18,6 +18,7 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from cpodfs.devnet import guard
 from cpodfs.devnet.activity import TERMINATED, Activity
 from cpodfs.devnet.activity_api import ActivityApi
 from cpodfs.devnet.agreements import Agreement, new_id
@@ -42,6 +43,7 @@ from cpodfs.devnet.rest import Problem, iso, log, problems_as_json
 from cpodfs.devnet.transfer import Transfers
 
 _OPEN_PATHS = ("/registry/", "/devnet/")
+"""The app-key, which every requestor has, opens neither; the latter has a key of its own."""
 _VANISH_AFTER_S = 0.3
 _SWEEP_S = 5.0
 _INVOICE_DUE = timedelta(days=1)
@@ -300,6 +302,7 @@ def create_market_app(
     state_dir: Path,
     *,
     app_key: str,
+    control_key: str,
     providers: Sequence[ProviderSpec] = DEFAULT_PROVIDERS,
     seed: int = 0,
     misbehave: Misbehaviour | None = None,
@@ -311,7 +314,8 @@ def create_market_app(
 
     The devnet starts it in an asyncio process of its own::
 
-        app = create_market_app(state / "market", app_key=key, gftp_dir=state / "gftp")
+        keys = {"app_key": key, "control_key": control_key}
+        app = create_market_app(state / "market", **keys, gftp_dir=state / "gftp")
         runner = web.AppRunner(app, shutdown_timeout=1.0)
         await runner.setup()                      # after a crash: leftovers are ended and billed
         site = web.TCPSite(runner, "127.0.0.1", port)
@@ -337,7 +341,13 @@ def create_market_app(
         sandbox=sandbox,
     )
     app = web.Application(
-        middlewares=[problems_as_json, _require_key(app_key)], client_max_size=16 << 20
+        middlewares=[
+            problems_as_json,
+            guard.local_only,
+            guard.controls_need_key(control_key, "/devnet/"),
+            _require_key(app_key),
+        ],
+        client_max_size=16 << 20,
     )
     app.add_routes(market.routes())
     app.cleanup_ctx.append(market.running)

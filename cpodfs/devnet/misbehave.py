@@ -60,7 +60,7 @@ class Misbehaviour:
 
 
 class MisbehaveApi:
-    """``/devnet/…`` on the market's port; no app-key is asked for.
+    """``/devnet/…`` on the market's port; the control key is asked for, not the app-key.
 
     ``vanish(name)`` makes a provider disappear, or some busy one when the name is None; it returns
     the name, or None when there is no such provider.

@@ -80,6 +80,7 @@ async def _dfs(options: Options) -> AsyncIterator[dict[str, Any]]:
     app = create_app(
         state / "dfs",
         options.faults,
+        control_key=secret_file(_control_key(state)),
         request_log=options.request_log or _own_log(state),
         token_lifetime_s=lifetime,
         strict_open=options.strict_open,
@@ -87,7 +88,17 @@ async def _dfs(options: Options) -> AsyncIterator[dict[str, Any]]:
     password_file = state / "dev.password"
     await _ensure_user(app, password_file)
     async with _listening(app, state, "dfs", options.dfs_port) as url:
-        yield {"dfs_url": url, "user": USER, "password_file": str(password_file)}
+        yield {
+            "dfs_url": url,
+            "user": USER,
+            "password_file": str(password_file),
+            "control_key_file": str(_control_key(state)),
+        }
+
+
+def _control_key(state: Path) -> Path:
+    """Its file: whoever can read it may set faults and sign up."""
+    return state / "control.key"
 
 
 async def _ensure_user(app: web.Application, password_file: Path) -> None:
@@ -110,6 +121,7 @@ async def _market(options: Options) -> AsyncIterator[dict[str, Any]]:
     app = create_market_app(
         state / "market",
         app_key=secret_file(key_file),
+        control_key=secret_file(_control_key(state)),
         gftp_dir=gftp_dir,
         providers=options.providers,
         misbehave=options.misbehave,

@@ -30,7 +30,8 @@ def devnet_server(state_dir: Path, port: int = 0) -> Iterator[str]:
 
     async def start() -> int:
         # Made here, because the application's database belongs to the thread that opens it.
-        runner = web.AppRunner(create_app(state_dir), access_log=None, shutdown_timeout=1)
+        app = create_app(state_dir, control_key=secrets.token_hex(), open_signup=True)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
         runners.append(runner)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", port).start()

@@ -75,18 +75,22 @@ class Server:
         request = urllib.request.Request(
             self.url + path,
             json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            {"Content-Type": "application/json", **self.control_headers()},
             method="POST",
         )
         with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return json.loads(answer.read() or b"{}")
+
+    def control_headers(self) -> dict[str, str]:
+        return self.net.control_headers()
 
     def faults(self, **faults: Any) -> None:
         self.post("/devnet/faults", faults)
 
     def stats(self) -> Any:
         """The server's own counters since the last reset."""
-        with urllib.request.urlopen(self.url + "/devnet/stats", timeout=PATIENCE_S) as answer:
+        request = urllib.request.Request(self.url + "/devnet/stats", headers=self.control_headers())
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return json.loads(answer.read())
 
     def calls(self) -> dict[str, int]:
@@ -113,6 +117,9 @@ class RealServer(Server):
     @property
     def url(self) -> str:
         return self._url
+
+    def control_headers(self) -> dict[str, str]:
+        return {}
 
     def stop(self) -> None:
         return

@@ -41,6 +41,9 @@ class Line(Server):
     def url(self) -> str:
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
+    def control_headers(self) -> dict[str, str]:
+        return self._server.control_headers()
+
     def cut(self, *, up: int = 0, down: int = 0) -> None:
         with self._lock:
             self._every = {"up": up, "down": down}

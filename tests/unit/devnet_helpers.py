@@ -14,6 +14,8 @@ from cpodfs.devnet.dfs_server import create_app
 from cpodfs.devnet.faults import Faults
 
 PASSWORD = "correct horse battery"
+CONTROL_KEY = "control-key"
+_CONTROLS = ("/devnet/", "/v2/user/signup")
 
 
 class Dfs:
@@ -24,10 +26,19 @@ class Dfs:
         self.headers: dict[str, str] = {}
 
     async def get(self, path: str, **query: str) -> tuple[int, Any]:
-        return await _decoded(await self.client.get(path, params=query, headers=self.headers))
+        headers = self._headers(path)
+        return await _decoded(await self.client.get(path, params=query, headers=headers))
 
-    async def post(self, path: str, **body: str) -> tuple[int, Any]:
-        return await _decoded(await self.client.post(path, json=body, headers=self.headers))
+    async def post(self, path: str, **body: Any) -> tuple[int, Any]:
+        return await _decoded(await self.client.post(path, json=body, headers=self._headers(path)))
+
+    async def faults(self, **faults: Any) -> None:
+        status, body = await self.post("/devnet/faults", **faults)
+        assert status == 200, body
+
+    def _headers(self, path: str) -> dict[str, str]:
+        key = {"Authorization": f"Bearer {CONTROL_KEY}"}
+        return key if path.startswith(_CONTROLS) else self.headers
 
     async def delete(self, path: str, **body: str) -> tuple[int, Any]:
         return await _decoded(await self.client.delete(path, json=body, headers=self.headers))
@@ -80,7 +91,7 @@ async def serving(app: web.Application) -> AsyncIterator[Dfs]:
 @contextlib.asynccontextmanager
 async def with_pod(state: Path, faults: Faults | None = None, **options: Any) -> AsyncIterator[Dfs]:
     """A fresh server, user ``ann`` logged in, pod ``p`` made."""
-    async with serving(create_app(state, faults, **options)) as dfs:
+    async with serving(create_app(state, faults, control_key=CONTROL_KEY, **options)) as dfs:
         await dfs.signup()
         assert (await dfs.post("/v1/pod/new", podName="p"))[0] == 201
         yield dfs

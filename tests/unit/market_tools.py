@@ -24,6 +24,7 @@ from tests.patience import PATIENCE_S
 
 SCRIPTS = Path(__file__).with_name("yapapi_scripts")
 APP_KEY = "test-key"
+CONTROL_KEY = "control-key"
 PLATFORM = "erc20-holesky-tglm"
 ONE = (ProviderSpec("solo"),)
 THREE = tuple(ProviderSpec(name, cpu_price=1e-4) for name in "abc")
@@ -85,7 +86,10 @@ class Served:
 
     async def call(self, method: str, path: str, body: Any = None, status: int = 200) -> Any:
         """One request; the JSON of its answer, which must have ``status``."""
-        async with self.http.request(method, self.url + path, json=body) as response:
+        key = CONTROL_KEY if path.startswith("/devnet/") else APP_KEY
+        headers = {"Authorization": f"Bearer {key}"}
+        url = self.url + path
+        async with self.http.request(method, url, json=body, headers=headers) as response:
             text = await response.text()
             assert response.status == status, text
             return await response.json() if text else None
@@ -93,7 +97,13 @@ class Served:
 
 @asynccontextmanager
 async def served(folder: Path, **options: Any) -> AsyncIterator[Served]:
-    app = create_market_app(folder / "market", app_key=APP_KEY, gftp_dir=folder / "gftp", **options)
+    app = create_market_app(
+        folder / "market",
+        app_key=APP_KEY,
+        control_key=CONTROL_KEY,
+        gftp_dir=folder / "gftp",
+        **options,
+    )
     runner = web.AppRunner(app, shutdown_timeout=0.2)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

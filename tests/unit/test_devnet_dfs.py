@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from devnet_helpers import PASSWORD, Dfs, serving, with_pod
+from devnet_helpers import CONTROL_KEY, PASSWORD, Dfs, serving, with_pod
 
 from cpodfs.devnet import dfs_model
 from cpodfs.devnet.dfs_server import create_app
@@ -24,7 +24,7 @@ def anyio_backend() -> str:
 
 
 async def test_users(tmp_path: Path) -> None:
-    async with serving(create_app(tmp_path)) as dfs:
+    async with serving(create_app(tmp_path, control_key=CONTROL_KEY)) as dfs:
         short = await dfs.post("/v2/user/signup", userName="ann", password="short")
         bad_name = await dfs.post("/v2/user/signup", userName="Ann", password=PASSWORD)
         await dfs.signup()
@@ -49,12 +49,13 @@ async def test_users(tmp_path: Path) -> None:
 
 
 async def test_sessions_by_token_and_cookie(tmp_path: Path) -> None:
-    async with serving(create_app(tmp_path, token_lifetime_s=0.0)) as dfs:
+    async with serving(create_app(tmp_path, control_key=CONTROL_KEY, token_lifetime_s=0.0)) as dfs:
         none = await dfs.get("/v1/pod/ls")
         text = "cookie: invalid cookie: http: named cookie not present"
         assert none == (401, {"message": text})
         body = {"userName": "ann", "password": PASSWORD}
-        response = await dfs.client.post("/v2/user/signup", json=body)
+        key = {"Authorization": f"Bearer {CONTROL_KEY}"}
+        response = await dfs.client.post("/v2/user/signup", json=body, headers=key)
         cookie = response.cookies["fairOS-dfs"]
         assert cookie["secure"]
         token = (await response.json())["accessToken"]
@@ -426,7 +427,7 @@ async def test_text_that_is_not_unicode_does_no_harm(tmp_path: Path) -> None:
 
 
 async def test_wrong_method_and_unknown_path(tmp_path: Path) -> None:
-    async with serving(create_app(tmp_path)) as dfs:
+    async with serving(create_app(tmp_path, control_key=CONTROL_KEY)) as dfs:
         assert await dfs.get("/v1/pod/new") == (404, "404 page not found\n")
         assert await dfs.get("/v1/nonsense") == (404, "404 page not found\n")
 

@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp import ClientError, ClientPayloadError
@@ -32,16 +31,11 @@ async def _outcomes(dfs: Dfs, count: int) -> list[int | str]:
     return found
 
 
-async def _set(dfs: Dfs, **faults: Any) -> None:
-    async with dfs.client.post("/devnet/faults", json=faults) as response:
-        assert response.status == 200, await response.text()
-
-
 async def test_the_same_seed_gives_the_same_faults(tmp_path: Path) -> None:
     runs = []
     for name in ("first", "second"):
         async with with_pod(tmp_path / name) as dfs:
-            await _set(dfs, seed=7, error_rate=0.3, drop_rate=0.3, status=429, match="mkdir")
+            await dfs.faults(seed=7, error_rate=0.3, drop_rate=0.3, status=429, match="mkdir")
             runs.append((await _outcomes(dfs, 30), await dfs.names("/")))
     assert runs[0] == runs[1]
     outcomes, (made, _) = runs[0]
@@ -65,27 +59,26 @@ def test_the_plan_depends_on_seed_and_number_only() -> None:
 async def test_faults_can_be_shown_changed_and_refused(tmp_path: Path) -> None:
     async with with_pod(tmp_path, Faults(latency_s=0.001)) as dfs:
         assert (await dfs.get("/devnet/faults"))[1]["latency_s"] == 0.001
-        await _set(dfs, seed=1)
+        await dfs.faults(seed=1)
         shown = (await dfs.get("/devnet/faults"))[1]
         assert (shown["latency_s"], shown["seed"]) == (0.0, 1)
         for wrong in ({"error_rate": 2}, {"no_such": 1}, {"match": "("}):
-            async with dfs.client.post("/devnet/faults", json=wrong) as response:
-                assert response.status == 400
+            assert (await dfs.post("/devnet/faults", **wrong))[0] == 400
 
 
 async def test_truncated_downloads(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
         await dfs.upload("/", "f", b"x" * 500_000)
-        await _set(dfs, truncate_rate=1.0)
+        await dfs.faults(truncate_rate=1.0)
         with pytest.raises(ClientPayloadError):
             await dfs.download("/f")
-        await _set(dfs)
+        await dfs.faults()
         assert (await dfs.download("/f"))[1] == b"x" * 500_000
 
 
 async def test_expired_sessions(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
-        await _set(dfs, expire_every=3, seed=2)
+        await dfs.faults(expire_every=3, seed=2)
         answers = []
         for _ in range(24):
             status, body = await dfs.get("/v1/pod/ls")
@@ -100,7 +93,7 @@ async def test_expired_sessions(tmp_path: Path) -> None:
 async def test_bandwidth_limits_both_directions(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
         content = b"x" * 400_000
-        await _set(dfs, bandwidth=2_000_000)
+        await dfs.faults(bandwidth=2_000_000)
         started = time.monotonic()
         await dfs.upload("/", "f", content)
         up = time.monotonic()
@@ -112,7 +105,7 @@ async def test_bandwidth_limits_both_directions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("race", [True, False])
 async def test_directory_race(tmp_path: Path, race: bool) -> None:
     async with with_pod(tmp_path) as dfs:
-        await _set(dfs, directory_race=race)
+        await dfs.faults(directory_race=race)
         uploads = [dfs.upload("/", f"f{n}", b"x") for n in range(8)]
         assert {status for status, _ in await asyncio.gather(*uploads)} == {200}
         listed = (await dfs.names("/"))[1]
@@ -163,16 +156,16 @@ async def test_requests_are_counted_and_logged(tmp_path: Path) -> None:
 
 async def test_swarm_has_a_file_later_than_the_server(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
-        await _set(dfs, swarm_delay_s=3600)
+        await dfs.faults(swarm_delay_s=3600)
         await dfs.upload("/", "f", b"x" * 9_000_000)
         where = {"podName": "p", "filePath": "/f"}
         status, some = await dfs.get("/v1/file/status", **where)
         assert (status, some["synced"]) == (200, 0)
         assert some["processed"] == some["total"] > 9_000_000 // 4096
-        await _set(dfs, swarm_delay_s=3600, status_has_total=False)
+        await dfs.faults(swarm_delay_s=3600, status_has_total=False)
         nothing = {"total": 0, "processed": 0, "synced": 0}
         assert (await dfs.get("/v1/file/status", **where))[1] == nothing
-        await _set(dfs)
+        await dfs.faults()
         every = some | {"synced": some["total"]}
         assert (await dfs.get("/v1/file/status", **where))[1] == every
         await dfs.post("/v1/pod/close", podName="p")
@@ -183,28 +176,27 @@ async def test_swarm_has_a_file_later_than_the_server(tmp_path: Path) -> None:
 async def test_what_goes_with_an_overload(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
         for asked in ("7", "", "Wed, 21 Oct 2015 07:28:00 GMT"):
-            await _set(dfs, error_rate=1, status=503, retry_after=asked, match="/v1/pod/ls")
+            await dfs.faults(error_rate=1, status=503, retry_after=asked, match="/v1/pod/ls")
             async with dfs.client.get("/v1/pod/ls", headers=dfs.headers) as response:
                 assert response.status == 503
                 assert response.headers.get("Retry-After", "") == asked
-        async with dfs.client.post("/devnet/faults", json={"retry_after": "1\r\nX: y"}) as response:
-            assert response.status == 400
+        assert (await dfs.post("/devnet/faults", retry_after="1\r\nX: y"))[0] == 400
 
 
 async def test_logins_are_refused_for_a_while(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
         login = {"userName": "ann", "password": PASSWORD}
-        await _set(dfs, refuse_logins=2)
+        await dfs.faults(refuse_logins=2)
         answers = [(await dfs.post("/v2/user/login", **login))[0] for _ in range(4)]
         assert answers == [401, 401, 200, 200]
-        await _set(dfs, refuse_logins=1, login_status=429, retry_after="9")
+        await dfs.faults(refuse_logins=1, login_status=429, retry_after="9")
         async with dfs.client.post("/v2/user/login", json=login) as response:
             assert (response.status, response.headers["Retry-After"]) == (429, "9")
 
 
 async def test_tokens_that_no_call_accepts(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
-        await _set(dfs, reject_tokens=True)
+        await dfs.faults(reject_tokens=True)
         tokens = set()
         for _ in range(3):
             await dfs.login()

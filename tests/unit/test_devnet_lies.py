@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from aiohttp import ClientPayloadError
-from devnet_helpers import Dfs, serving, with_pod
+from devnet_helpers import CONTROL_KEY, Dfs, serving, with_pod
 
 from cpodfs.devnet.dfs_server import create_app
 from cpodfs.devnet.faults import Faults
@@ -21,11 +21,6 @@ NO_FILE = {"message": "file stat: file not found in dfs"}
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
-
-
-async def _set(dfs: Dfs, **faults: Any) -> None:
-    async with dfs.client.post("/devnet/faults", json=faults) as response:
-        assert response.status == 200, await response.text()
 
 
 async def _stat(dfs: Dfs, path: str, pod: str = "p") -> tuple[int, Any]:
@@ -51,14 +46,14 @@ async def test_with_all_reads_failing_nothing_is_there(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
         await _fill(dfs)
         await dfs.post("/v1/pod/close", podName="p")
-        await _set(dfs, read_failure_rate=1.0)
+        await dfs.faults(read_failure_rate=1.0)
         assert await dfs.get("/v1/pod/ls") == (200, NO_PODS)
         gone = {"message": "pod open: pod does not exist"}
         assert await dfs.post("/v1/pod/open", podName="p") == (404, gone)
         gone = {"message": "file stat: pod does not exist"}
         assert await _stat(dfs, "/d/f1") == (500, gone)
         assert (await dfs.get("/v1/pod/present", podName="p"))[1] == {"present": False}
-        await _set(dfs)
+        await dfs.faults()
         assert (await dfs.get("/v1/pod/ls"))[1]["pods"] == ["p"]
         assert len((await dfs.names("/d"))[1]) == 10
 
@@ -68,7 +63,7 @@ async def test_an_open_pod_answers_from_memory_until_it_is_closed(tmp_path: Path
         await _fill(dfs)
         await _reopen(dfs)
         assert (await _stat(dfs, "/d/f1"))[0] == 200
-        await _set(dfs, read_failure_rate=1.0)
+        await dfs.faults(read_failure_rate=1.0)
         assert (await _stat(dfs, "/d/f1"))[0] == 200
         assert await _stat(dfs, "/d/f2") == (500, NO_FILE)
         status, body = await dfs.get("/v1/file/download", podName="p", filePath="/d/f2")
@@ -76,9 +71,9 @@ async def test_an_open_pod_answers_from_memory_until_it_is_closed(tmp_path: Path
         assert await _ls(dfs, "/d") == (200, {}), "the metadata of files is fetched every time"
         gone = {"message": "ls: directory not present"}
         await dfs.post("/v1/pod/close", podName="p")
-        await _set(dfs)
+        await dfs.faults()
         await dfs.post("/v1/pod/open", podName="p")
-        await _set(dfs, read_failure_rate=1.0)
+        await dfs.faults(read_failure_rate=1.0)
         assert await _ls(dfs, "/d") == (404, gone)
 
 
@@ -87,7 +82,7 @@ async def test_listings_lack_what_could_not_be_read_and_the_seed_decides(tmp_pat
     for name in ("first", "second"):
         async with with_pod(tmp_path / name) as dfs:
             await _fill(dfs)
-            await _set(dfs, read_failure_rate=0.4, seed=5)
+            await dfs.faults(read_failure_rate=0.4, seed=5)
             seen = [(await dfs.names("/d"))[1] for _ in range(4)]
             seen.append({str(await dfs.get("/v1/pod/ls")) for _ in range(8)})
             runs.append(seen)
@@ -100,12 +95,12 @@ async def test_listings_lack_what_could_not_be_read_and_the_seed_decides(tmp_pat
 async def test_content_that_cannot_be_read(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
         await dfs.upload("/", "f", b"x" * 5_000_000)
-        await _set(dfs, read_failure_rate=1.0)
+        await dfs.faults(read_failure_rate=1.0)
         status, body = await dfs.get("/v1/file/download", podName="p", filePath="/f")
         assert (status, body) == (500, {"message": "download: Not Found", "code": 500})
         kinds = set()
         for seed in range(40):
-            await _set(dfs, read_failure_rate=0.3, seed=seed)
+            await dfs.faults(read_failure_rate=0.3, seed=seed)
             try:
                 kinds.add((await dfs.download("/f"))[0])
             except ClientPayloadError:
@@ -116,25 +111,25 @@ async def test_content_that_cannot_be_read(tmp_path: Path) -> None:
 async def test_an_empty_list_of_pods(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
         await _fill(dfs)
-        await _set(dfs, pods_empty=True)
+        await dfs.faults(pods_empty=True)
         assert await dfs.get("/v1/pod/ls") == (200, NO_PODS)
         assert (await _stat(dfs, "/d/f1"))[0] == 200, "the pod is open"
         assert (await _reopen(dfs))[0] == 404
-        await _set(dfs)
+        await dfs.faults()
         assert (await _reopen(dfs))[0] == 200
 
 
 async def test_a_list_that_was_not_read_may_be_stored_anew(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
-        await _set(dfs, pods_empty=True)
+        await dfs.faults(pods_empty=True)
         assert (await dfs.get("/v1/pod/ls"))[1] == NO_PODS
-        await _set(dfs, pods_empty=True, wipe_pods=True)
+        await dfs.faults(pods_empty=True, wipe_pods=True)
         await dfs.get("/v1/pod/ls")
-        await _set(dfs)
+        await dfs.faults()
         assert (await dfs.get("/v1/pod/ls"))[1]["pods"] == ["p"], "looking alone stores nothing"
-        await _set(dfs, pods_empty=True, wipe_pods=True)
+        await dfs.faults(pods_empty=True, wipe_pods=True)
         await dfs.post("/v1/pod/new", podName="q")
-        await _set(dfs)
+        await dfs.faults()
         assert (await dfs.get("/v1/pod/ls"))[1]["pods"] == ["q"]
 
 
@@ -142,44 +137,46 @@ async def test_one_name_is_not_there_until_told_otherwise(tmp_path: Path) -> Non
     async with with_pod(tmp_path) as dfs:
         await _fill(dfs)
         await dfs.post("/v1/pod/new", podName="q")
-        await _set(dfs, not_there=["p/d/f1"])
+        await dfs.faults(not_there=["p/d/f1"])
         assert await _stat(dfs, "/d/f1") == (500, NO_FILE)
         assert (await dfs.download("/d/f1"))[0] == 404
         assert (await dfs.names("/d"))[1] == {f"f{n}" for n in range(10)} - {"f1"}
-        await _set(dfs, not_there=["p/d"])
+        await dfs.faults(not_there=["p/d"])
         assert (await _ls(dfs, "/d"))[0] == 404
         assert await dfs.names("/") == (set(), set())
         assert (await _stat(dfs, "/d/f2"))[0] == 500
-        await _set(dfs, not_there=["p"])
+        await dfs.faults(not_there=["p"])
         assert (await dfs.get("/v1/pod/ls"))[1]["pods"] == ["q"]
         assert await _ls(dfs, "/d") == (500, {"message": "ls: pod does not exist"})
-        await _set(dfs)
+        await dfs.faults()
         assert len((await dfs.names("/d"))[1]) == 10
 
 
 async def test_a_directory_made_over_one_that_was_not_seen_is_empty(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
         await _fill(dfs)
-        await _set(dfs, not_there=["p/d"])
+        await dfs.faults(not_there=["p/d"])
         assert (await dfs.post("/v1/dir/mkdir", podName="p", dirPath="/d"))[0] == 201
-        await _set(dfs)
+        await dfs.faults()
         assert await dfs.names("/d") == (set(), set())
 
 
 async def test_an_empty_store_keeps_the_accounts_only(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
         await _fill(dfs)
-        await _set(dfs, empty_store=True)
+        await dfs.faults(empty_store=True)
         assert (await dfs.get("/v1/pod/ls"))[0] == 401, "as after a restart"
         await dfs.login()
         assert await dfs.get("/v1/pod/ls") == (200, NO_PODS)
         await dfs.post("/v1/pod/new", podName="other")
-        await _set(dfs)
+        await dfs.faults()
         assert (await dfs.get("/v1/pod/ls"))[0] == 401
         await dfs.login()
         assert (await dfs.get("/v1/pod/ls"))[1]["pods"] == ["p"]
         assert (await dfs.download("/d/f3"))[1] == b"x" * 500
-    async with serving(create_app(tmp_path, Faults(empty_store=True))) as dfs:
+    async with serving(
+        create_app(tmp_path, Faults(empty_store=True), control_key=CONTROL_KEY)
+    ) as dfs:
         await dfs.login()
         assert await dfs.get("/v1/pod/ls") == (200, NO_PODS)
 
@@ -187,12 +184,12 @@ async def test_an_empty_store_keeps_the_accounts_only(tmp_path: Path) -> None:
 async def _stale_names(dfs: Dfs) -> set[str]:
     """What a listing shows that was read from an older version of the directory."""
     for seed in range(200):
-        await _set(dfs)
+        await dfs.faults()
         await _reopen(dfs)
-        await _set(dfs, read_failure_rate=0.3, seed=seed)
+        await dfs.faults(read_failure_rate=0.3, seed=seed)
         if (await _ls(dfs, "/d"))[0] != 200:
             continue
-        await _set(dfs)
+        await dfs.faults()
         _, seen = await dfs.names("/d")
         if 0 < len(seen) < 10:
             return seen
@@ -216,7 +213,7 @@ async def test_a_change_of_an_older_list_may_lose_what_it_lacks(
     async with with_pod(tmp_path) as dfs:
         await _fill(dfs)
         seen = await _stale_names(dfs)
-        await _set(dfs, stale_writes=lossy)
+        await dfs.faults(stale_writes=lossy)
         assert (await dfs.upload("/d", "new", b"x"))[0] == 200
         await _reopen(dfs)
         everything = {f"f{n}" for n in range(10)}
@@ -228,6 +225,6 @@ async def test_an_older_list_of_pods(tmp_path: Path) -> None:
     async with with_pod(tmp_path) as dfs:
         for name in "qrs":
             await dfs.post("/v1/pod/new", podName=name)
-        await _set(dfs, read_failure_rate=0.3, seed=1)
+        await dfs.faults(read_failure_rate=0.3, seed=1)
         shown = {tuple((await dfs.get("/v1/pod/ls"))[1]["pods"]) for _ in range(40)}
         assert {(), ("p", "q", "r"), ("p", "q", "r", "s")} <= shown
