@@ -10,6 +10,7 @@ import trio
 
 from cpodfs import errors
 from cpodfs.dfs import Client, Session
+from cpodfs.dfs._login import Token
 
 from .conftest import Connect, Login, devnet_server
 from .helpers import names, read, write
@@ -54,7 +55,7 @@ async def test_wrong_password_and_unknown_user(connect: Connect) -> None:
 async def test_a_session_ended_elsewhere_is_renewed(client: Client, dfs_url: str) -> None:
     """The token is good, but the server no longer knows its session."""
     await write(client, "/f", b"before")
-    token = client.session._token
+    token = (await client.session._login.token()).text
     async with httpx.AsyncClient(base_url=dfs_url) as other:
         reply = await other.post("/v1/user/logout", headers={"Authorization": f"Bearer {token}"})
         assert reply.status_code == 200
@@ -67,7 +68,7 @@ async def test_a_bad_token_is_renewed_even_in_the_middle_of_a_large_upload(
     client: Client,
 ) -> None:
     await client.login()
-    client.session._token = "aa.bb.cc"
+    client.session._login._token = Token("aa.bb.cc")
     await write(client, "/big", b"x" * 8_000_000)
     assert (await client.stat_file("pod", "/big")).size == 8_000_000
 

@@ -112,7 +112,7 @@ def test_a_kill_in_the_middle_of_an_upload(tmp_path: Path) -> None:
     head, _ = form("f")
     lines = [
         "POST /v1/file/upload HTTP/1.1",
-        "Host: x",
+        "Host: localhost",
         f"Authorization: Bearer {client.token}",
         "Content-Type: multipart/form-data; boundary=B",
         "Content-Length: 99999999",
