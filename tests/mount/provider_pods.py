@@ -35,10 +35,11 @@ class MarketMount(DevnetMount):
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         port = json.loads((self.devnet / "ports.json").read_text())["market"]
+        key = (self.devnet / "control.key").read_text().strip()
         request = urllib.request.Request(
             f"http://127.0.0.1:{port}/devnet/{path}",
             json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
+            {"Content-Type": "application/json", "Authorization": f"Bearer {key}"},
         )
         with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
             return json.loads(answer.read())
