@@ -143,7 +143,8 @@ class Files:
             raise oserror(errno.ESTALE, inode.name)
         handle = self._handles.open(ino, lambda: self._open_data(inode, emptied=emptied))
         if not emptied:
-            self._store.set(ino, used_s=time.time())
+            with contextlib.suppress(sqlite3.OperationalError):  # to read needs no room
+                self._store.set(ino, used_s=time.time())
         return handle
 
     async def open_emptied(self, ino: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import sqlite3
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -36,6 +37,8 @@ RELOOK_MIN_S = 1.0
 """Nobody waits for a listing to be renewed that is younger than this, whatever the metadata TTL."""
 MISSED_S = 5.0
 """How long somebody who misses a name waits for a new listing, at most."""
+RETRY_S = 10.0
+"""How long after a listing that failed an outdated one is shown without a new attempt, at most."""
 REOPEN_TTLS = 5
 """A pod that is looked at is opened anew after so many times the metadata TTL."""
 
@@ -264,7 +267,13 @@ class Lister:
             self._silent = self._silent or isinstance(error, Unreachable)
             log.info("listing failed ino=%d: %s", ino, error)
             self._failed[ino] = error
-            self._retry_at[ino] = time.monotonic() + min(self._ttl_s, 10.0)
+            self._retry_at[ino] = time.monotonic() + min(self._ttl_s, RETRY_S)
+        except (
+            sqlite3.OperationalError
+        ) as error:  # a full disk, most likely: what is known is shown
+            log.warning("listing cannot be recorded ino=%d: %s", ino, error)
+            self._failed[ino] = CpodfsError(f"the cache cannot record a listing: {error}")
+            self._retry_at[ino] = time.monotonic() + RETRY_S
         except Exception as error:
             log.exception("listing broke ino=%d", ino)
             self._failed[ino] = CpodfsError(f"listing failed: {error!r}")
