@@ -32,6 +32,7 @@ from cpodfs.dfs._http import (
     transport_error,
     unix_time,
 )
+from cpodfs.dfs._life import Silent, while_alive
 from cpodfs.dfs._login import Login
 from cpodfs.dfs._multipart import MultipartFile
 from cpodfs.errors import (
@@ -44,6 +45,7 @@ from cpodfs.errors import (
 )
 
 _LOGIN = "/v2/user/login"
+_CHEAP = "/v1/user/isloggedin"
 # Who is asked to wait for longer is told so, instead of being kept.
 _LONGEST_WAIT_S = 30.0
 _T = TypeVar("_T")
@@ -53,7 +55,8 @@ _T = TypeVar("_T")
 class Timeouts:
     """Seconds. ``metadata_s`` bounds a whole call, ``slow_s`` the calls that walk or copy a pod: with
     the login that it may need, its repeats, and the pauses that the server asks for. A listing gets
-    ``metadata_s`` plus the time that its bytes take at ``listing_bytes_per_s``.
+    ``metadata_s`` plus the time that its bytes take at ``listing_bytes_per_s``. A slow call ends also
+    when the server answers nothing at all, whoever asks, for ``metadata_s``.
 
     Transfers have no total limit: ``idle_s`` without a byte ends them. After an upload's last
     byte the server stores the file before it answers, for which it gets ``idle_s`` plus the time
@@ -215,8 +218,17 @@ class Session:
         async def attempts(token: str | None) -> bytes:
             return await self._retrying(repeat, lambda: exchange(token), extra_attempts)
 
-        with trio.move_on_after(limit):
+        async def whole() -> bytes:
             return await (self._authenticated(attempts) if authenticated else attempts(None))
+
+        silence_s = self.timeouts.metadata_s
+        try:
+            with trio.move_on_after(limit):
+                if limit > silence_s:
+                    return await while_alive(whole, self._is_alive, silence_s)
+                return await whole()
+        except Silent:
+            limit = silence_s
         text = f"no answer within {limit:g} s"
         raise self._count(TimedOut(text, endpoint=endpoint, sent=sent))
 
@@ -297,6 +309,23 @@ class Session:
                     yield chunk
         except httpx.TransportError as exc:
             raise self._count(transport_error(exc, endpoint)) from None
+
+    async def _is_alive(self, limit_s: float) -> bool:
+        """Whether the server answers anything, be it an error."""
+        try:
+            await self.call(
+                "GET",
+                _CHEAP,
+                params={"userName": self.user},
+                extra_attempts=0,
+                authenticated=False,
+                limit_s=limit_s,
+            )
+        except Unreachable:
+            return False
+        except DfsError:
+            return True
+        return True
 
     # -- one exchange ----------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ from cpodfs.cache.store import Inode, Store
 from cpodfs.errors import CacheDamaged, Conflict, CpodfsError, NotFound
 from cpodfs.fs.handles import Handles, OpenFile
 from cpodfs.fs.pods import check_writable, inode_of, oserror
-from cpodfs.sync.downloads import Downloads
+from cpodfs.sync.downloads import Downloads, Reader
 from cpodfs.sync.drain import push
 from cpodfs.sync.engine import Engine
 from cpodfs.sync.lister import Lister
@@ -126,7 +126,7 @@ class Files:
             if size == 0:
                 await self._empty(file)
             else:
-                await self._complete(file)
+                await self._complete(file, self._handles.reader(own))
                 await self._about_to_change(file.ino, cut_to=size)
                 os.ftruncate(file.fd, size)
         finally:
@@ -171,7 +171,7 @@ class Files:
             return handle
         self._downloads.misses += 1
         try:
-            await self._downloads.get(ino, inode.size).wait_begun()
+            await self._downloads.get(ino, inode.size).wait_begun(self._handles.reader(handle))
         except (Conflict, NotFound) as error:
             self._handles.release(handle)
             if inode.parent is not None:
@@ -270,7 +270,7 @@ class Files:
         if not inode.cached and inode.size:
             try:
                 download = self._downloads.get(file.ino, inode.size)
-                await download.wait_for(offset + size)
+                await download.wait_for(offset + size, self._handles.reader(handle))
             except CpodfsError:
                 # Unless somebody emptied the file while we waited.
                 if not inode_of(self._store, file.ino).cached:
@@ -285,7 +285,7 @@ class Files:
 
     async def write(self, handle: int, offset: int, buffer: bytes) -> int:
         file = self._handles.file(handle)
-        await self._complete(file)
+        await self._complete(file, self._handles.reader(handle))
         self._content.check_room(len(buffer))
         await self._about_to_change(file.ino)
         left = memoryview(buffer)
@@ -328,7 +328,7 @@ class Files:
         if was_clean:
             self._unjournalled[ino] = object()
 
-    async def _complete(self, file: OpenFile) -> None:
+    async def _complete(self, file: OpenFile, reader: Reader) -> None:
         """Wait until the whole content is here: uploads send files whole."""
         await self._look(file)
         inode = inode_of(self._store, file.ino)
@@ -336,7 +336,7 @@ class Files:
             return
         check_writable(self._store, file.ino)
         if inode.size:
-            await self._downloads.get(file.ino, inode.size).wait_for(inode.size)
+            await self._downloads.get(file.ino, inode.size).wait_for(inode.size, reader)
         else:
             self._content.complete(file.ino)
             self._store.set(file.ino, cached=1)

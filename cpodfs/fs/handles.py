@@ -1,7 +1,8 @@
 """What the kernel holds: look-up counts of inodes, open files, and their data files.
 
-Imports the cache. An inode without a name lives until the kernel has forgotten it and nobody has it
-open; ``release``, ``forget`` and ``discard`` all end in the same check. Synchronous throughout.
+Imports the cache and downloads. An inode without a name lives until the kernel has forgotten it and
+nobody has it open; ``release``, ``forget`` and ``discard`` all end in the same check. Synchronous
+throughout.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 
 from cpodfs.cache.content import Content
 from cpodfs.cache.store import Store
+from cpodfs.sync.downloads import Reader
 
 
 @dataclass(slots=True)
@@ -41,6 +43,7 @@ class Handles:
     _lookups: dict[int, int] = field(default_factory=dict)
     _files: dict[int, OpenFile] = field(default_factory=dict)
     _by_handle: dict[int, OpenFile] = field(default_factory=dict)
+    _readers: dict[int, Reader] = field(default_factory=dict)
     _next: int = 1
 
     def looked_up(self, ino: int) -> None:
@@ -73,6 +76,10 @@ class Handles:
     def file(self, handle: int) -> OpenFile:
         return self._by_handle[handle]
 
+    def reader(self, handle: int) -> Reader:
+        """The patience of whoever waits for content through a handle."""
+        return self._readers.setdefault(handle, Reader())
+
     def opened(self, ino: int) -> OpenFile | None:
         return self._files.get(ino)
 
@@ -81,6 +88,7 @@ class Handles:
 
     def release(self, handle: int) -> None:
         file = self._by_handle.pop(handle)
+        self._readers.pop(handle, None)
         file.handles -= 1
         if file.handles == 0:
             del self._files[file.ino]

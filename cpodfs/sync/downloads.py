@@ -3,7 +3,8 @@
 Imports the cache and the DFS client. FairOS-DFS has no ranges: a stream starts at byte 0, and a
 reader far ahead of it waits until it gets there. A broken stream starts again and only the bytes not
 there yet are waited for; after ``attempts`` failures the readers get the error. A reader for whom
-nothing comes gets it after ``patience_s`` seconds, while the attempts go on.
+nothing comes gets it after ``patience_s`` seconds, once for all calls of his that follow each other,
+while the attempts go on.
 """
 
 from __future__ import annotations
@@ -39,6 +40,27 @@ KEEP_GOING_BYTES = 8 << 20
 """A download of at most so many bytes is finished even when its last reader has gone."""
 
 
+AGAIN_S = 5.0
+"""Who comes again so soon after he waited in vain goes on with the same wait."""
+
+
+@dataclass(slots=True)
+class Reader:
+    """Somebody who waits for bytes: through open, reads and the kernel's repeats of them, with one
+    patience for all. Times are trio's."""
+
+    since_s: float = float("-inf")
+    in_vain_s: float = float("-inf")
+
+    def comes(self) -> None:
+        now = trio.current_time()
+        if now - self.in_vain_s > AGAIN_S:
+            self.since_s = now
+
+    def leaves_in_vain(self) -> None:
+        self.in_vain_s = trio.current_time()
+
+
 @dataclass(slots=True)
 class Pulse:
     """When bytes came last, of whatever file (trio's time), and how long readers do without."""
@@ -62,7 +84,7 @@ class Download:
     queued: bool = True
     failure: CpodfsError | None = None
     tried: int = 0
-    moved_s: float = field(default_factory=trio.current_time)
+    moved_s: float = float("-inf")
     available: int = 0
     crc: int = 0
     finished: bool = False
@@ -71,21 +93,30 @@ class Download:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     _moved: trio.Event = field(default_factory=trio.Event)
 
-    async def wait_for(self, end: int) -> None:
+    async def wait_for(self, end: int, reader: Reader) -> None:
         """Return when the first ``end`` bytes are there. Raises why they will not be."""
+        reader.comes()
         while self.available < min(end, self.size) or (end >= self.size and not self.finished):
-            await self._wait()
+            await self._wait(reader)
 
-    async def wait_begun(self) -> None:
+    async def wait_begun(self, reader: Reader) -> None:
         """Return when the server has begun to answer. Raises why it did not."""
+        reader.comes()
         while not (self.begun or self.finished):
-            await self._wait()
+            await self._wait(reader)
 
-    async def _wait(self) -> None:
+    async def _wait(self, reader: Reader) -> None:
         """Return when something has changed. Raises why nothing will, or has for too long."""
+        try:
+            await self._change(reader.since_s)
+        except CpodfsError:
+            reader.leaves_in_vain()
+            raise
+
+    async def _change(self, came_s: float) -> None:
         if self.error is not None:
             raise self.error
-        event, came_s = self._moved, trio.current_time()
+        event = self._moved
         while not event.is_set():
             since = max(came_s, self._alive_s())
             with trio.move_on_at(since + self.pulse.patience_s):
@@ -97,13 +128,17 @@ class Download:
         return max(self.moved_s, self.pulse.moved_s) if self.queued else self.moved_s
 
     def start(self) -> None:
-        """Its turn has come; the time that it waited does not count."""
+        """Its turn has come; the time for which others got on meanwhile does not count."""
         if self.queued:
             self.queued = False
-            self.moved_s = trio.current_time()
+            self.moved_s = self.pulse.moved_s
 
     def moved(self) -> None:
+        """Bytes came."""
         self.moved_s = self.pulse.moved_s = trio.current_time()
+        self.changed()
+
+    def changed(self) -> None:
         self._moved.set()
         self._moved = trio.Event()
 
@@ -200,7 +235,8 @@ class Downloads:
                             *("download broke ino=%d attempt=%d: %s", download.ino),
                             *(download.tried, failure),
                         )
-                        await trio.sleep(0.1 * 2**download.tried)
+                        pause_s = failure.retry_after_s or 0.0
+                        await trio.sleep(max(0.1 * 2**download.tried, pause_s))
         except CpodfsError as failure:
             error = failure
         except OSError as failure:
@@ -228,7 +264,7 @@ class Downloads:
             if not given_up:
                 self._content.empty_part(download.ino)
             download.error = error or BadReply("the download was given up")
-        download.moved()
+        download.changed()
 
     def _record(self, download: Download) -> bool:
         try:

@@ -32,6 +32,8 @@ POD_MODE = 0o700
 ATTEMPTS = 3
 RESOLVE_S = 10.0
 QUIET_S = 60.0
+QUIET_SHARE = 0.8
+"""Of the patience, for what keeps a pod from being opened anew; the rest is for the server."""
 REOPEN_MIN_S = 2.0
 RELOOK_MIN_S = 1.0
 """Nobody waits for a listing to be renewed that is younger than this, whatever the metadata TTL."""
@@ -112,7 +114,7 @@ class Lister:
                 self._refresh_later(directory.ino)
             return
         for _ in range(ATTEMPTS):
-            await self.refresh(directory.ino, patience_s=self._patience_s)
+            await self.refresh(directory.ino)
             now = self._store.get(directory.ino)
             if now is None or now.listed_s or self._store.remote_of(now.ino) is None:
                 return
@@ -130,36 +132,60 @@ class Lister:
             return  # uploads of ours go first
         try:
             with trio.move_on_after(min(self._patience_s, MISSED_S)) as scope:
-                await self.refresh(ino, patience_s=self._patience_s)
+                await self.refresh(ino)
             self._silent = self._silent or scope.cancelled_caught
         except CpodfsError as error:
             # One wait is enough: a shell or git looks for many names that are not there.
             self._silent = self._silent or isinstance(error, Unreachable)
 
-    async def refresh(self, ino: int, *, patience_s: float = math.inf) -> None:
-        """List now, or join whoever does. Raises a DfsError.
-
-        ``patience_s``: how long to wait while the server answers no listing at all.
-        """
+    async def refresh(self, ino: int) -> None:
+        """List now, or join whoever does. Raises a DfsError."""
         self._begin(ino)
-        listed, since = self._running.get(ino), trio.current_time()
-        while listed is not None and not listed.is_set():
-            deadline = max(since, self._listed_s) + patience_s
-            with trio.move_on_at(deadline):
-                await listed.wait()
-            if not listed.is_set() and max(since, self._listed_s) + patience_s <= deadline:
-                raise TimedOut("the server does not answer")
+        if (listed := self._running.get(ino)) is not None:
+            await self._await(listed)
         error = self._failed.get(ino)
         if error is not None:
             raise error
 
+    async def _await(self, done: trio.Event) -> None:
+        """Wait for what a task of ours does, as long as the server answers anything at all to any of
+        them. Raises TimedOut; the task goes on."""
+        since = trio.current_time()
+        while not done.is_set():
+            deadline = max(since, self._listed_s) + self._patience_s
+            with trio.move_on_at(deadline):
+                await done.wait()
+            if not done.is_set() and max(since, self._listed_s) + self._patience_s <= deadline:
+                raise TimedOut("the server does not answer")
+
     async def refresh_from_others(self, ino: int) -> None:
         """List anew after making the server forget: it answers from memory per session, where what
-        others changed is not seen until the pod was closed and opened. Raises a DfsError."""
+        others changed is not seen until the pod was closed and opened. Raises a DfsError; TimedOut
+        leaves it going on."""
+        assert self._nursery is not None
+        done = trio.Event()
+        failures: list[CpodfsError] = []
+        self._nursery.start_soon(self._list_anew, ino, failures, done)
+        await self._await(done)
+        if failures:
+            raise failures[0]
+
+    async def _list_anew(self, ino: int, failures: list[CpodfsError], done: trio.Event) -> None:
+        try:
+            await self._reopen_and_list(ino)
+        except CpodfsError as error:
+            failures.append(error)
+        except Exception as error:
+            log.exception("refresh broke ino=%d", ino)
+            failures.append(CpodfsError(f"refresh failed: {error!r}"))
+        finally:
+            done.set()
+
+    async def _reopen_and_list(self, ino: int) -> None:
         remote = self._store.remote_of(ino)
         if remote is not None and remote.rid != ROOT:
             pod = pod_of(self._store, remote)
-            with trio.move_on_after(QUIET_S) as patience:
+            with trio.move_on_after(min(QUIET_S, self._patience_s * QUIET_SHARE)) as patience:
                 await self._locks.wait_free((pod,), moving=pod)
             if patience.cancelled_caught:
                 raise TimedOut("the pod is being written to all the time; try again later")
@@ -172,6 +198,7 @@ class Lister:
         try:
             await self._dfs.refresh_pod(self._store.remote_path(pod)[0])
             self._opened[pod] = time.monotonic()
+            self._listed_s = trio.current_time()
         finally:
             self._locks.free((pod,), moving=pod)
 
