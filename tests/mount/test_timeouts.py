@@ -22,10 +22,10 @@ MB = 1_000_000
 
 @pytest.fixture
 def frozen(tmp_path: Path, own_server: Server) -> Iterator[Mount]:
-    """A mount that knows the folder ``d`` of a pod, but not its contents, nor the folder ``unknown``."""
+    """A mount that knows the folder ``d`` of a pod, but not its contents, nor other folders."""
     with mounted(tmp_path, own_server, None, *QUICK) as mount:
         pod = mount.pod("one")
-        for folder in ("d", "unknown"):
+        for folder in ("d", "unknown", "other"):
             (pod / folder).mkdir()
             for file in ("a", "b", "c", "e"):
                 (pod / folder / file).write_bytes(b"x" * MB)
@@ -55,7 +55,7 @@ def test_nothing_waits_for_it_twice(frozen: Mount) -> None:
         "a cut": lambda: os.truncate(one / "d/c", 5),
         "a listing": lambda: os.listdir(one / "unknown"),
         "a name in an unlisted folder": lambda: (one / "unknown/a").stat(),
-        "a removal": lambda: (one / "unknown").rmdir(),
+        "a removal": lambda: (one / "other").rmdir(),
         "refresh": set_attribute(one / "d", "refresh", b"1"),
         "refresh of the list of pods": set_attribute(frozen.point, "refresh", b"1"),
     }
