@@ -92,7 +92,7 @@ class Requests:
             answer = {"error": str(error)}
         except OSError as error:
             answer = {"error": f"{error.filename or 'failed'}: {error.strerror}{advice(error)}"}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             log.info("request not understood", exc_info=True)
             answer = {"error": "not understood; is the mount's driver of another version?"}
         self._answers[key] = _encoded(answer)

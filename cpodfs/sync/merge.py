@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 LATEST_S = 1 << 33
 """Unix time beyond which a server's clock is not believed; nanoseconds must fit 64 bits."""
-SLICE_S = 0.005
+SLICE_S = 0.002
 """After so long a merge lets others in."""
-PAGE = 500
+PAGE = 200
 """Rows looked at in one slice for what a listing did not show."""
 
 

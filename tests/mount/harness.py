@@ -244,6 +244,12 @@ def mounted(
             mountpoint.unmount(mount.point, lazy=True)
 
 
+def peak_mib(pid: int) -> float:
+    """The highest RSS of a process since it began."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
 def run(*argv: str | Path, cwd: Path | None = None, check: bool = True) -> str:
     """A real tool's standard output."""
     done = subprocess.run(

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import json
 import os
-from collections.abc import Iterator
+import select
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.mount.harness import Mount, Server, mounted
-from tests.mount.hostile import Answer, Hostile, entry
+from tests.mount.harness import Mount, Server, mounted, peak_mib
+from tests.mount.hostile import Answer, Hostile, Request, entry, listing
 from tests.patience import until
 
 LIST = "GET /v1/dir/ls"
+PODS = "GET /v1/pod/ls"
+MANY = 50_000
+SERVED = 50
+"""How often others are served while so many entries are listed: thousands of times, in fact."""
+MOST_MIB = 300
 
 
 @pytest.fixture
@@ -26,7 +35,7 @@ def hostile(server: Server) -> Iterator[Hostile]:
 @pytest.fixture
 def mount(tmp_path: Path, hostile: Hostile) -> Iterator[Mount]:
     """A mount that asks again at each look."""
-    with mounted(tmp_path, hostile, None, "--attr-ttl", "0", "--timeout", "5") as mount:
+    with mounted(tmp_path, hostile, None, "--attr-ttl", "0", "--timeout", "120") as mount:
         yield mount
 
 
@@ -56,6 +65,78 @@ def test_what_is_no_listing_is_an_error_until_the_server_speaks_sense(
     hostile.be_honest()
     until(lambda: _listed(pod) == ["f"])
     assert len(hostile.asked(LIST)) > asked
+
+
+def test_a_malformed_entry_costs_itself(mount: Mount, hostile: Hostile) -> None:
+    pod = mount.pod()
+    (pod / "known").write_text("known")
+    (pod / "other").write_text("other")
+    mount.sync()
+
+    def lie(_request: Request, truth: Callable[[], Answer]) -> Answer:
+        listed = json.loads(truth().body)
+        for broken in listed["files"]:
+            if broken["name"] == "known":
+                broken["size"] = "-1"
+        listed["files"] += [None, {"name": 3}, {**listed["files"][0], "name": "new", "size": 3}]
+        return Answer(json.dumps(listed).encode())
+
+    hostile.answer(LIST, lie)
+    until(lambda: "new" in os.listdir(pod))
+    assert sorted(os.listdir(pod)) == ["known", "new", "other"], "what was known stays"
+    assert (pod / "known").read_text() == "known"
+    assert "3 malformed entries left out of the listing of 'pod'" in mount.logged()
+
+
+def test_a_long_listing_holds_nobody_else_up(
+    tmp_path: Path, server: Server, hostile: Hostile
+) -> None:
+    with mounted(tmp_path, hostile, None, "--attr-ttl", "3600") as mount:
+        pod, other = mount.pod(), mount.pod("other")
+        mount.sync()
+        mount.remount(wipe=True)
+        (other / "f").write_text("f")
+        mount.sync()
+        hostile.answer(LIST, lambda _request, _truth: Answer(listing(MANY)))
+        served = 0
+        with subprocess.Popen(["ls", "-f", pod], stdout=subprocess.PIPE) as ls:
+            assert ls.stdout is not None
+            while not select.select([ls.stdout], [], [], 0)[0]:
+                assert not (other / f"absent{served}").exists()
+                assert (other / "f").read_text() == "f"
+                served += 1
+            names = set(ls.stdout.read().split())
+        assert names == {b".", b".."} | {f"f{n}".encode() for n in range(MANY)}
+        assert served > SERVED
+        assert peak_mib(mount.pid) < MOST_MIB
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "start"), [(LIST, b'{"files":['), (PODS, b'{"pods":["pod"],"sharedPods":[')]
+)
+def test_a_listing_without_end_is_an_error(
+    mount: Mount, hostile: Hostile, endpoint: str, start: bytes
+) -> None:
+    """As is one of more pods than a user can have."""
+    pod = mount.pod()
+    mount.sync()
+    mount.remount(wipe=True)
+    item = '"p%d"' if endpoint == PODS else '{"name":"%d"}'
+
+    def endless() -> Iterator[bytes]:
+        yield start
+        for number in itertools.count(step=1000):
+            yield "".join(f"{item % n}," for n in range(number, number + 1000)).encode()
+
+    hostile.answer(endpoint, lambda _request, _truth: Answer(endless()))
+    with pytest.raises(OSError) as refused:
+        os.listdir(mount.point if endpoint == PODS else pod)
+    assert refused.value.errno == errno.EIO
+    said = "more than 65,535 pods" if endpoint == PODS else "the directory is too large"
+    until(lambda: said in mount.logged())
+    assert peak_mib(mount.pid) < MOST_MIB
+    hostile.be_honest()
+    until(lambda: _listed(mount.point) == ["pod"])
 
 
 def _listed(folder: Path) -> list[str] | None:

@@ -1,0 +1,141 @@
+"""One long listing: ``python -m tests.bench.listing [ENTRIES …]``, by default 10^4, 10^5 and 10^6.
+
+A server lists a directory with so many entries. While one process lists it, another goes on using
+the mount: it looks for absent names and reads a cached file of another pod, neither of which the
+kernel answers by itself. Told are the longest that it waited, beside how long it waits when nothing is
+listed, and the driver's memory at its highest.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.bench.report import machine, table
+from tests.mount.harness import Mount, Server, mounted, peak_mib
+from tests.mount.hostile import Answer, Hostile, Lie, listing
+
+ENTRIES = (10_000, 100_000, 1_000_000)
+CALM = ("--attr-ttl", "1000000", "--timeout", "600", "--stall", "600")
+PACE_S = 0.002
+
+
+class Neighbour:
+    """Somebody else who uses the mount, and notes how long each call took, in seconds."""
+
+    def __init__(self, pod: Path) -> None:
+        self._file = pod / "cached"
+        self._file.write_text("content")
+        self._absent = pod
+        self._stop = threading.Event()
+        self.stats: list[float] = []
+        self.cats: list[float] = []
+
+    def _work(self) -> None:
+        number = 0
+        while not self._stop.is_set():
+            number += 1
+            begun = time.perf_counter()
+            (self._absent / f"absent{number}").exists()
+            self.stats.append(time.perf_counter() - begun)
+            begun = time.perf_counter()
+            self._file.read_text()
+            self.cats.append(time.perf_counter() - begun)
+            self._stop.wait(PACE_S)
+
+    def during(self, act: Callable[[], object]) -> float:
+        """Work while somebody does something; returns how long that took, in seconds."""
+        self.stats, self.cats = [], []
+        self._stop.clear()
+        worker = threading.Thread(target=self._work)
+        worker.start()
+        begun = time.perf_counter()
+        try:
+            act()
+            return time.perf_counter() - begun
+        finally:
+            self._stop.set()
+            worker.join()
+
+
+def _ms(waits: list[float]) -> tuple[str, str]:
+    ordered = sorted(waits)
+    return f"{ordered[len(ordered) * 99 // 100] * 1000:.1f}", f"{ordered[-1] * 1000:.1f}"
+
+
+def _row(what: str, neighbour: Neighbour, took: float, mount: Mount) -> tuple[str, ...]:
+    waits = *_ms(neighbour.stats), *_ms(neighbour.cats)
+    return (what, f"{took:.1f}", *waits, f"{peak_mib(mount.pid):.0f}")
+
+
+def _count(folder: Path) -> Callable[[], None]:
+    def act() -> None:
+        script = f"ls -f {folder} | wc -l"
+        done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+        print(f"{folder.name}: {done.stdout.strip()} names", file=sys.stderr)
+
+    return act
+
+
+def _lies(sizes: dict[str, int]) -> Lie:
+    """Pods that are called after how many entries they have; made before they are asked for."""
+    bodies = {pod: listing(size) for pod, size in sizes.items()}
+    short = b'{"files":[' + b",".join(b'{"name":"%d"}' % n for n in range(10**6)) + b"]}"
+
+    def lie(request, truth) -> Answer:  # type: ignore[no-untyped-def]
+        pod = request.query["podName"]
+        if pod == "short":
+            return Answer(short)
+        return Answer(bodies[pod]) if pod in bodies else truth()
+
+    return lie
+
+
+def main(*sizes: int) -> None:
+    """Print the table."""
+    print(f"{machine()}\n")
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="cpodfs-listing-") as name:
+        server = Server(Path(name) / "devnet", "--no-market")
+        hostile = Hostile(server)
+        hostile.answer("GET /v1/dir/ls", _lies({f"pod{size}": size for size in sizes}))
+        try:
+            for size in sizes:
+                rows += _one(Path(name) / str(size), hostile, size)
+        finally:
+            hostile.stop()
+            server.stop()
+    head = ("", "seconds", "stat p99", "worst, ms", "cat p99", "worst, ms", "peak RSS, MiB")
+    print(table(head, rows))
+
+
+def _one(folder: Path, hostile: Hostile, size: int) -> list[tuple[str, ...]]:
+    """One size, with a driver of its own: memory does not come back."""
+    folder.mkdir()
+    rows = []
+    with mounted(folder, hostile, None, *CALM) as mount:
+        neighbour = Neighbour(mount.pod("other"))
+        target = mount.pod(f"pod{size}")
+        mount.sync()
+        mount.remount(wipe=True)
+        neighbour = Neighbour(mount.pod("other"))
+        mount.sync()
+        took = neighbour.during(lambda: time.sleep(5))
+        rows.append(_row("nothing is listed", neighbour, took, mount))
+        for what, act in (
+            (f"first listing, {size:,}", _count(target)),
+            ("ls again, from the cache", _count(target)),
+            ("refresh, nothing new", lambda: mount.cli("refresh", str(target))),
+        ):
+            rows.append(_row(what, neighbour, neighbour.during(act), mount))
+        mount.kill()
+    return rows
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]) if len(sys.argv) > 1 else ENTRIES)
