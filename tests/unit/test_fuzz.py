@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.bench.fuzz import fuzz, targets
 
-INPUTS = 4000
+INPUTS = 3000
 
 
 def test_parsers_answer_or_raise_what_they_document(tmp_path: Path) -> None:
