@@ -296,9 +296,11 @@ class Store:
             self.assume_sent(ino)
             remote = self.remote_of(ino)
             self._known.pop(ino, None)
+            # What was written here has no checksum: whoever has it open must believe it.
             self._db.execute(
-                "UPDATE inode SET parent = NULL, name = NULL, dirty = 0, ctime_ns = ? WHERE ino = ?",
-                (time.time_ns(), ino),
+                f"UPDATE inode SET epoch = CASE WHEN dirty & {CONTENT} THEN ? ELSE epoch END, "
+                "parent = NULL, name = NULL, dirty = 0, ctime_ns = ? WHERE ino = ?",
+                (self.epoch, time.time_ns(), ino),
             )
             self._db.execute("UPDATE remote SET ino = NULL WHERE ino = ?", (ino,))
             return remote

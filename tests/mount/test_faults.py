@@ -51,6 +51,25 @@ def test_a_killed_driver_resumes(tmp_path: Path, own_server: Server) -> None:
         assert os.listdir(tmp_path / "cache" / os.listdir(tmp_path / "cache")[0] / "content")
 
 
+def test_what_is_deleted_while_open_is_believed_after_a_crash(
+    tmp_path: Path, own_server: Server
+) -> None:
+    """A temporary file: the journal has no checksum of it, and there is nothing to fetch again."""
+    with mounted(tmp_path, own_server) as mount:
+        pod = mount.pod()
+        mount.kill()
+        mount.start()
+        # O_DIRECT: else the kernel answers by itself.
+        fd = os.open(pod / "file", os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+        try:
+            os.write(fd, b"text" * 1024)
+            (pod / "file").unlink()
+            assert os.pread(fd, 4096, 0) == b"text" * 1024
+        finally:
+            os.close(fd)
+        assert "has another content" not in mount.logged()
+
+
 def test_kill_at_random_instants(tmp_path: Path, own_server: Server) -> None:
     """A workload whose every step is logged outside; the mount must show all that was logged."""
     seed = int(os.environ.get("CPODFS_TEST_SEED", random.randrange(1 << 30)))
