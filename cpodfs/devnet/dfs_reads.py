@@ -55,12 +55,15 @@ class Reads:
         """How many of the newest entries of a directory's list are not in the version in memory."""
         return self._memory.get(("D", m.dir_key(path)), 0)
 
-    def file(self, path: str) -> bool:
-        """Its metadata."""
+    def file(self, path: str, older: int) -> int | None:
+        """Which version of its metadata is found: 0 the newest, then one of so many ``older``."""
         if self.box.is_hidden(self.pod.name, path):
-            return False
-        known = ("F", path) in self._memory or ("all", m.parent_of(path)) in self._memory
-        return known or self.listed_file(path)
+            return None
+        if ("F", path) in self._memory:
+            return min(self._memory["F", path], older)
+        if ("all", m.parent_of(path)) in self._memory:
+            return 0
+        return self.listed_file(path, older)
 
     @property
     def lose_what_is_unseen(self) -> bool:
@@ -75,14 +78,15 @@ class Reads:
         """A listing has read everything in the directory."""
         self._memory["all", m.dir_key(folder)] = 0
 
-    def listed_file(self, path: str) -> bool:
-        """Its metadata, which a listing fetches whether it is in memory or not."""
+    def listed_file(self, path: str, older: int) -> int | None:
+        """The same of a listing, which fetches it whether it is in memory or not."""
         if self.box.is_hidden(self.pod.name, path):
-            return False
-        found = self.box.finds(f"{self.pod.name}{path} F", _FEED) == 0
-        if found:
-            self._memory["F", path] = 0
-        return found
+            return None
+        back = self.box.finds(f"{self.pod.name}{path} F", _FEED)
+        if back is None or back > older:
+            return None
+        self._memory["F", path] = back
+        return back
 
     def block(self, path: str, number: int) -> bool:
         """A block of content; number -1 is the list of blocks. Never kept in memory."""

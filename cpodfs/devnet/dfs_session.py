@@ -36,7 +36,8 @@ class Session:
     ``tagged``: files that it uploaded, and when (monotonic, s), ``listed``: directories in its
     memory, both by (pod, path).
     What it has in ``memory`` of a pod, by (kind, path), needs no chunk until it closes the pod; the
-    value says how many of the newest entries of a directory's list it did not see.
+    value says how many of the newest entries of a directory's list, or versions of a file, it
+    did not see.
     """
 
     id: str

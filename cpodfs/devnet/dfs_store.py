@@ -1,6 +1,6 @@
 """What the development server keeps: users, pods, sharing references, blobs of content.
 
-Imports ``dfs_model`` only. SQLite in WAL mode plus one file per blob. Content is written to
+Imports ``dfs_model`` and ``dfs_record``. SQLite in WAL mode plus one file per blob. Content is written to
 ``tmp/``, renamed into ``content/`` and only then named by a committed row, so a kill at any moment
 leaves at most a file that nobody names; those are swept away at the next start. Everything is
 called from one event loop and never awaits inside: a ``change()`` block is atomic.
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cpodfs.devnet.dfs_model import Refusal
+from cpodfs.devnet.dfs_record import File
 
 _SCHEMA = """
 -- digest NULL: the account was deleted; the name stays taken, as it does in the real name service
@@ -54,6 +55,8 @@ CREATE INDEX IF NOT EXISTS files_by_blob ON files (blob);
 CREATE TABLE IF NOT EXISTS shares (
     ref TEXT PRIMARY KEY, kind TEXT NOT NULL, body TEXT NOT NULL, blob TEXT NOT NULL);
 """
+
+_OLDER_MAX = 2
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Store:
         self._open(state_dir)
 
     def _open(self, folder: Path) -> None:
+        self._older: dict[tuple[str, str], list[File]] = {}
         self._content = folder / "content"
         self._temp = folder / "tmp"
         for needed in (folder, self._content, self._temp):
@@ -165,6 +169,22 @@ class Store:
         """To be called inside ``change()`` when a row stops naming ``blob``."""
         if blob:
             self._doomed.add(blob)
+
+    def supersede(self, pod: str, path: str, old: File) -> None:
+        """To be called inside ``change()`` when another version of a file takes the place of ``old``."""
+        kept = self._older.setdefault((pod, path), [])
+        kept.insert(0, old)
+        for forgotten in kept[_OLDER_MAX:]:
+            self.release(forgotten.blob)
+        del kept[_OLDER_MAX:]
+
+    def older(self, pod: str, path: str) -> list[File]:
+        """Former versions of a file, the latest first: as long as this process lives."""
+        return self._older.get((pod, path), [])
+
+    def forget_older(self, pod: str, path: str) -> list[File]:
+        """Former versions that are not kept any more."""
+        return self._older.pop((pod, path), [])
 
     def _is_named(self, blob: str) -> bool:
         query = "SELECT 1 FROM files WHERE blob = ?1 UNION SELECT 1 FROM shares WHERE blob = ?1"

@@ -30,6 +30,15 @@ from cpodfs.devnet.dfs_store import Store
 _BEYOND_ALL_IDS = 1 << 62
 
 
+def _version(versions: list[File], back: int | None) -> File | None:
+    return None if back is None else versions[back]
+
+
+def _entry(file: File) -> dict[str, Any]:
+    times = (file.ctime, file.mtime, file.atime)
+    return file_entry(file.name, file.content_type, file.size, file.block_size, file.mode, *times)
+
+
 class Tree:
     """``writable`` is False in a received pod: every change is refused.
 
@@ -65,11 +74,23 @@ class Tree:
         return False
 
     def file(self, path: str) -> File | None:
+        """As it is read now: perhaps an older version, or nothing."""
+        newest = self._newest(path)
+        if newest is None or self._reads is None:
+            return newest
+        older = self._store.older(self.pod, path)
+        return _version([newest, *older], self._reads.file(path, len(older)))
+
+    def _newest(self, path: str) -> File | None:
         query = f"SELECT {FILE_COLUMNS} FROM files WHERE pod = ? AND path = ?"  # noqa: S608 - constant
         row = self._db.execute(query, (self.pod, path)).fetchone()
-        if row is None or (self._reads is not None and not self._reads.file(path)):
-            return None
-        return File(*row)
+        return File(*row) if row else None
+
+    def _listed_file(self, path: str) -> File | None:
+        assert self._reads is not None
+        older = self._store.older(self.pod, path)
+        back = self._reads.listed_file(path, len(older))
+        return self.file(path) if back is not None else None
 
     def need_file(self, path: str) -> File:
         found = self.file(path)
@@ -107,7 +128,8 @@ class Tree:
             self._reads.listed_all(path)
         elif self._reads is not None:
             dirs = [row for row in dirs if self.has_dir(prefix + row[0])]
-            files = [row for row in files if self._reads.listed_file(prefix + row[0])]
+            shown = (self._listed_file(prefix + row[0]) for row in files)
+            return [dir_entry(*row) for row in dirs], [_entry(file) for file in shown if file]
         return [dir_entry(*row) for row in dirs], [file_entry(*row) for row in files]
 
     def stat_dir(self, pod_name: str, path: str) -> dict[str, Any]:
@@ -286,9 +308,9 @@ class Tree:
 
     def store_file(self, key: str, file: File) -> None:
         """Write metadata, inside ``change()``; no directory list is touched."""
-        old = self.file(key)
+        old = self._newest(key)
         if old is not None and old.blob != file.blob:
-            self._store.release(old.blob)
+            self._store.supersede(self.pod, key, old)
         values = tuple(vars(file).values())
         marks = ", ".join("?" * (2 + len(values)))
         self._db.execute(
@@ -434,7 +456,9 @@ class Tree:
         self._db.execute("UPDATE dirs SET mtime = ? WHERE pod = ? AND path = ?", row)
 
     def _remove_file(self, path: str) -> None:
-        self._store.release(self.need_file(path).blob)
+        self.need_file(path)
+        for version in (self._newest(path), *self._store.forget_older(self.pod, path)):
+            self._store.release(version.blob if version else "")
         self._db.execute("DELETE FROM files WHERE pod = ? AND path = ?", (self.pod, path))
 
     def _remove_tree(self, path: str) -> None:

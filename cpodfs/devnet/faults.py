@@ -53,7 +53,7 @@ class Faults:
             since it opened the pod ends the connection, as at the real server (here undone).
         rmdir_bug: removing a nested directory edits the wrong list, as the real server does.
         read_failure_rate: share of chunk reads that find nothing. What needs the chunk is "not there",
-            and a list whose newest version is not found is shown as it was before.
+            and a list or file whose newest version is not found is shown as it was before.
         pods_empty: the list of pods cannot be read: it is empty for whoever asks.
         wipe_pods: a list of pods that could not be read is stored anew, empty, when a pod is opened
             or looked for, and as it was seen when one is made: the others are lost, as they are at

@@ -228,3 +228,28 @@ async def test_an_older_list_of_pods(tmp_path: Path) -> None:
         await dfs.faults(read_failure_rate=0.3, seed=1)
         shown = {tuple((await dfs.get("/v1/pod/ls"))[1]["pods"]) for _ in range(40)}
         assert {(), ("p", "q", "r"), ("p", "q", "r", "s")} <= shown
+
+
+async def test_an_older_version_of_a_file_may_be_shown(tmp_path: Path) -> None:
+    async with with_pod(tmp_path) as dfs:
+        for size in (100, 200, 300):
+            await dfs.upload("/", "f", b"x" * size)
+        seen = set()
+        for seed in range(40):
+            await dfs.faults()
+            await _reopen(dfs)
+            await dfs.faults(read_failure_rate=0.3, seed=seed)
+            status, body = await _stat(dfs, "/f")
+            size = int(body["fileSize"]) if status == 200 else 0
+            await dfs.faults()
+            if size:
+                assert len((await dfs.download("/f"))[1]) == size, "it stays in memory"
+            seen.add(size)
+        assert seen == {0, 100, 200, 300}
+        await _reopen(dfs)
+        assert (await dfs.download("/f"))[1] == b"x" * 300
+        await dfs.faults(read_failure_rate=0.3, seed=1)
+        listed = {
+            str((await _ls(dfs, "/"))[1].get("files", [{}])[0].get("size")) for _ in range(40)
+        }
+        assert {"100", "200", "300"} <= listed
