@@ -166,6 +166,7 @@ class Mount:
             raise AssertionError("the mount was not ready in time")
         line = self.process.stderr.readline()
         if "mounted at" not in line:
+            self.process.kill()  # it may have begun with a warning: then it would never end
             raise AssertionError(line + self.process.stderr.read() + self.logged()[-3000:])
         return self
 

@@ -252,6 +252,7 @@ def test_offline_time_does_not_count_against_an_object() -> None:
     for _ in range(2000):
         again.open_gate()
         again.failed(A, Unreachable("x"))
+    again.open_gate()
     assert again.failed(A, NotFound("x")) == 0
     for _ in range(2000):
         assert again.failed(A, OSError()) <= retry.MAX_S * 1.2
