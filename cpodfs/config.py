@@ -50,6 +50,10 @@ class Settings:
     allow_other: bool = False
     yagna_url: str = "http://127.0.0.1:7465"
     sandbox: str = "auto"
+    local_market: bool = False
+    """Whether providers are processes of this machine."""
+    unconfined: str | None = None
+    """Why those are in no sandbox, if they are not."""
     keep_runs: int = 20
     run_grace_s: float = RUN_GRACE_S
 

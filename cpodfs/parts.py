@@ -110,7 +110,11 @@ class Parts:
         )
         tree = Tree(store, self._handles, self.engine, self.lister, self._files)
         book = TrustBook(trust_file(self._cache.folder))
-        guard = Guard(tree, book, self._holds, settings.sandbox)
+        guard = Guard(
+            *(tree, book, self._holds, settings.sandbox),
+            local_market=settings.local_market,
+            unconfined=settings.unconfined,
+        )
         self._run_files = RunFiles(tree, self.runs, guard)
         attributes = Attributes(tree, self._run_files)
         requests = Requests(tree, self._run_files, guard, dfs, self._refresh_pods)

@@ -55,10 +55,12 @@ class ContainerError(Exception):
 
 
 class Isolation:
-    """How processes are kept apart, found out once for each market (`probe`)."""
+    """How processes are kept apart, found out once for each market (`probe`). ``missing``: why they
+    are not, in one line."""
 
-    def __init__(self, bwrap: str | None) -> None:
+    def __init__(self, bwrap: str | None, missing: str = "") -> None:
         self.bwrap = bwrap
+        self.missing = missing
 
     @classmethod
     def probe(cls, scratch: Path) -> Isolation:
@@ -66,7 +68,7 @@ class Isolation:
         bwrap = shutil.which("bwrap")
         if bwrap is None:
             log.warning("sandbox_missing hint='install bubblewrap: tasks run unconfined'")
-            return cls(None)
+            return cls(None, "bwrap is missing; install it with: apt install bubblewrap")
         container = Container(scratch, cls(bwrap), "probe")
         container.create()
         try:
@@ -87,7 +89,9 @@ class Isolation:
             container.remove()
         if not works:
             log.warning("sandbox_broken reason=%r hint='tasks run unconfined'", reason)
-        return cls(bwrap if works else None)
+            said = (reason.splitlines() or ["no reason given"])[-1].removeprefix("bwrap: ")
+            return cls(None, f"bwrap does not work here: {said}")
+        return cls(bwrap)
 
 
 class Container:
@@ -148,7 +152,8 @@ class Container:
             _wait_for_users(proc)
             self.handles = _namespaces(proc)
         except (OSError, ValueError, KeyError) as error:
-            raise ContainerError(f"the container cannot be started: {error!r}") from None
+            why = "bwrap ended at once" if isinstance(error, ValueError) else repr(error)
+            raise ContainerError(f"the container cannot be started: {why}") from None
         finally:
             for handle in (reader, writer):
                 if handle >= 0:

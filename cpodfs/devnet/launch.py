@@ -37,6 +37,8 @@ _LOG_TAIL = 2000
 class DevnetFailed(CpodfsError):
     """The child did not start; the message ends with what it wrote to stderr."""
 
+    several_lines = True
+
 
 _PATHS = (
     *("password_file", "control_key_file", "app_key_file"),
@@ -46,8 +48,8 @@ _PATHS = (
 
 @dataclass(frozen=True)
 class Devnet:
-    """The ready line. The market's fields are None without a market. ``stays``: it does not end with
-    whoever started it."""
+    """The ready line. The market's fields are None without a market. ``unconfined``: why the market
+    runs tasks without a sandbox. ``stays``: it does not end with whoever started it."""
 
     dfs_url: str
     user: str
@@ -57,6 +59,7 @@ class Devnet:
     app_key_file: Path | None
     gftp_dir: Path | None
     run_path_dir: Path | None
+    unconfined: str | None
     pid: int
     state: Path
     stays: bool
@@ -73,6 +76,7 @@ class Devnet:
     def parse(cls, line: bytes) -> Devnet:
         """Raises ValueError, KeyError or TypeError for what is not a ready line."""
         fields: dict[str, Any] = json.loads(line)
+        fields.setdefault("unconfined", "it is of an earlier version")
         known: dict[str, Any] = {name: fields[name] for name in cls.__dataclass_fields__}
         for name in _PATHS:
             known[name] = None if known[name] is None else Path(known[name])

@@ -42,6 +42,7 @@ from cpodfs.devnet.registry_api import RegistryApi
 from cpodfs.devnet.rest import Problem, iso, log, problems_as_json
 from cpodfs.devnet.transfer import Transfers
 
+MARKET: web.AppKey[Market] = web.AppKey("market")
 _OPEN_PATHS = ("/registry/", "/devnet/")
 """The app-key, which every requestor has, opens neither; the latter has a key of its own."""
 _VANISH_AFTER_S = 0.3
@@ -67,7 +68,7 @@ class Market:
         self._sandbox = sandbox
         self._idle_s = requestor_idle_s
         self._misbehave = misbehave
-        self._isolation = Isolation(None)
+        self._isolation = Isolation(None, "it was not asked for")
         self._ledger = Ledger(state_dir)
         self._transfers = Transfers(Registry(gftp_dir))
         self._activities: dict[str, tuple[Agreement, Activity]] = {}
@@ -82,6 +83,11 @@ class Market:
             self._close_agreement,
         )
         self._payment = PaymentApi(self._ledger)
+
+    @property
+    def unconfined(self) -> str | None:
+        """Why tasks are run without a sandbox; None when they are in one. Known once it serves."""
+        return None if self._isolation.bwrap is not None else self._isolation.missing
 
     def routes(self) -> list[web.RouteDef]:
         activity = ActivityApi(self._activities, self._create_activity, self._end_activity)
@@ -349,6 +355,7 @@ def create_market_app(
         ],
         client_max_size=16 << 20,
     )
+    app[MARKET] = market
     app.add_routes(market.routes())
     app.cleanup_ctx.append(market.running)
     return app

@@ -109,11 +109,11 @@ async def _ensure_user(app: web.Application, password_file: Path) -> None:
 
 @asynccontextmanager
 async def _market(options: Options) -> AsyncIterator[dict[str, Any]]:
-    nothing = {"yagna_url": None, "app_key_file": None, "gftp_dir": None, "run_path_dir": None}
+    names = ("yagna_url", "app_key_file", "gftp_dir", "run_path_dir", "unconfined")
     if options.market_port is None:
-        yield nothing
+        yield dict.fromkeys(names)
         return
-    from cpodfs.devnet.market import create_market_app
+    from cpodfs.devnet.market import MARKET, create_market_app
     from cpodfs.devnet.run_env import write_gftp_program
 
     state = options.state
@@ -134,6 +134,7 @@ async def _market(options: Options) -> AsyncIterator[dict[str, Any]]:
             "app_key_file": str(key_file),
             "gftp_dir": str(gftp_dir),
             "run_path_dir": str(program.parent),
+            "unconfined": app[MARKET].unconfined,
         }
 
 

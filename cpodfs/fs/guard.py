@@ -54,8 +54,8 @@ class PodRecipe:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """How a pod would be run now, and why so. ``kind``: "provider" (there), "sandbox", "bare" (here,
-    without one), "refused". ``bwrap``: its path, for a sandbox; ``error``: what a refusal raises."""
+    """How a pod would be run now, and why so. ``kind``: "provider" (there), "market" (here, in a
+    sandbox of the local market), "sandbox", "bare" (here, without one), "refused". ``bwrap``: its path, for a sandbox; ``error``: what a refusal raises."""
 
     kind: str
     why: str = ""
@@ -65,13 +65,25 @@ class Outlook:
 
 
 class Guard:
-    """``mode``: one of ``sandbox.MODES``."""
+    """``mode``: one of ``sandbox.MODES``. ``local_market``: whether the providers are processes of this
+    machine. ``unconfined``: why those are in no sandbox, if so; nobody is who may speak to them."""
 
-    def __init__(self, tree: Tree, book: TrustBook, holds: Holds, mode: str) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        book: TrustBook,
+        holds: Holds,
+        mode: str,
+        *,
+        local_market: bool,
+        unconfined: str | None,
+    ) -> None:
         self.book = book
         self._tree = tree
         self._holds = holds
         self._mode = mode
+        self._local_market = local_market
+        self._unconfined = unconfined
         self._works: str | None = None
         self._probing = trio.Lock()
 
@@ -96,7 +108,7 @@ class Guard:
         if how.kind == "refused":
             raise how.error(f"{what.name}: {how.why}")
         if how.kind == "bare" and not how.by_choice:
-            if not own and self.book.is_boxed(what.name):
+            if not own and self.is_boxed(what):
                 raise NotTrusted(
                     f"{what.name}: was trusted to run in a sandbox, and there is none: {how.why}; "
                     f"look again: cpodfs trust {what.name}"
@@ -112,14 +124,14 @@ class Guard:
 
     async def outlook(self, what: PodRecipe, *, own: bool) -> Outlook:
         """How it would be run, were it trusted."""
-        if what.recipe.runtime is not None:  # what runs here is ours
-            return Outlook("provider")
+        if what.recipe.runtime is not None and self._unconfined is None:  # what runs here is ours
+            return Outlook("market" if self._local_market else "provider")
         if self._mode == "off":
             return Outlook("bare", "--sandbox off")
         if self._mode == "auto" and own:
             return Outlook("bare", "it is your own")
         try:
-            reason = await self._probe()
+            reason = await self._missing()
         except NotNow as error:
             # To run it bare for that would be to let it choose: it can keep the machine busy.
             return Outlook("refused", str(error), error=NotNow)
@@ -129,8 +141,14 @@ class Guard:
             return Outlook("refused", f"--sandbox on: {reason}")
         return Outlook("bare", reason, by_choice=False)
 
-    async def _probe(self) -> str | None:
-        """Why bwrap does not work here. What works is not asked again, what fails is."""
+    def is_boxed(self, what: PodRecipe) -> bool:
+        """Whether it was trusted to run in a sandbox or at providers, and not here without one."""
+        return self.book.is_boxed(what.name, hires=what.recipe.runtime is not None)
+
+    async def _missing(self) -> str | None:
+        """Why there is no sandbox here. What works is not asked again, what fails is."""
+        if self._unconfined is not None:
+            return f"the local market has none for its programs: {self._unconfined}"
         async with self._probing:
             if self._works is None:
                 program = sandbox.program()

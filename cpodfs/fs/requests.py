@@ -119,7 +119,7 @@ class Requests:
         book = self._guard.book
         how = await self._guard.outlook(what, own=own or book.is_own(pod))
         # What was trusted to run in a sandbox is not trusted to run without.
-        lapsed = book.is_boxed(pod) and how.kind == "bare" and not how.by_choice
+        lapsed = self._guard.is_boxed(what) and how.kind == "bare" and not how.by_choice
         return {
             "own": book.is_own(pod),
             "trusted": None if lapsed else book.trusted(pod),
@@ -138,7 +138,7 @@ class Requests:
         if (await self._guard.fingerprint(what)).hexdigest() != digest:
             raise NotTrusted(f"{pod}: changed while you looked; look again")
         how = await self._guard.outlook(what, own=False)
-        self._guard.book.trust(pod, digest, boxed=how.kind in ("sandbox", "refused"))
+        self._guard.book.trust(pod, digest, boxed=how.kind != "bare")
         log.info("pod trusted pod=%r hash=%s", pod, digest)
         return {}
 

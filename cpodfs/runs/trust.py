@@ -64,17 +64,21 @@ class TrustBook:
         digest = self._pods.get(pod, {}).get("trusted")
         return digest if isinstance(digest, str) else None
 
-    def is_boxed(self, pod: str) -> bool:
-        """Whether its being trusted is about a run in a sandbox, as the user was told."""
-        return bool(self._pods.get(pod, {}).get("boxed"))
+    def is_boxed(self, pod: str, *, hires: bool = False) -> bool:
+        """Whether its being trusted is about a run in a sandbox or elsewhere, as the user was told.
+
+        ``hires``: its program is one for providers, of which earlier versions wrote neither.
+        """
+        entry = self._pods.get(pod, {})
+        return bool(entry.get("boxed")) or (hires and not entry.get("bare"))
 
     def own(self, pod: str) -> None:
         """The pod is the user's own, whatever becomes of it."""
         self._set(pod, {"own": True})
 
     def trust(self, pod: str, digest: str, *, boxed: bool = False) -> None:
-        """The pod may be run as long as its hash is this one; ``boxed``: in a sandbox only."""
-        self._set(pod, {"trusted": digest} | ({"boxed": True} if boxed else {}))
+        """The pod may be run as long as its hash is this one; ``boxed``: not here without a sandbox."""
+        self._set(pod, {"trusted": digest, "boxed" if boxed else "bare": True})
 
     def forget(self, pod: str) -> bool:
         """Take back whatever was said of the pod; False when nothing was."""

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.compute import record, run_folders, run_to_end
-from tests.mount.harness import CPODFS, Mount, Server, mounted
+from tests.mount.compute import DevnetMount, record, run_folders, run_to_end
+from tests.mount.harness import CPODFS, Mount, RealServer, Server, mounted
+from tests.mount.provider_pods import IMAGE, provider_pod
 from tests.mount.strangers import forked, recipe_files, touch, vouch
 
 DENIED = "Permission denied"
@@ -259,6 +260,46 @@ def test_a_sandbox_that_cannot_be_tried_in_time(boxing: Mount, bwrap: Bwrap) -> 
     assert run_folders(pod) == []
     bwrap.be("well")
     assert record(run_to_end(pod))["sandbox"] is True
+
+
+@pytest.mark.sandbox
+def test_a_local_market_without_a_sandbox_runs_no_strangers_program(
+    tmp_path: Path, bwrap: Bwrap
+) -> None:
+    """Its providers are processes of this machine, whatever the recipe calls them."""
+    runtime = {"image": IMAGE, "budget": 1.0, "poll": 0.3}
+    rented = {"golem": {"exec": "sh script/x.sh", "runtime": runtime}}
+    outside = tmp_path / "outside"
+    files = {"a.recipe": json.dumps(rented), "script/x.sh": f"touch {outside}"}
+    mount = DevnetMount(tmp_path)
+    mount.env["PATH"] = f"{bwrap.folder}:{mount.env['PATH']}"
+    try:
+        mount.start()
+        mount.server = RealServer(mount.status()["server"])
+        pod, local = forked(mount, "far", files), forked(mount, "near")
+        assert "\non this machine, in a sandbox of the local market\n" in shown(mount, pod)
+        shown(mount, local)
+        mount.stop()
+        bwrap.be("fail")
+        mount.start()
+        mount.server = RealServer(mount.status()["server"])
+        for each in (pod, local):
+            assert DENIED in touch(each)
+            assert "was trusted to run in a sandbox, and there is none: the local market" in reason(
+                each
+            )
+            assert "bwrap does not work here: the container cannot" in reason(each)
+            assert f"; look again: cpodfs trust {each.name}" in reason(each)
+        assert "Let this be run as you, WITHOUT a sandbox? [y/N]" in asked(mount, pod)
+        assert not outside.exists()
+        own = provider_pod(mount, "own", "sh script/run.sh", "echo mine", retries=0)
+        assert (run_to_end(own) / "stdout.log").read_text() == "mine\n"
+        assert "\non this machine, WITHOUT a sandbox: the local market" in shown(mount, pod)
+        run_to_end(pod)
+        assert outside.exists()
+    finally:
+        if mount.process is not None:
+            mount.stop()
 
 
 def test_help_says_when_trust_ends(theirs: Mount) -> None:

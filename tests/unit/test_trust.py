@@ -76,6 +76,19 @@ def test_what_was_trusted_to_be_in_a_sandbox(path: Path) -> None:
     assert not again.is_boxed("any")
 
 
+def test_trust_in_a_program_for_providers_of_a_version_that_did_not_say_where(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "account.json"
+    path.write_text('{"version": 1, "pods": {"old": {"trusted": "abc"}}}')
+    path.chmod(0o600)
+    book = TrustBook(path)
+    assert not book.is_boxed("old")
+    assert book.is_boxed("old", hires=True)
+    book.trust("old", "abc")
+    assert not TrustBook(path).is_boxed("old", hires=True)
+
+
 def test_what_cannot_be_noted_is_forgotten_all_the_same(path: Path) -> None:
     book = TrustBook(path)
     book.own("mine")
