@@ -46,9 +46,11 @@ import errno as _errno
 
 
 class CpodfsError(Exception):
-    """The root. ``errno`` is what the kernel is told; ``str()`` says what, where and what to do."""
+    """The root. ``errno`` is what the kernel is told; ``str()`` says what, where and what to do, in one
+    line unless it has ``several_lines`` of ours."""
 
     errno: int = _errno.EIO
+    several_lines = False
 
 
 class ConfigError(CpodfsError):

@@ -1,4 +1,4 @@
-"""Numbers as people read them. A leaf."""
+"""Numbers as people read them, and text that is not ours as they may be shown it. A leaf."""
 
 from __future__ import annotations
 
@@ -18,3 +18,14 @@ def size(number: int) -> str:
 def count(number: int, thing: str) -> str:
     """``1 file``, ``2 files``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def printable(text: str) -> str:
+    """Text of a stranger's, safe for a terminal: nothing but its lines can have an effect. Controls,
+    what changes the direction of writing, and lone surrogates are written as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def line(text: str) -> str:
+    """`printable` text that stays in its line."""
+    return printable(text).replace("\n", "\\n")

@@ -15,6 +15,7 @@ from cpodfs.cli.forget import forget
 from cpodfs.cli.inspect import refresh, sync
 from cpodfs.cli.mount import mount
 from cpodfs.cli.run import cancel, logs, run, runs
+from cpodfs.cli.shown import say, say_lines
 from cpodfs.cli.status import status
 from cpodfs.cli.trust import fork, receive, share, trust
 from cpodfs.cli.umount import umount
@@ -29,7 +30,7 @@ class _Cli(click.Group):
         try:
             return super().invoke(ctx)
         except CpodfsError as error:
-            click.echo(f"cpodfs: {error}", err=True)
+            (say_lines if error.several_lines else say)(f"cpodfs: {error}", err=True)
             sys.exit(1)
 
 

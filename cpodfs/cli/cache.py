@@ -10,6 +10,7 @@ import click
 
 from cpodfs.cache import folder as cache_folder
 from cpodfs.cli.options import PATH
+from cpodfs.cli.shown import say
 from cpodfs.config import cache_folders
 from cpodfs.errors import ConfigError
 from cpodfs.words import count, size
@@ -35,14 +36,14 @@ def check(folder: Path | None) -> None:
     """
     found = cache_folder.check(_found(folder))
     for path, there in found.unclaimed:
-        click.echo(f"unclaimed: {path} ({size(there)})")
+        say(f"unclaimed: {path} ({size(there)})")
     for damage in found.damaged:
         kind = "lost" if damage.is_pending else "to be fetched again"
-        click.echo(f"{kind}: {damage.path!r}: {damage.what}")
-    click.echo(f"{count(found.files, 'content')} looked at, {size(found.bytes)}")
+        say(f"{kind}: {damage.path!r}: {damage.what}")
+    say(f"{count(found.files, 'content')} looked at, {size(found.bytes)}")
     if found.unclaimed:
         option = "" if folder is None else f" --folder {shlex.quote(str(folder))}"
-        click.echo(f"to copy out what is unclaimed: cpodfs cache rescue{option} DIR")
+        say(f"to copy out what is unclaimed: cpodfs cache rescue{option} DIR")
     sys.exit(1 if found.unclaimed or found.damaged else 0)
 
 
@@ -55,7 +56,7 @@ def rescue(folder: Path | None, target: Path) -> None:
     Nothing is removed from the cache.
     """
     copied, total = cache_folder.rescue(_found(folder), target)
-    click.echo(f"{target}: {count(copied, 'file')} copied, {size(total)}")
+    say(f"{target}: {count(copied, 'file')} copied, {size(total)}")
 
 
 def _found(folder: Path | None) -> Path:

@@ -10,6 +10,7 @@ from typing import NoReturn
 
 import click
 
+from cpodfs.cli.shown import say_lines
 from cpodfs.demo.story import DemoFailed, Story, fresh_folder
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -82,5 +83,5 @@ def _need_no_more() -> None:
 
 
 def _say(text: str, *, nl: bool = True) -> None:
-    click.echo(text, nl=nl)
+    say_lines(text, nl=nl)
     sys.stdout.flush()

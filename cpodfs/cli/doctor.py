@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -13,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from cpodfs.cli import shown
 from cpodfs.cli.options import Configured, configured_option, password_source, subject_options
 from cpodfs.config import account_cache
 from cpodfs.devnet import launch
@@ -65,20 +64,20 @@ def doctor(ctx: click.Context, /, as_json: bool, **_options: Any) -> None:
     with _subject(ctx) as subject:
         findings = examine(subject)
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(f) for f in findings], indent=2))
+        click.echo(shown.as_json([dataclasses.asdict(f) for f in findings], 2))
     else:
         Console(highlight=False).print(_table(findings))
     sys.exit(1 if any(f.state == BAD for f in findings) else 0)
 
 
-def _table(findings: list[Finding]) -> Table:
-    table = Table(box=None, show_header=False)
+def _table(findings: list[Finding]) -> shown.Table:
+    table = shown.Table(box=None, show_header=False)
     for finding in findings:
         table.add_row(
-            Text(finding.state, style=_COLOURS[finding.state]), finding.name, Text(finding.text)
+            Text(finding.state, style=_COLOURS[finding.state]), finding.name, finding.text
         )
         if finding.fix:
-            table.add_row("", "", Text(f"→ {finding.fix}"))
+            table.add_row("", "", f"→ {finding.fix}")
     return table
 
 

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import click
-
-from cpodfs.cli.pods import Pod, printable
+from cpodfs.cli.pods import Pod
+from cpodfs.cli.shown import Passed, say
 from cpodfs.errors import RecipeError, RunError
 from cpodfs.runs.keep import open_folder
+from cpodfs.words import line
 
 POLL_S = 0.05
 LOOKS = 40
@@ -126,8 +126,8 @@ class Logs:
         self.refused = False
         self._before_output = before_output
         self._streams = [
-            _Stream(pod, folder, "stdout.log", sys.stdout.buffer),
-            _Stream(pod, folder, "stderr.log", sys.stderr.buffer),
+            _Stream(pod, folder, "stdout.log", Passed(sys.stdout)),
+            _Stream(pod, folder, "stderr.log", Passed(sys.stderr)),
         ]
 
     def step(self) -> None:
@@ -137,12 +137,16 @@ class Logs:
                 while data := stream.new():
                     self._before_output()
                     stream.target.write(data)
-                    stream.target.flush()
             except _Refused as refused:
                 if not self.refused:
                     self._before_output()
-                    click.echo(f"cpodfs: {printable(str(refused))}", err=True)
+                    say(f"cpodfs: {refused}", err=True)
                 self.refused = True
+
+    def end(self) -> None:
+        """Nothing new will be asked for."""
+        for stream in self._streams:
+            stream.target.end()
 
 
 class _Refused(Exception):
@@ -150,7 +154,7 @@ class _Refused(Exception):
 
 
 class _Stream:
-    def __init__(self, pod: Pod, folder: str, name: str, target: Any) -> None:
+    def __init__(self, pod: Pod, folder: str, name: str, target: Passed) -> None:
         self.target = target
         self._place = (pod, folder, name)
         self._path = pod.path / folder / name
@@ -176,17 +180,18 @@ class _Stream:
 
 def follow(pod: Pod, run: str, folder: str) -> Logs:
     """Print a run's logs until it ends; a line below them, on a terminal, says how it goes."""
-    line = ProgressLine()
-    logs = Logs(pod, folder, line.clear)
+    progress = ProgressLine()
+    logs = Logs(pod, folder, progress.clear)
     while True:
         state = in_progress(pod)
         logs.step()
         if state is None or state.get("id") != run:
             # Once more: the end came after the look at `.run`, the last words before it.
             logs.step()
-            line.clear()
+            progress.clear()
+            logs.end()
             return logs
-        line.show(state)
+        progress.show(state)
         time.sleep(POLL_S)
 
 
@@ -194,11 +199,11 @@ def _in_words(state: dict[str, Any], seconds: int) -> str:
     words = f"{state.get('pod')}: {state.get('state')} {seconds // 60}:{seconds % 60:02d}"
     golem = state.get("golem")
     if not isinstance(golem, dict):
-        return printable(words)
+        return line(words)
     tasks = golem.get("tasks")
     counts = tasks.items() if isinstance(tasks, dict) else ()
     words += "".join(f", {value} {key}" for key, value in counts if value)
-    return printable(f"{words}, {golem.get('spent')} of {golem.get('budget')} GLM spent")
+    return line(f"{words}, {golem.get('spent')} of {golem.get('budget')} GLM spent")
 
 
 class ProgressLine:

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from cpodfs.cli.pods import find_pod
+from cpodfs.cli.shown import say
 from cpodfs.errors import MountError
 from cpodfs.mountpoint import resolved
 
@@ -22,4 +23,4 @@ def forget(pod: str) -> None:
     if "/" in pod and resolved(Path(pod)) != found.path:
         raise MountError(f"{pod}: is inside a pod; to forget all of it: cpodfs forget {found.path}")
     found.ask("forget")
-    click.echo(f"{found.path}: forgotten")
+    say(f"{found.path}: forgotten")

@@ -11,6 +11,7 @@ import click
 from cpodfs.cli.control import mount_of, tell
 from cpodfs.cli.options import Number
 from cpodfs.cli.progress import drain_progress
+from cpodfs.cli.shown import say
 from cpodfs.cli.umount import wait_until_idle
 from cpodfs.errors import MountError
 
@@ -34,7 +35,7 @@ def sync(path: Path | None, stall: float) -> None:
     finally:
         tell(point, "drain", "0")
     for failure in report["failed"]:
-        click.echo(f"cpodfs: {failure['path']}: {failure['error']}", err=True)
+        say(f"cpodfs: {failure['path']}: {failure['error']}", err=True)
     sys.exit(1 if report["pending"] + report["deletions"] else 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -27,11 +28,12 @@ from cpodfs.cli.options import (
     subject_options,
 )
 from cpodfs.cli.progress import drain_progress
+from cpodfs.cli.shown import say
 from cpodfs.config import RUN_GRACE_S, Settings, account_cache
 from cpodfs.devnet import launch
 from cpodfs.devnet.run_env import run_environment
 from cpodfs.errors import ConfigError, CpodfsError, DfsError, LoginRefused, MountError, Unreachable
-from cpodfs.words import count
+from cpodfs.words import count, line, printable
 
 log = logging.getLogger(__name__)
 LOG_FORMAT = "%(asctime)s %(levelname).1s %(name)s %(message)s"
@@ -161,7 +163,7 @@ def mount(ctx: click.Context, /, mountpoint: Path, **options: Any) -> None:
     else:
         sys.exit(
             serve(
-                lambda: click.echo(f"cpodfs: mounted at {point}", err=True),
+                lambda: say(f"cpodfs: mounted at {point}", err=True),
                 log_file=options["log_file"],
             )
         )
@@ -198,10 +200,10 @@ def _serve(
     except CpodfsError as error:
         raise _explained(error, options) from None
     for path in list(dict.fromkeys(left))[:50]:
-        click.echo(f"cpodfs: not uploaded: {path}", err=True)
+        say(f"cpodfs: not uploaded: {path}", err=True)
     if left:
         what = f"{count(len(left), 'change')} kept in the cache for the next mount"
-        click.echo(f"cpodfs: {what}", err=True)
+        say(f"cpodfs: {what}", err=True)
     return 1 if left else 0
 
 
@@ -257,6 +259,7 @@ async def _mounted(
         )
     async with launch.running(options["devnet_state"]) as net:
         settings = _settings(point, options, net.dfs_url, net.user, key=f"devnet:{net.state}")
+        settings = dataclasses.replace(settings, local_market=True, unconfined=net.unconfined)
         return await run(
             settings,
             net.password,
@@ -271,7 +274,7 @@ def _notice(options: Mapping[str, Any]) -> Callable[[str], None]:
     """Says what the user must know of the cache, unless the log says it at the same place."""
     if not (options["daemon"] or options["log_file"]):
         return lambda _text: None
-    return lambda text: click.echo(f"cpodfs: {text}", err=True)
+    return lambda text: say(f"cpodfs: {text}", err=True)
 
 
 def devnet_environment(net: launch.Devnet) -> dict[str, str]:
@@ -323,12 +326,21 @@ def _default_log(point: Path) -> Path:
 
 def _log_to(path: Path | None, *, verbose: bool) -> None:
     handler = logging.StreamHandler() if path is None else _log_file(path)
-    logging.basicConfig(
-        handlers=[handler], format=LOG_FORMAT, level=logging.DEBUG if verbose else logging.INFO
-    )
+    handler.setFormatter(_Lines(LOG_FORMAT))
+    logging.basicConfig(handlers=[handler], level=logging.DEBUG if verbose else logging.INFO)
     for noisy in ("httpx", "httpcore", "pyfuse3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     logging.getLogger("cpodfs").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+class _Lines(logging.Formatter):
+    """One line for each event, whatever names are in it; a traceback's lines are indented."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return line(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:
+        return "  " + printable(super().formatException(ei)).replace("\n", "\n  ")
 
 
 def _log_file(path: Path) -> logging.Handler:

@@ -81,8 +81,3 @@ def request(mount: Path, what: str, **fields: Any) -> dict[str, Any]:
     if "error" in answer:
         raise CpodfsError(answer["error"])
     return answer
-
-
-def printable(text: str) -> str:
-    """Text of a stranger's, safe for a terminal: nothing but its lines can have an effect."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

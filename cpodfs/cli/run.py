@@ -6,7 +6,6 @@ Imports `follow` and `pods`. Everything goes through the mount, whose driver doe
 from __future__ import annotations
 
 import itertools
-import json
 import shlex
 import signal
 import sys
@@ -20,14 +19,15 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from cpodfs import mountpoint as mp
+from cpodfs import words
 from cpodfs.cli.control import mount_of
 from cpodfs.cli.follow import POLL_S, Logs, follow, in_progress, log_folder, read_record, run_ids
 from cpodfs.cli.options import WholeNumber
-from cpodfs.cli.pods import Pod, find_pod, printable
+from cpodfs.cli.pods import Pod, find_pod
+from cpodfs.cli.shown import Table, as_json, say
 from cpodfs.errors import ConfigError, CpodfsError, RunError, RunInProgress
 
 CANCELLED_EXIT = 130
@@ -61,7 +61,7 @@ def run(pod: str, wait: bool, settings: Sequence[str]) -> None:
         changes[key] = value
     answer = _begin(found, changes)
     if not wait:
-        click.echo(answer["run"])
+        say(answer["run"])
         return
     _cancel_on_interrupt(found, answer["run"])
     follow(found, answer["run"], answer["log"])
@@ -70,7 +70,7 @@ def run(pod: str, wait: bool, settings: Sequence[str]) -> None:
         # Why a program could not be executed is in its stderr.log, too, and was shown.
         shown = record["started"] and record["exit_code"] is record["signal"] is None
         reason = f": {record['error']}" if record["error"] and not shown else ""
-        click.echo(f"cpodfs: run {answer['run']}: {record['state']}{printable(reason)}", err=True)
+        say(f"cpodfs: run {answer['run']}: {record['state']}{reason}", err=True)
     sys.exit(exit_code(record))
 
 
@@ -88,7 +88,7 @@ def _begin(pod: Pod, changes: dict[str, str]) -> dict[str, Any]:
             f"end it: cpodfs cancel {name}"
         ) from None
     for warning in pod.ask("record", run=answer["run"])["record"].get("warnings") or ():
-        click.echo(f"cpodfs: warning: {printable(warning)}", err=True)
+        say(f"cpodfs: warning: {warning}", err=True)
     return answer
 
 
@@ -115,7 +115,7 @@ def _cancel_on_interrupt(pod: Pod, run_id: str) -> None:
         if state is not None and state.get("id") == run_id:
             with suppress(OSError):
                 pod.control.unlink()
-        click.echo("cpodfs: cancelling; Ctrl-C again to leave it to end by itself", err=True)
+        say("cpodfs: cancelling; Ctrl-C again to leave it to end by itself", err=True)
 
     signal.signal(signal.SIGINT, interrupt)
 
@@ -162,13 +162,14 @@ def logs(pod: str, run: str | None, following: bool) -> None:
     else:
         shown = Logs(found, folder)
         shown.step()
+        shown.end()
     if shown.refused:
         sys.exit(1)
 
 
 @click.command()
 @click.argument("pod", required=False)
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "json_wanted", is_flag=True, help="For programs.")
 @click.option(
     "--last",
     metavar="N",
@@ -177,15 +178,14 @@ def logs(pod: str, run: str | None, following: bool) -> None:
     show_default=True,
     help="So many of each pod.",
 )
-def runs(pod: str | None, as_json: bool, last: int) -> None:
+def runs(pod: str | None, json_wanted: bool, last: int) -> None:
     """List the runs of POD, or of all pods of the mount you are in (else of your only one), newest first."""
     found = [
         record for each in _pods(pod) for record in _records(each, last) if record.get("created")
     ]
     found.sort(key=lambda record: str(record["created"]), reverse=True)
-    if as_json:
-        # Of the control characters JSON leaves this one as it is.
-        click.echo(json.dumps(found, indent=2).replace("\x7f", "\\u007f"))
+    if json_wanted:
+        click.echo(as_json(found, 2))
     else:
         # Where nobody looks at it but a program, nothing is cut off.
         width = None if sys.stdout.isatty() else _WIDE
@@ -208,7 +208,7 @@ def _records(pod: Pod, last: int) -> list[dict[str, Any]]:
         found = list(itertools.islice(own, last))
     except (OSError, RunError) as error:
         problem = str(error) if isinstance(error, RunError) else f"{pod.name}: {error.strerror}"
-        click.echo(f"cpodfs: {printable(problem)}", err=True)
+        say(f"cpodfs: {problem}", err=True)
         return []
     return [
         {key: value for key, value in record.items() if key != "recipe"} | {"pod": pod.name}
@@ -234,7 +234,7 @@ def _table(records: list[dict[str, Any]]) -> Table:
 def _cell(value: Any) -> Text:
     # A cell is one line: a record must not look like several.
     text = "" if value is None else str(value)[:_CELL_LIMIT].replace("\n", " ")
-    return Text(printable(text)[:_CELL_LIMIT])
+    return Text(words.line(text)[:_CELL_LIMIT])
 
 
 def _moment(value: Any) -> datetime | None:

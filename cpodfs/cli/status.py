@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from cpodfs.cli.control import ask, mount_of
+from cpodfs.cli.shown import Table, as_json, say
 from cpodfs.words import count, size
 
 WATCH_S = 1.0
@@ -23,30 +22,30 @@ PODS_SHOWN = 10
 @click.command()
 @click.argument("mountpoint", type=Path, required=False)
 @click.option(
-    "--json", "as_json", is_flag=True, help="For programs; with --watch a line each time."
+    "--json", "json_wanted", is_flag=True, help="For programs; with --watch a line each time."
 )
 @click.option("--watch", is_flag=True, help="Show it every second, until Ctrl-C.")
-def status(mountpoint: Path | None, as_json: bool, watch: bool) -> None:
+def status(mountpoint: Path | None, json_wanted: bool, watch: bool) -> None:
     """Show what is cached, pending, being uploaded or running, and what failed."""
     point = mount_of(mountpoint)
     if not watch:
         report = ask(point, "status")
-        if as_json:
-            click.echo(json.dumps(report, indent=2))
+        if json_wanted:
+            click.echo(as_json(report, 2))
         else:
             Console().print(_table(report))
         return
     try:
-        _watch(point, as_json=as_json)
+        _watch(point, json_wanted=json_wanted)
     except KeyboardInterrupt:
         return
 
 
-def _watch(point: Path, *, as_json: bool) -> None:
+def _watch(point: Path, *, json_wanted: bool) -> None:
     console = Console()
-    if not console.is_terminal or as_json:
+    if not console.is_terminal or json_wanted:
         for report in _reports(point):
-            click.echo(json.dumps(report) if as_json else _line(report))
+            say(as_json(report) if json_wanted else _line(report))
         return
     with Live(console=console, auto_refresh=False) as live:
         for report in _reports(point):

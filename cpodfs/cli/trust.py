@@ -1,6 +1,6 @@
 """``cpodfs trust``, ``fork``, ``share`` and ``receive``: pods of others, and pods for others.
 
-Imports `pods`. What a stranger wrote is made harmless before it reaches the terminal.
+Imports `pods` and `shown`. What a stranger wrote cannot look like what we say of it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ import click
 
 from cpodfs import words
 from cpodfs.cli.control import mount_of, tell
-from cpodfs.cli.pods import Pod, find_pod, printable, request
+from cpodfs.cli.pods import Pod, find_pod, request
 from cpodfs.cli.progress import drain_progress
+from cpodfs.cli.shown import say, say_lines
 from cpodfs.cli.umount import wait_until_idle
 from cpodfs.errors import CpodfsError, RecipeError
 
 _STALL_S = 30.0
 _HOW = {
     "provider": ("at providers, for money", "Let this be run at providers, for your money?"),
+    "market": (
+        "on this machine, in a sandbox of the local market",
+        "Let this be run as you, in a sandbox?",
+    ),
     "sandbox": ("on this machine, in a sandbox", "Let this be run as you, in a sandbox?"),
     "bare": ("on this machine, WITHOUT a sandbox", "Let this be run as you, WITHOUT a sandbox?"),
     "refused": ("not now", "Let this be run as you, in a sandbox only?"),
@@ -49,18 +54,18 @@ def trust(pod: str, yes: bool, own: bool, revoke: bool) -> None:
     found = find_pod(pod)
     if revoke:
         known = found.ask("revoke")["known"]
-        click.echo(f"{found.name} {'is not trusted any more' if known else 'was not trusted'}")
+        say(f"{found.name} {'is not trusted any more' if known else 'was not trusted'}")
         return
     report = found.ask("trust", own=own)
     _show(found, report)
     if report["own"]:
-        click.echo("It is your own: it runs without being asked for.")
+        say("It is your own: it runs without being asked for.")
         return
     if report["trusted"] == report["hash"] and not own:
-        click.echo("It is trusted already.")
+        say("It is trusted already.")
         return
     if report["trusted"] not in (None, report["hash"]):
-        click.echo("It has CHANGED since it was trusted.")
+        say("It has CHANGED since it was trusted.")
     if not yes:
         question = "Is it your own, and all that it will become?" if own else _HOW[report["how"]][1]
         click.confirm(question, abort=True, err=True)
@@ -68,7 +73,7 @@ def trust(pod: str, yes: bool, own: bool, revoke: bool) -> None:
         found.ask("own")
     else:
         found.ask("confirm", digest=report["hash"])
-    click.echo(f"{found.name} is trusted")
+    say(f"{found.name} is trusted")
 
 
 def _show(pod: Pod, report: dict[str, Any]) -> None:
@@ -79,28 +84,27 @@ def _show(pod: Pod, report: dict[str, Any]) -> None:
     with (pod.path / name).open("rb") as file:
         raw = file.read(RECIPE_LIMIT_BYTES + 1)
     if hashlib.sha256(raw).hexdigest() != report["recipe_sha256"]:
-        raise RecipeError(f"{printable(name)}: changed just now; look again")
+        raise RecipeError(f"{name}: changed just now; look again")
     recipe = parse_recipe(raw, file=name)
-    click.echo(f"{printable(name)}:")
-    click.echo(printable(raw.decode("utf-8", "replace")).rstrip())
-    click.echo(f"\nIt runs: {_line(shlex.join(recipe.exec_argv))}")
+    say(f"{name}:")
+    say_lines(raw.decode("utf-8", "replace").rstrip())
+    say_lines(f"\nIt runs: {_line(shlex.join(recipe.exec_argv))}")
     why = f": {_line(report['why'])}" if report["why"] else ""
-    click.echo(f"{_HOW[report['how']][0]}{why}")
-    click.echo(f"\nIts code, {report['count']} files and folders:")
+    say(f"{_HOW[report['how']][0]}{why}")
+    say_lines(f"\nIts code, {report['count']} files and folders:")
     for path, size, executable in report["files"]:
-        click.echo(f"  {_name(path)}  {words.size(size)}{'  executable' if executable else ''}")
+        say(f"  {_name(path)}  {words.size(size)}{'  executable' if executable else ''}")
     if report["count"] > len(report["files"]):
-        click.echo(f"  and {report['count'] - len(report['files'])} more, not shown")
+        say(f"  and {report['count'] - len(report['files'])} more, not shown")
     if left_out := [_name(f"{folder}/") for folder in report["left_out"]]:
         some = " and ".join(filter(None, (", ".join(left_out[:-1]), left_out[-1])))
-        click.echo(f"{some} {'are' if left_out[1:] else 'is'} not part of what you trust")
-    click.echo(f"\nHash: {report['hash']}")
+        say(f"{some} {'are' if left_out[1:] else 'is'} not part of what you trust")
+    say_lines(f"\nHash: {report['hash']}")
 
 
 def _line(text: str) -> str:
     """A stranger's text that stays in its line, whatever it is, and however wide the terminal."""
-    one = printable(text).replace("\n", "\\n")
-    return re.sub(" {2,}", lambda spaces: "\\x20" * len(spaces[0]), one)
+    return re.sub(" {2,}", lambda spaces: "\\x20" * len(spaces[0]), words.line(text))
 
 
 def _name(path: str) -> str:
@@ -132,7 +136,7 @@ def share(pod: str) -> None:
     """
     found = find_pod(pod)
     _upload_first(found.mount)
-    click.echo(found.ask("share")["reference"])
+    say(found.ask("share")["reference"])
 
 
 @click.command()
@@ -153,13 +157,13 @@ def receive(reference: str, new: str | None, mount: Path | None) -> None:
     if new is not None:
         _forked(point / new, trusted=False)
     else:
-        click.echo(f"{printable(str(point / answer['pod']))}: received, read-only")
+        say(f"{point / answer['pod']}: received, read-only")
 
 
 def _forked(path: Path, *, trusted: bool) -> None:
-    click.echo(f"{path}: forked")
+    say(f"{path}: forked")
     if not trusted:
-        click.echo(f"Before it can be run: cpodfs trust {shlex.quote(str(path))}", err=True)
+        say(f"Before it can be run: cpodfs trust {shlex.quote(str(path))}", err=True)
 
 
 def _upload_first(mount: Path) -> None:

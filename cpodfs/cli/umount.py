@@ -18,6 +18,7 @@ from cpodfs import mountpoint as mp
 from cpodfs.cli.control import ask, mount_of, tell
 from cpodfs.cli.options import Number
 from cpodfs.cli.progress import drain_progress
+from cpodfs.cli.shown import say
 from cpodfs.errors import MountError
 
 POLL_S = 0.2
@@ -94,7 +95,7 @@ def _end_runs(point: Path) -> None:
     """Before anything else: their programs live in the mount, and write to it."""
     pods = ask(point, "status")["runs"]
     if pods:
-        click.echo(f"cpodfs: cancelling the runs of {', '.join(pods)}", err=True)
+        say(f"cpodfs: cancelling the runs of {', '.join(pods)}", err=True)
     tell(point, "runs", "0")
 
 
@@ -130,14 +131,14 @@ def _verdict(status: dict[str, Any]) -> int:
         report = {}
     if report.get("pid") != status["pid"]:
         what = f"the driver (pid {status['pid']}) has not ended yet; its log says why"
-        click.echo(f"cpodfs: {what}", err=True)
+        say(f"cpodfs: {what}", err=True)
         return 1
     # Of one path there may be two: a file, and the one at the server whose place it takes.
     left: dict[str, str] = {}
     for entry in report["left"]:
         left.setdefault(entry["path"], entry["error"] or "no answer")
     for path, error in list(left.items())[:50]:
-        click.echo(f"cpodfs: not uploaded: {path}: {error}", err=True)
+        say(f"cpodfs: not uploaded: {path}: {error}", err=True)
     if report["left"]:
-        click.echo("cpodfs: kept in the cache; the next mount uploads it", err=True)
+        say("cpodfs: kept in the cache; the next mount uploads it", err=True)
     return 1 if report["left"] else 0

@@ -38,6 +38,8 @@ _ERROR_LINES = 15
 class DemoFailed(CpodfsError):
     """A step did not do what it should; says which, and what the program printed."""
 
+    several_lines = True
+
     def __init__(self, what: str) -> None:
         super().__init__(f"demo: {what}")
 
