@@ -13,7 +13,7 @@ import math
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import trio
 
@@ -54,6 +54,14 @@ class _Found:
     malformed: int
 
 
+@dataclass(slots=True)
+class _Run:
+    """One listing under way. Whoever waits for it gets its error, whatever has begun since."""
+
+    done: trio.Event = field(default_factory=trio.Event)
+    error: CpodfsError | None = None
+
+
 class Lister:
     """``on_outcome`` passes what a merge found to the engine and the kernel."""
 
@@ -78,8 +86,7 @@ class Lister:
         self._listed_s = -math.inf
         self._on_outcome = on_outcome
         self._limit = trio.CapacityLimiter(parallel)
-        self._running: dict[int, trio.Event] = {}
-        self._failed: dict[int, CpodfsError] = {}
+        self._running: dict[int, _Run] = {}
         self._retry_at: dict[int, float] = {}
         self._lookahead = Lookahead(store, self._begin)
         self._stopping = False
@@ -104,7 +111,7 @@ class Lister:
         """Begin no more listings, and wait for those that run: they can find new work."""
         self._stopping = True
         for running in list(self._running.values()):
-            await running.wait()
+            await running.done.wait()
 
     async def ensure(self, directory: Inode) -> None:
         """Return when the children of ``directory`` are known. Raises a DfsError if they can't be."""
@@ -141,11 +148,11 @@ class Lister:
     async def refresh(self, ino: int) -> None:
         """List now, or join whoever does. Raises a DfsError."""
         self._begin(ino)
-        if (listed := self._running.get(ino)) is not None:
-            await self._await(listed)
-        error = self._failed.get(ino)
-        if error is not None:
-            raise error
+        if (run := self._running.get(ino)) is None:  # at the end of the mount
+            return
+        await self._await(run.done)
+        if run.error is not None:
+            raise run.error
 
     async def _await(self, done: trio.Event) -> None:
         """Wait for what a task of ours does, as long as the server answers anything at all to any of
@@ -163,23 +170,22 @@ class Lister:
         others changed is not seen until the pod was closed and opened. Raises a DfsError; TimedOut
         leaves it going on."""
         assert self._nursery is not None
-        done = trio.Event()
-        failures: list[CpodfsError] = []
-        self._nursery.start_soon(self._list_anew, ino, failures, done)
-        await self._await(done)
-        if failures:
-            raise failures[0]
+        run = _Run()
+        self._nursery.start_soon(self._list_anew, ino, run)
+        await self._await(run.done)
+        if run.error is not None:
+            raise run.error
 
-    async def _list_anew(self, ino: int, failures: list[CpodfsError], done: trio.Event) -> None:
+    async def _list_anew(self, ino: int, run: _Run) -> None:
         try:
             await self._reopen_and_list(ino)
         except CpodfsError as error:
-            failures.append(error)
+            run.error = error
         except Exception as error:
             log.exception("refresh broke ino=%d", ino)
-            failures.append(CpodfsError(f"refresh failed: {error!r}"))
+            run.error = CpodfsError(f"refresh failed: {error!r}")
         finally:
-            done.set()
+            run.done.set()
 
     async def _reopen_and_list(self, ino: int) -> None:
         remote = self._store.remote_of(ino)
@@ -281,11 +287,10 @@ class Lister:
 
     def _start(self, ino: int) -> None:
         assert self._nursery is not None
-        self._running[ino] = trio.Event()
-        self._failed.pop(ino, None)
-        self._nursery.start_soon(self._run_one, ino)
+        run = self._running[ino] = _Run()
+        self._nursery.start_soon(self._run_one, ino, run)
 
-    async def _run_one(self, ino: int) -> None:
+    async def _run_one(self, ino: int, run: _Run) -> None:
         try:
             await self._refresh(ino)
             self._retry_at.pop(ino, None)
@@ -293,19 +298,20 @@ class Lister:
         except CpodfsError as error:
             self._silent = self._silent or isinstance(error, Unreachable)
             log.info("listing failed ino=%d: %s", ino, error)
-            self._failed[ino] = error
+            run.error = error
             self._retry_at[ino] = time.monotonic() + min(self._ttl_s, RETRY_S)
         except (
             sqlite3.OperationalError
         ) as error:  # a full disk, most likely: what is known is shown
             log.warning("listing cannot be recorded ino=%d: %s", ino, error)
-            self._failed[ino] = CpodfsError(f"the cache cannot record a listing: {error}")
+            run.error = CpodfsError(f"the cache cannot record a listing: {error}")
             self._retry_at[ino] = time.monotonic() + RETRY_S
         except Exception as error:
             log.exception("listing broke ino=%d", ino)
-            self._failed[ino] = CpodfsError(f"listing failed: {error!r}")
+            run.error = CpodfsError(f"listing failed: {error!r}")
         finally:
-            self._running.pop(ino).set()
+            del self._running[ino]
+            run.done.set()
             self._lookahead.listed(ino)
 
     async def _refresh(self, ino: int) -> None:

@@ -22,6 +22,7 @@ from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import DOOMED, Entry
 from cpodfs.errors import Conflict, Held
 from cpodfs.paths import FILE_NAME_MAX, RUN_NAME, is_safe_remote_name
+from cpodfs.sync.hidden import Hidden
 from cpodfs.sync.ops import Item, left_behind, moved
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Merger:
         self._content = content
         self._discard = discard
         self.replaced: dict[int, tuple[tuple[int, ...], str]] = {}
+        self._hidden = Hidden()
         self.on_taken: Callable[[str], None] = lambda _pod: None
         self.is_held: Callable[[int], bool] = lambda _ino: False
 
@@ -151,11 +153,7 @@ class Merger:
         outcome: Outcome,
     ) -> None:
         if not self._may_show(directory, entry.name):
-            log.warning(
-                "hidden: unusable name %r in %s",
-                entry.name,
-                self._store.path(directory.ino),
-            )
+            self._hidden.note(directory.ino, entry.name, self._store.path(directory.ino))
             return
         remote = self._store.remote_at(rid, entry.name)
         if remote is None:
