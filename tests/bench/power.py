@@ -32,6 +32,7 @@ from typing import Any
 
 import click
 
+from cpodfs.dfs import DOOMED
 from tests.bench.crash import Choice, Dir, File, Link, Step, Tree, bytes_of, look
 from tests.mount.disk import MKFS, Disk, missing, switched_on
 from tests.mount.harness import Mount, Server, mounted
@@ -49,6 +50,8 @@ OPS_MAX = 60
 DRAIN_S = 120.0
 HANG_S = 240.0
 LOG_TAIL = 12_000
+ALARMS = ("Traceback", "wait for each other", "conflict:", "hidden:", "older than its contents")
+"""What the driver's log must not say, but for what it says of the disk that is gone."""
 POD = "pod"
 
 
@@ -392,6 +395,7 @@ class Life:
         self._pod = mount.pod(POD)
         self._hands = Hands(self._pod)
         self._memory = Memory()
+        self._log_read = 0
         self.recent: collections.deque[str] = collections.deque(maxlen=80)
         with _opened(self._pod) as fd:
             os.fsync(fd)
@@ -415,7 +419,8 @@ class Life:
         problems = [] if self._memory.admits(shown) else self._memory.complaints(shown)
         self._memory = Memory(shown)
         api = Api(self._server, self.mount)
-        there = api.sizes(POD)
+        # What is being removed, and not shown, goes with the next removal.
+        there = {p: size for p, size in api.sizes(POD).items() if not DOOMED.match(p)}
         mine = {p: e for p, e in shown.items() if not isinstance(e, Link)}
         problems += [f"{p}: not at the server" for p in mine if p not in there]
         problems += [f"{p}: only at the server" for p in there if p not in mine]
@@ -423,6 +428,7 @@ class Life:
             entry = mine[path]
             if isinstance(entry, File):
                 problems += self._differences(path, entry.safe, api.read(POD, path))
+        self._check_log()
         if problems:
             raise Fault("after the upload:\n  " + "\n  ".join(problems))
 
@@ -525,8 +531,10 @@ class Life:
     # -- power ------------------------------------------------------------------------------------
 
     def _cut(self, survive: int) -> None:
+        self._check_log()
         self._disk.cut(self._dice.getrandbits(30), survive)
         self.mount.kill()
+        self._log_read = len(self.mount.logged())
 
     def _power_on(self) -> None:
         often = self._disk.fs in ("ext4", "btrfs") and self._dice.random() < 0.7
@@ -536,6 +544,12 @@ class Life:
             shutil.copytree(self.mount.cache, self.evidence)
         self.mount.options = options(self._dice)
         self.mount.start()
+
+    def _check_log(self) -> None:
+        said = self.mount.logged()
+        news, self._log_read = said[self._log_read :], len(said)
+        if any(alarm in news for alarm in ALARMS):
+            raise Fault("the driver's log tells of it")
 
     def _inspect(self, in_flight: Step | None) -> None:
         found = look(self._pod)
@@ -578,10 +592,11 @@ def options(dice: random.Random) -> tuple[str, ...]:
 
 @dataclass
 class Result:
-    """``kept``, ``lost``: blocks that were not flushed when power was cut."""
+    """``evidence``: a folder for the caches of faults. ``kept``, ``lost``: blocks that were not
+    flushed when power was cut."""
 
-    on_fault: Callable[[str], None]
-    evidence: Path | None
+    on_fault: Callable[[str], None] = print
+    evidence: Path | None = None
     rounds: int = 0
     calls: int = 0
     kept: int = 0
@@ -614,11 +629,9 @@ def power(
     fs: str = "ext4",
     size: int = 0,
     survive: int | None = None,
-    on_fault: Callable[[str], None] = print,
-    evidence: Path | None = None,
-) -> Result:
+    result: Result,
+) -> None:
     """Run it. After a fault the next round has a new disk and a new account."""
-    result = Result(on_fault, evidence)
     server = Server(folder / "devnet", "--no-market")
     try:
         while result.rounds < rounds:
@@ -627,7 +640,6 @@ def power(
             _live(own, server, rounds, seed, fs, size, survive, result)
     finally:
         server.stop()
-    return result
 
 
 def _live(
@@ -661,11 +673,12 @@ def _live(
         except (AssertionError, OSError) as error:
             result.faults += 1
             result.on_fault(_account(life, seed, fs, percent, result.rounds, error))
-        result.calls += life.calls
-        counters = disk.counters()
-        result.kept += counters["kept"]
-        result.lost += counters["lost"]
-    line.stop()
+        finally:
+            result.calls += life.calls
+            counters = disk.counters()
+            result.kept += counters["kept"]
+            result.lost += counters["lost"]
+            line.stop()
 
 
 def _account(life: Life, seed: int, fs: str, percent: int, number: int, error: Exception) -> str:
@@ -730,22 +743,16 @@ def main(
             with report.open("a") as file:
                 file.write(text + "\n")
 
-    with tempfile.TemporaryDirectory(prefix="power-") as folder:
-        result = power(
-            Path(folder),
-            rounds,
-            seed,
-            fs=fs,
-            size=size,
-            survive=survive,
-            on_fault=tell,
-            evidence=evidence,
+    result = Result(tell, evidence)
+    try:
+        with tempfile.TemporaryDirectory(prefix="power-") as folder:
+            power(Path(folder), rounds, seed, fs=fs, size=size, survive=survive, result=result)
+    finally:
+        tell(
+            f"{commit()}: {fs}, seed {seed}, survive {'all' if survive is None else survive}: "
+            f"{result.rounds} cuts, {result.calls} calls, of unflushed blocks {result.kept} kept and "
+            f"{result.lost} lost, {result.faults} faults, {time.monotonic() - started:.0f} s"
         )
-    tell(
-        f"{commit()}: {fs}, seed {seed}: {rounds} cuts, {result.calls} calls, of unflushed blocks "
-        f"{result.kept} kept and {result.lost} lost, {result.faults} faults, "
-        f"{time.monotonic() - started:.0f} s"
-    )
     sys.exit(bool(result.faults))
 
 

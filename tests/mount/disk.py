@@ -37,7 +37,8 @@ def missing(fs: str = "ext4") -> str | None:
     for tool in ("gcc", "pkg-config", "losetup", "mount", "umount", MKFS[fs][0]):
         if shutil.which(tool) is None:
             return f"{tool} is not installed"
-    return None
+    tried = subprocess.run(["losetup", "-f"], capture_output=True, text=True)
+    return f"no loop device is to be had: {tried.stderr.strip()}" if tried.returncode else None
 
 
 class Disk:
