@@ -50,7 +50,7 @@ OPS_MAX = 60
 DRAIN_S = 120.0
 HANG_S = 240.0
 LOG_TAIL = 12_000
-ALARMS = ("Traceback", "wait for each other", "conflict:", "hidden:", "older than its contents")
+ALARMS = ("Traceback", "wait for each other", "conflict:", "hidden:", "lost or older than")
 """What the driver's log must not say, but for what it says of the disk that is gone."""
 POD = "pod"
 
@@ -543,7 +543,7 @@ class Life:
             shutil.rmtree(self.evidence, ignore_errors=True)
             shutil.copytree(self.mount.cache, self.evidence)
         self.mount.options = options(self._dice)
-        self.mount.start()
+        self.mount.start(warned=True)  # of files that nobody had closed
 
     def _check_log(self) -> None:
         said = self.mount.logged()

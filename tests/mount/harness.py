@@ -146,6 +146,8 @@ class Mount:
         }
         self.point.mkdir(exist_ok=True)
         self.process: subprocess.Popen[str] | None = None
+        self.notices: list[str] = []
+        """What it said before it was mounted, or why it was not."""
 
     def command(self) -> list[str]:
         return [
@@ -154,7 +156,8 @@ class Mount:
             *("--log-file", str(self.log), *self.options),
         ]
 
-    def start(self) -> Mount:
+    def start(self, *, warned: bool = False) -> Mount:
+        """``warned``: it may have something to say of its cache first, which ``notices`` has."""
         assert self.process is None
         if self not in STARTED:
             STARTED.append(self)
@@ -164,10 +167,14 @@ class Mount:
         assert self.process.stderr is not None
         if not select.select([self.process.stderr], [], [], PATIENCE_S)[0]:
             raise AssertionError("the mount was not ready in time")
-        line = self.process.stderr.readline()
-        if "mounted at" not in line:
-            self.process.kill()  # it may have begun with a warning: then it would never end
-            raise AssertionError(line + self.process.stderr.read() + self.logged()[-3000:])
+        self.notices = []
+        while "mounted at" not in (line := self.process.stderr.readline()):
+            if not line:
+                raise AssertionError("".join(self.notices) + self.logged()[-3000:])
+            self.notices.append(line)
+        if self.notices and not warned:
+            self.process.kill()
+            raise AssertionError("".join(self.notices))
         return self
 
     def evidence(self) -> Iterator[tuple[str, str]]:
