@@ -29,6 +29,7 @@ from cpodfs.errors import LoginRefused, MountError, Unreachable
 from cpodfs.notify import sd_notify
 from cpodfs.parts import Environment, Parts
 from cpodfs.sync.drain import drain
+from cpodfs.sync.left import left
 
 log = logging.getLogger(__name__)
 
@@ -201,11 +202,11 @@ class Driver:
         with self._patiently():
             await self._upload(progress)
         progress(self._parts.status())
-        left = self._left_over()
-        report = {"time": time.time(), "pid": os.getpid(), "left": left}
+        remaining = self._left_over()
+        report = {"time": time.time(), "pid": os.getpid(), "left": remaining}
         with suppress(OSError):  # a full disk must not keep us from ending well
             (self._cache.folder / "last-unmount.json").write_text(json.dumps(report))
-        return [entry["path"] for entry in left]
+        return [entry["path"] for entry in remaining]
 
     async def _upload(self, progress: Progress) -> None:
         async with trio.open_nursery() as nursery:
@@ -223,14 +224,10 @@ class Driver:
             await trio.sleep(0.5)
 
     def _left_over(self) -> list[dict[str, Any]]:
-        store = self._cache.store
-        left: list[dict[str, Any]] = [
-            {"path": store.path(inode.ino), "error": inode.error}
-            for inode in store.pending_inodes(limit=LEFT_OVER_NAMES)
+        return [
+            {"path": one.path, "error": one.reason}
+            for one in left(self._parts.engine, self._cache.store, LEFT_OVER_NAMES)
         ]
-        for rid in store.orphans()[:LEFT_OVER_NAMES]:
-            left.append({"path": "/".join(store.remote_path(rid)), "error": "not yet deleted"})
-        return left
 
 
 async def _first(*waits: Callable[[], Awaitable[object]]) -> None:

@@ -20,12 +20,13 @@ from cpodfs.dfs import Session
 from cpodfs.runs.manager import RunManager
 from cpodfs.sync.downloads import Downloads
 from cpodfs.sync.engine import Engine
+from cpodfs.sync.left import left
 
 MAX_BYTES = 60_000
 """The kernel takes 64 KiB for one attribute."""
 LISTED = 50
 ERRORS = 5
-LISTS = ("uploads", "downloads", "failed", "pods", "recent_errors", "runs")
+LISTS = ("uploads", "downloads", "failed", "left", "pods", "recent_errors", "runs")
 
 
 class Status:
@@ -74,6 +75,7 @@ class Status:
 
     def _traffic(self) -> dict[str, Any]:
         store, stats, counters = self._cache.store, self._session.stats, self._engine.counters
+        found = left(self._engine, store, LISTED)
         return {
             "uploads": [self._upload(*one) for one in self._engine.uploading().items()],
             "storing": self._engine.is_being_stored(),
@@ -81,10 +83,9 @@ class Status:
                 {"path": store.path(d.ino), "received": d.available, "size": d.size}
                 for d in self._downloads.running()[:LISTED]
             ],
-            "failed": [
-                {"path": store.path(inode.ino), "error": inode.error}
-                for inode in store.failed(limit=LISTED)
-            ],
+            "failed": [{"path": one.path, "error": one.reason} for one in found if one.failed],
+            "left": [{"path": one.path, "reason": one.reason} for one in found],
+            "errors": store.totals()["errors"] + len(self._engine.failures),
             "recent_errors": list(counters.recent)[-ERRORS:],
             "done": counters.done,
             "bytes_sent": counters.bytes_sent,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,6 +91,11 @@ class Remote(NamedTuple):
     absences: int
     in_swarm: int
 
+    @property
+    def item(self) -> tuple[str, int]:
+        """What the engine calls it: by its inode or, an orphan, by itself."""
+        return ("rid", self.rid) if self.ino is None else ("ino", self.ino)
+
     def is_version(self, size: int, mtime_s: int) -> bool:
         """Whether what the server now says of a file can be the version that we know."""
         if self.size == UNKNOWN:
@@ -114,6 +119,12 @@ class Store:
         self._depth = 0
         # Rows as read, until they change: most requests of the kernel ask for one again and again.
         self._known: dict[int, Inode] = {}
+        # Told of each object, as an ``Item``, that the server must be told or asked of from now on,
+        # so that none can come into being that nobody sees to. Also for what is rolled back later.
+        self.on_unsettled: Callable[[tuple[str, int]], None] = lambda item: None
+        # Unix time of the last look at directories that are to be deleted at the server, which have
+        # no inode any more that would know; by remote id. Not kept: the next driver looks again.
+        self.looked: dict[int, float] = {}
         had_journal = os.path.exists(f"{path}-wal")
         try:
             self._db = sqlite3.connect(path, isolation_level=None, cached_statements=256)
@@ -250,6 +261,8 @@ class Store:
                 *(target, cached, dirty, now / 1e9),
             ),
         ).fetchone()
+        if dirty:
+            self.on_unsettled(("ino", row[0]))
         return Inode._make(row)
 
     def set(self, ino: int, **columns: Any) -> None:
@@ -260,6 +273,8 @@ class Store:
             f"UPDATE inode SET {names} WHERE ino = ?",
             (*columns.values(), ino),
         )
+        if columns.get("dirty"):
+            self.on_unsettled(("ino", ino))
 
     def mark(self, ino: int, bits: int) -> None:
         """Set ``dirty`` bits; an earlier error no longer counts, but that the file is damaged."""
@@ -269,6 +284,7 @@ class Store:
             "WHERE ino = ?",
             (bits, ino),
         )
+        self.on_unsettled(("ino", ino))
 
     def wrote(self, ino: int, **columns: Any) -> None:
         """Bytes of a file are about to change: it is dirty, whole again if it was damaged, and what
@@ -294,7 +310,7 @@ class Store:
         """Take the inode's name away. Its remote object becomes an orphan, which is returned."""
         with self.transaction():
             self.assume_sent(ino)
-            remote = self.remote_of(ino)
+            inode, remote = self.get(ino), self.remote_of(ino)
             self._known.pop(ino, None)
             # What was written here has no checksum: whoever has it open must believe it.
             self._db.execute(
@@ -302,7 +318,10 @@ class Store:
                 "parent = NULL, name = NULL, dirty = 0, ctime_ns = ? WHERE ino = ?",
                 (self.epoch, time.time_ns(), ino),
             )
-            self._db.execute("UPDATE remote SET ino = NULL WHERE ino = ?", (ino,))
+            if remote is not None:
+                if inode is not None and inode.is_dir:
+                    self.looked[remote.rid] = inode.listed_s
+                self.set_remote(remote.rid, ino=None)
             return remote
 
     def drop(self, ino: int) -> None:
@@ -363,6 +382,14 @@ class Store:
             (after, limit),
         )
         return [Inode._make(row) for row in rows]
+
+    def unsettled(self) -> list[tuple[str, int]]:
+        """What the server has not been told or asked: ("ino", inode) or ("rid", orphan or
+        object whose rename has an outcome that is not known)."""
+        pending = [("ino", inode.ino) for inode in self.pending_inodes()]
+        pending += [("rid", rid) for rid in self.orphans()]
+        moving = {remote.item for remote in self.moving()}
+        return [*pending, *(moving - set(pending))]
 
     def is_settled(self) -> bool:
         """Whether the server knows all."""
@@ -521,8 +548,23 @@ class Store:
         query = f"SELECT {REMOTE_COLUMNS} FROM remote WHERE to_parent IS NOT NULL"
         return [Remote._make(row) for row in self._db.execute(query)]
 
-    def orphans(self) -> list[int]:
-        return [r for (r,) in self._db.execute("SELECT rid FROM remote WHERE ino IS NULL")]
+    def orphans(self, limit: int = -1) -> list[int]:
+        rows = self._db.execute("SELECT rid FROM remote WHERE ino IS NULL LIMIT ?", (limit,))
+        return [rid for (rid,) in rows]
+
+    def forget_strays(self) -> None:
+        """Forget what was listed into a directory after its removal here, as earlier versions did:
+        the deletion waited for it for ever. Whatever it is, it is found again at the server."""
+        rows = self._db.execute(
+            "SELECT c.rid, c.ino FROM remote p JOIN remote c ON c.rparent = p.rid "
+            "LEFT JOIN inode i ON i.ino = c.ino LEFT JOIN inode d ON d.ino = i.parent "
+            "WHERE p.ino IS NULL AND c.ino IS NOT NULL AND (i.parent IS NULL OR d.ino IS NULL "
+            f"OR (d.parent IS NULL AND d.ino != {ROOT}))"
+        ).fetchall()
+        for rid, ino in rows:
+            with self.transaction():
+                self.drop_remote(rid)
+                self.detach(ino)
 
     def add_remote(
         self,
@@ -544,6 +586,8 @@ class Store:
         )
         rid = cursor.lastrowid
         assert rid is not None
+        if ino is None:
+            self.on_unsettled(("rid", rid))
         return rid
 
     def set_remote(self, rid: int, **columns: Any) -> None:
@@ -553,6 +597,10 @@ class Store:
             f"UPDATE remote SET {names} WHERE rid = ?",
             (*columns.values(), rid),
         )
+        if columns.get("ino", rid) is None or columns.get("to_parent") is not None:
+            remote = self.remote(rid)
+            if remote is not None:
+                self.on_unsettled(remote.item)
 
     def drop_remote(self, rid: int) -> None:
         """Forget a remote object and, for a directory, all that it held."""
@@ -560,6 +608,7 @@ class Store:
             for child in self.remote_children(rid):
                 self.drop_remote(child.rid)
             self._db.execute("DELETE FROM remote WHERE rid = ?", (rid,))
+            self.looked.pop(rid, None)
 
     def remote_path(self, rid: int) -> list[str]:
         """Components from the pod's name on down of where the server has this object; none for the

@@ -34,9 +34,13 @@ def sync(path: Path | None, stall: float) -> None:
             report = wait_until_idle(point, stall, progress)
     finally:
         tell(point, "drain", "0")
-    for failure in report["failed"]:
-        say(f"cpodfs: {failure['path']}: {failure['error']}", err=True)
-    sys.exit(1 if report["pending"] + report["deletions"] else 0)
+    changes = report["pending"] + report["deletions"]
+    if changes:
+        for one in report["left"]:
+            say(f"cpodfs: not uploaded: {one['path']}: {one['reason']}", err=True)
+        if changes > len(report["left"]):
+            say(f"cpodfs: and {changes - len(report['left'])} more", err=True)
+    sys.exit(1 if changes else 0)
 
 
 @click.command()

@@ -195,6 +195,8 @@ class Tree:
         if any(above.ino == inode.ino for above in self.store.ancestors(to_parent)):
             raise oserror(errno.EINVAL, to_name)
         if target is None or flags & RENAME_EXCHANGE:
+            if target in self.store.ancestors(inode.ino):  # it would go below itself
+                raise oserror(errno.EINVAL, to_name)
             return
         pods.check_writable(self.store, target.ino)
         if target.is_dir and not inode.is_dir:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import trio
 
 from cpodfs.cache.durability import Durability
+from cpodfs.cache.schema import DIR
 from cpodfs.cache.store import Store
 from cpodfs.dfs import Client
 from cpodfs.errors import (
@@ -106,6 +107,8 @@ class Engine:
         self._limits = limits
         self._on_outcome = on_outcome
         self.counters = Counters()
+        self.failures: dict[int, str] = {}
+        """Why deletions have failed, by remote id. Those of inodes the store keeps."""
         self._due = Schedule()
         self._flights: dict[Item, _Flight] = {}
         self._waits = Waits()
@@ -121,6 +124,7 @@ class Engine:
         self._progress = trio.Event()
         self._nursery: trio.Nursery | None = None
         locks.on_free = self._on_free
+        store.on_unsettled = self._noted
 
     # -- what the file system says ----------------------------------------------------------------
 
@@ -211,8 +215,9 @@ class Engine:
         await self._progress.wait()
 
     def rests(self, seconds: float) -> bool:
-        """Whether nothing is under way, and nothing will be in so many seconds."""
-        return not self._flights and self._due.next_s() > seconds
+        """Whether nothing is under way or kept back by a listing, and nothing will be in so many
+        seconds."""
+        return not self._flights and not self._parked and self._due.next_s() > seconds
 
     def is_being_stored(self) -> bool:
         """Whether an upload's last byte was sent and the server is at work on it, which takes as
@@ -231,13 +236,42 @@ class Engine:
         """Whether the object, or one that it waits for, has failed since."""
         return any(item in self._retry.attempts for item in self._waits.chain(("ino", ino)))
 
+    def is_under_way(self, item: Item) -> bool:
+        return item in self._flights
+
+    def waits_for(self, item: Item) -> Item:
+        """The last of what an object waits for, one after another; itself if it does not."""
+        return self._waits.chain(item)[-1]
+
+    def stranded(self) -> list[Item]:
+        """Objects that are not settled and that nothing will ever come back to: always empty.
+
+        What is not settled is due, under way or kept back by something that is under way, or it
+        waits for what is.
+        """
+        parked = {
+            item for where, items in self._parked.items() if self._is_taken(where) for item in items
+        }
+        return [
+            item
+            for item in self._store.unsettled()
+            if not any(
+                i in self._due or i in self._flights or i in parked for i in self._waits.chain(item)
+            )
+        ]
+
+    def _is_taken(self, where: int | str) -> bool:
+        if isinstance(where, str):
+            return bool(self._count(where) >= getattr(self._limits, where))
+        return self._locks.is_taken(where)
+
     # -- the queue --------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Work until cancelled. What an earlier driver left pending is due at once."""
+        self._store.forget_strays()
         for remote in self._store.moving():  # first: nothing below them can be done before
-            item: Item = ("rid", remote.rid) if remote.ino is None else ("ino", remote.ino)
-            self._schedule(item, 0.0)
+            self._schedule(remote.item, 0.0)
         for inode in self._store.pending_inodes():
             self._schedule(("ino", inode.ino), 0.0)
         for rid in self._store.orphans():
@@ -252,6 +286,13 @@ class Engine:
                         await self._wake.wait()
                 else:
                     await trio.lowlevel.checkpoint()  # let the file system in between
+
+    def _noted(self, item: Item) -> None:
+        """The store has come to hold something that is not settled: it is seen to, whoever made it
+        so. Whoever knows better when says it by ``touch``."""
+        known = item in self._due or item in self._flights or item in self._waits
+        if not known:
+            self._schedule(item, 0.0 if self._draining else self._delay_s)
 
     def _schedule(self, item: Item, delay_s: float) -> None:
         if self._due.put(item, delay_s):
@@ -330,6 +371,16 @@ class Engine:
 
     def _on_free(self, rid: int) -> None:
         self._unpark(rid, lambda: self._locks.blocker((rid,)) is None)
+        if rid in self._parked:
+            # Somebody is at work above: it is him that they wait for now.
+            busy = self._locks.blocker((rid,))
+            if busy != rid:
+                waiting = self._parked.pop(rid)
+                for item in waiting:
+                    if busy is None:
+                        self._schedule(item, 0.0)
+                    else:
+                        self._park(busy, item)
 
     def _unpark(self, where: int | str, free: Callable[[], bool]) -> None:
         queue = self._parked.get(where)
@@ -362,6 +413,8 @@ class Engine:
                 self._start(move_aside(self._store, remote))
                 return
         log.error("objects wait for each other: %r", ring)
+        for item in ring:
+            self._schedule(item, retry.MAX_S)
 
     def _wake_waiting(self, item: Item, delay_s: float = 0.0) -> None:
         for waiting in self._waits.pop(item):
@@ -428,6 +481,8 @@ class Engine:
         # The target first: the object found there is then not missed where it came from.
         for rid in sorted(dirs, key=lambda rid: rid != target):
             await self._lister.list_locked(rid)
+            if rid == target and moving is not None and moving.kind == DIR:
+                await self._lister.look_behind(moving)
         if moving is not None and await self._lister.is_at_orphan(moving):
             assert target is not None
             for work in moved(self._store, moving.rid, target, moving.to_name or ""):
@@ -437,6 +492,12 @@ class Engine:
         if left is not None and left.to_parent is not None:  # seen neither here nor there
             self._store.set_remote(left.rid, to_parent=None, to_name=None)
             await self._lister.confirm([left])
+            return
+        known = find(item[1])
+        above = self._store.remote(known.rparent) if known is not None and known.rparent else None
+        if known is not None and above is not None and above.ino is None:
+            # In a directory that nobody here has any more, whose listing shows nothing therefore.
+            await self._lister.confirm([known])
 
     def _succeeded(self, op: Op, work: Iterable[Item], *, again: bool) -> None:
         self._retry.answered()
@@ -446,6 +507,7 @@ class Engine:
             if not op.changed:
                 self._marked.discard(op.ino)
                 self.on_clean()
+        self._forgive(op.item)
         if self._retry.attempts.pop(op.item, None) is not None and self._have_failed:
             self._have_failed = False
             self._retry_others()
@@ -463,10 +525,15 @@ class Engine:
     def _settled(self, item: Item) -> None:
         self._retry.attempts.pop(item, None)
         self._unsure.pop(item, None)
+        self._forgive(item)
         # Not at once: should it be in the way though nothing needs doing, this must not spin.
         self._wake_waiting(item, 0.02)
         self._progress.set()
         self._progress = trio.Event()
+
+    def _forgive(self, item: Item) -> None:
+        if item[0] == "rid":
+            self.failures.pop(item[1], None)
 
     def _retry_others(self) -> None:
         """The server is well again: whatever waits for its next attempt need not."""
@@ -505,5 +572,7 @@ class Engine:
             self._on_outcome(outcome)
         if op.item[0] == "ino":
             self._store.set(op.item[1], error=self._explained(op.item[1], error))
+        elif self._store.remote(op.item[1]) is not None:
+            self.failures[op.item[1]] = f"not deleted: {error}"
         log.warning("writeback failed item=%s retry_s=%.1f: %s", op.item, delay_s, error)
         self._schedule(op.item, delay_s)

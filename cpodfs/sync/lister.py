@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 
 import trio
 
-from cpodfs.cache.schema import ROOT
+from cpodfs.cache.schema import DIR, ROOT
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import Client, Entry
 from cpodfs.errors import BadReply, CpodfsError, NotFound, TimedOut, Unreachable
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.lookahead import Lookahead
 from cpodfs.sync.merge import Merger, Outcome
-from cpodfs.sync.ops import child_path, pod_of
+from cpodfs.sync.ops import child_path, pod_and_path, pod_of
 
 log = logging.getLogger(__name__)
 
@@ -224,10 +224,10 @@ class Lister:
         remote = self._store.remote(rid)
         if remote is None:
             return
-        directory = self._store.get(remote.ino) if remote.ino is not None else None
-        if directory is None:  # to be deleted, or gone: nothing to show
+        if remote.ino is not None and self._named(rid) is None:  # it has just lost its name
             return
-        self._merger.check_free(directory)
+        if (directory := self._named(rid)) is not None:
+            self._merger.check_free(directory)
         started = self._store.remote_path(rid)
         try:
             found = await self._fetch(started)
@@ -238,27 +238,94 @@ class Lister:
                 self._merger.gone(remote, outcome)
                 self._on_outcome(outcome)
             raise
-        await self._merge(rid, directory.ino, started, found)
+        if self._store.remote_path(rid) != started:
+            return  # moved while we asked
+        if (now := self._store.remote(rid)) is not None and now.ino is None:
+            self._look_at_orphan(rid, found.entries)
+        await self._merge(rid, started, found)
 
-    async def _merge(self, rid: int, ino: int, started: list[str], found: _Found) -> None:
+    async def _merge(self, rid: int, started: list[str], found: _Found) -> None:
         """Merge a listing slice by slice, for as long as the directory is where it was listed."""
-        directory = self._store.get(ino)
-        if directory is None or self._store.remote_path(rid) != started:
-            return
+        directory = self._named(rid)
+        if directory is None:
+            return  # to be deleted, or removed while we asked: nothing to show
         if found.malformed:
-            path = self._store.path(ino)
+            path = self._store.path(directory.ino)
             log.warning("%d malformed entries left out of the listing of %r", found.malformed, path)
-        complete = not found.malformed
+        clashing: list[str] = []
         merge = self._merger.listing(
-            directory, rid, found.entries, found.readonly, complete=complete
+            directory, rid, found.entries, found.readonly, complete=not found.malformed
         )
         for outcome in merge:
             self._on_outcome(outcome)
+            clashing += outcome.clashing
             await self.confirm(outcome.missing)
             self._listed_s = trio.current_time()  # whoever waits sees that it goes on
             await trio.lowlevel.checkpoint()
-            if self._store.get(ino) is None or self._store.remote_path(rid) != started:
+            now = self._named(rid)
+            if now is None or now.ino != directory.ino or self._store.remote_path(rid) != started:
                 return
+        for name in clashing:
+            await self._separate(rid, name)
+
+    def _look_at_orphan(self, rid: int, entries: Iterable[Entry]) -> None:
+        """A directory that is to be deleted comes back when somebody has changed what is in it."""
+        self._store.looked[rid] = time.time()
+        if self._merger.has_news(rid, entries):
+            outcome = Outcome()
+            self._merger.resurrect(rid, outcome)
+            self._on_outcome(outcome)
+
+    def _named(self, rid: int) -> Inode | None:
+        """The directory here that shows a remote one; None when it has lost its name."""
+        remote = self._store.remote(rid)
+        inode = self._store.get(remote.ino) if remote is not None and remote.ino else None
+        if inode is None or (inode.parent is None and inode.ino != ROOT):
+            return None
+        return inode
+
+    async def _separate(self, rid: int, name: str) -> None:
+        """The server has a file beside a directory of the same name: give the file another one, by
+        which the next listing finds it. The caller holds the lock of the directory ``rid``."""
+        directory = self._named(rid)
+        if directory is None or self._store.remote_path(rid) == []:
+            return
+        pod, old = child_path(self._store, rid, name)
+        new = self._merger.free_name(directory.ino, name)
+        log.warning("conflict: %s%s is a file and a directory; the file is now %r", pod, old, new)
+        await self._dfs.rename_file(pod, old, child_path(self._store, rid, new)[1])
+        self._store.set(directory.ino, listed_s=0)
+
+    async def look_behind(self, before: Remote) -> None:
+        """A directory, known as ``before``, may have arrived where it was moved to, and be at its old
+        place as well, when it was moved object by object and that was broken off. What is still
+        there follows one by one, as in a ``Rehome``."""
+        moved, rparent = self._store.remote(before.rid), before.rparent
+        if moved is None or rparent is None or moved.to_parent is not None:
+            return
+        if self._store.remote(rparent) is None or self._store.remote_at(rparent, before.name):
+            return
+        try:
+            left = await self._dfs.list_dir(*child_path(self._store, rparent, before.name))
+        except NotFound:
+            return
+        came = {
+            entry.name for entry in await self._dfs.list_dir(*pod_and_path(self._store, moved.rid))
+        }
+        behind = {entry.name for entry in left}
+        with self._store.transaction():
+            old = self._store.add_remote(
+                *(rparent, before.name, DIR), size=0, mtime_s=None, mode=before.mode, ino=None
+            )
+            children = [c for c in self._store.remote_children(moved.rid) if c.name in behind]
+            for child in children:
+                if child.name not in came:
+                    self._store.set_remote(child.rid, rparent=old)
+                    if child.ino is not None:
+                        self._store.replace(child.ino)
+        for child in children:
+            if child.name in came and child.kind == DIR:
+                await self.look_behind(child._replace(rparent=old))
 
     async def is_at_orphan(self, moving: Remote) -> bool:
         """Whether an object that may have been renamed into a directory that nobody here has any

@@ -44,6 +44,11 @@ class DirLocks:
             return next((b for b in self._busy if b == moving or moving in self._above(b)), None)
         return None
 
+    def is_taken(self, rid: int) -> bool:
+        """Whether somebody uses or claims a directory, or all below it, and will let it go."""
+        claimed = self._claimed[rid] or self._claimed_below[rid]
+        return rid in self._busy or rid in self._moving or bool(claimed)
+
     def take(self, dirs: Iterable[int], moving: int | None = None) -> None:
         """Use directories for which ``blocker`` has just said None."""
         self._busy.update(dirs)

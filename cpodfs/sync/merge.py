@@ -53,11 +53,14 @@ class Outcome:
 
     ``missing``: objects that the listing did not show. The server leaves out what it could not
     fetch just then, so each must be asked for by name before it may be taken as deleted.
+    ``clashing``: names of files beside directories of the same name, which the server allows: here
+    there is room for one, so the file needs another name at the server.
     """
 
     changes: list[NameChange] = field(default_factory=list)
     work: list[Item] = field(default_factory=list)
     missing: list[Remote] = field(default_factory=list)
+    clashing: list[str] = field(default_factory=list)
 
 
 class _Ids:
@@ -105,7 +108,7 @@ class Merger:
             raise Conflict(f"{name}: deleted at the server, with the pod that it was in")
         log.warning("conflict: %r is written to here and was changed at the server", name)
         with self._store.transaction():
-            name = self._free_name(parent, name)
+            name = self.free_name(parent, name)
             self._store.place(ino, parent, name)
             self._store.mark(ino, PLACE)
         outcome.changes.append(NameChange(parent, name, appeared=True))
@@ -126,6 +129,7 @@ class Merger:
         not show is missing. Raises Held.
         """
         newest, seen, left = self._store.newest_rid(), _Ids(), iter(entries)
+        other_kind: list[tuple[int, Entry]] = []
         more = True
         while more:
             self.check_free(directory)
@@ -133,12 +137,16 @@ class Merger:
             with self._store.transaction():
                 while more := (entry := next(left, None)) is not None:
                     assert entry is not None
-                    self._entry(directory, rid, entry, readonly, seen, outcome)
+                    other = self._entry(directory, rid, entry, readonly, seen, outcome)
+                    if other is not None:
+                        other_kind.append((other, entry))
                     if time.perf_counter() > until:
                         break
                 if not more:
                     self._store.set(directory.ino, listed_s=time.time())
             yield outcome
+        if other_kind:
+            yield self._changed_kinds(directory, other_kind, seen)
         if complete:
             for page in self._unseen(rid, newest, seen):
                 yield Outcome(missing=page)
@@ -151,10 +159,11 @@ class Merger:
         readonly: set[str],
         seen: _Ids,
         outcome: Outcome,
-    ) -> None:
+    ) -> int | None:
+        """Returns the remote id of what we know under this name, if it is of another kind."""
         if not self._may_show(directory, entry.name):
             self._hidden.note(directory.ino, entry.name, self._store.path(directory.ino))
-            return
+            return None
         remote = self._store.remote_at(rid, entry.name)
         if remote is None:
             arrived = self._store.remote_moving_to(rid, entry.name)
@@ -163,13 +172,17 @@ class Merger:
                 outcome.work += moved(self._store, arrived.rid, rid, entry.name)
             else:
                 self._new(directory, rid, entry, entry.name in readonly, outcome)
-            return
+                made = self._store.remote_at(rid, entry.name)
+                if made is not None and (made.kind == DIR) == entry.is_dir:
+                    seen.add(made.rid)
+            return None
         if (remote.kind == DIR) != entry.is_dir:
-            return  # the server may have both, and show one: ours counts until it is known gone
+            return remote.rid
         seen.add(remote.rid)
         if directory.ino == ROOT and bool(remote.readonly) != (entry.name in readonly):
             self._taken(remote, readonly=not remote.readonly)
         self._seen(directory, remote, entry, outcome)
+        return None
 
     def _unseen(self, rid: int, newest: int, seen: _Ids) -> Iterator[list[Remote]]:
         """What is known to be in a directory, was so before the listing was merged, and is not in
@@ -222,6 +235,20 @@ class Merger:
         ours = inode.dirty & PLACE or remote.size == UNKNOWN
         return bool(ours and (inode.is_dir or inode.cached))
 
+    def has_news(self, rid: int, entries: Iterable[Entry]) -> bool:
+        """Whether a listing of a directory that is to be deleted shows somebody else's work: a new
+        object, or another version of one that was deleted here."""
+        for entry in entries:
+            known = self._store.remote_at(rid, entry.name)
+            if known is None:
+                arriving = self._store.remote_moving_to(rid, entry.name) is not None
+                if not arriving and not DOOMED.fullmatch(entry.name):
+                    return True
+            elif known.ino is None and known.kind == FILE and not entry.is_dir:  # noqa: SIM102
+                if not known.is_version(entry.size, entry.mtime_s):
+                    return True
+        return False
+
     def resurrect(self, rid: int, outcome: Outcome) -> None:
         """Give an orphaned directory, which turned out not to be empty, its place here back."""
         remote = self._store.remote(rid)
@@ -235,8 +262,12 @@ class Merger:
             if home is None or home.ino is None or self.is_held(home.ino):
                 return
             name = remote.name
-            if self._store.child(home.ino, name):
-                name = self._free_name(home.ino, name)
+            occupant = self._store.child(home.ino, name)
+            if occupant is not None and occupant.is_dir:
+                self._rejoin(occupant, remote, outcome)
+                return
+            if occupant is not None:
+                name = self.free_name(home.ino, name)
             inode = self._store.create(home.ino, name, DIR, remote.mode)
             self._store.set_remote(rid, ino=inode.ino)
             self._store.replace(inode.ino)
@@ -267,7 +298,52 @@ class Merger:
             self._store.mark(ino, DAMAGED)
             self._store.set(ino, size=there, error=reason)
 
+    def _rejoin(self, local: Inode, remote: Remote, outcome: Outcome) -> None:
+        """A directory was removed here and made again, while the server's is not empty."""
+        elsewhere = self._store.remote_of(local.ino)
+        self._store.unmark(local.ino, SENT)
+        if elsewhere is not None:
+            outcome.work += left_behind(self._store, elsewhere)
+        self._store.set_remote(remote.rid, ino=local.ino)
+        if local.parent != ROOT and (local.mode ^ remote.mode) & 0o700:
+            self._store.mark(local.ino, MODE)
+        self._store.set(local.ino, listed_s=0)  # nobody here knows yet what is in there
+        self._store.replace(local.ino)
+        outcome.work.append(("ino", local.ino))
+
     # -- one entry --------------------------------------------------------------------------------
+
+    def _changed_kinds(
+        self, directory: Inode, found: list[tuple[int, Entry]], seen: _Ids
+    ) -> Outcome:
+        """Files where we knew of directories, and the reverse; the server may well have both."""
+        outcome = Outcome()
+        with self._store.transaction():
+            for rid, entry in found:
+                remote = self._store.remote(rid)
+                if remote is None or remote.name != entry.name or remote.to_parent is not None:
+                    continue
+                if rid in seen and self._is_received(directory):
+                    continue  # nobody here can give one of them another name
+                if entry.is_dir and rid in seen:
+                    # Theirs is shown by a listing after ours has left the name at the server.
+                    self._store.set(directory.ino, listed_s=0)
+                    local = self._store.child(directory.ino, entry.name)
+                    if local is not None and local.ino == remote.ino:
+                        self._set_aside(local, outcome)
+                elif rid in seen:
+                    outcome.clashing.append(entry.name)
+                elif not entry.is_dir:
+                    # Not asked for by name: where a file is, the server breaks the connection.
+                    seen.add(rid)
+                    self.gone(remote, outcome)
+                    self._new(directory, remote.rparent or ROOT, entry, False, outcome)
+        return outcome
+
+    def _is_received(self, directory: Inode) -> bool:
+        above = self._store.ancestors(directory.ino)
+        pod = self._store.remote_of(above[-1].ino) if above else None
+        return pod is not None and bool(pod.readonly)
 
     def _new(
         self, directory: Inode, rid: int, entry: Entry, readonly: bool, outcome: Outcome
@@ -283,7 +359,7 @@ class Merger:
         local = self._store.child(directory.ino, entry.name)
         ino: int | None = None
         if local is not None:
-            ours = local.is_dir if entry.is_dir else bool(local.dirty & SENT)
+            ours = local.is_dir == entry.is_dir and (local.is_dir or bool(local.dirty & SENT))
             elsewhere = self._store.remote_of(local.ino)
             if ours and (elsewhere is None or local.is_dir):
                 ino = local.ino
@@ -303,6 +379,7 @@ class Merger:
                 )
                 return
             else:
+                self._store.unmark(local.ino, SENT)  # what is there is not ours
                 self._set_aside(local, outcome)
         if ino is None:
             ino = self._create(directory.ino, entry).ino
@@ -389,7 +466,7 @@ class Merger:
         """Rename ours, here, to a conflict name; it goes to the server beside the other version."""
         assert local.parent is not None
         assert local.name is not None
-        name = self._free_name(local.parent, local.name, word)
+        name = self.free_name(local.parent, local.name, word)
         if word == "conflict":
             log.warning(
                 "conflict: %r changed here and at the server; ours is now %r", local.name, name
@@ -401,7 +478,8 @@ class Merger:
         self._store.place(local.ino, local.parent, name)
         outcome.work.append(("ino", local.ino))
 
-    def _free_name(self, parent: int, name: str, word: str = "conflict") -> str:
+    def free_name(self, parent: int, name: str, word: str = "conflict") -> str:
+        """A name in a directory that tells of a conflict, and that nothing here has."""
         stem, extension = os.path.splitext(name)
         stamp = time.strftime("%Y-%m-%d %H.%M.%S", time.gmtime())
         for number in range(1000):

@@ -73,7 +73,7 @@ class Planner:
         home = self._store.remote_of(inode.parent)
         moving = self._store.moving_above(home.rid) if home is not None else None
         if moving is not None:
-            return Blocked(_owner(moving))
+            return Blocked(moving.item)
         unsettled = self._unsettled_above(inode)
         if unsettled is not None or home is None:
             return Blocked(("ino", inode.parent if unsettled is None else unsettled))
@@ -93,7 +93,7 @@ class Planner:
         for rid in dirs:
             above = self._store.moving_above(rid)
             if above is not None and above.rid != moving.rid:
-                return Blocked(_owner(above))
+                return Blocked(above.item)
         return Resolve(item, tuple(dirs))
 
     def _unsettled_above(self, inode: Inode) -> int | None:
@@ -113,13 +113,13 @@ class Planner:
         name = inode.name or ""
         if mine is None:
             if there is not None:
-                return Blocked(_owner(there))
+                return Blocked(there.item)
             if home.rid == ROOT:
                 return CreatePod(("ino", inode.ino), (ROOT,), inode.ino, name)
             return Mkdir(("ino", inode.ino), (home.rid,), inode.ino, home.rid, name)
         if (mine.rparent, mine.name) != (home.rid, name):
             if there is not None:
-                return Blocked(_owner(there))
+                return Blocked(there.item)
             return self._move_dir(inode, mine, home)
         return self._chmod(inode, mine)
 
@@ -138,12 +138,12 @@ class Planner:
         name = inode.name or ""
         elsewhere = mine is not None and (mine.rparent, mine.name) != (home.rid, name)
         if there is not None and (there.ino is not None or there.kind == DIR):
-            return Blocked(_owner(there))
+            return Blocked(there.item)
         if not inode.dirty & CONTENT and mine is not None and elsewhere:
             if there is None:
                 return self._move(mine, home, name)
             if not inode.cached:
-                return Blocked(_owner(there))
+                return Blocked(there.item)
             # Renamed over a file: the server refuses that, and delete + rename would lose the name
             # for a while. We have the bytes: send them over the old ones.
             self._store.mark(inode.ino, CONTENT)
@@ -169,6 +169,13 @@ class Planner:
         """Whether the last listing of a directory is recent enough to overwrite what it lacks."""
         inode = self._store.get(directory) if directory is not None else None
         return inode is not None and 0 <= time.time() - inode.listed_s < self._fresh_s
+
+    def _is_looked_at(self, directory: Remote) -> bool:
+        """As ``_is_fresh``, also of a directory that is itself to be deleted (``rm -r``)."""
+        if directory.ino is not None:
+            return self._is_fresh(directory.ino)
+        looked_s = self._store.looked.get(directory.rid, 0.0)
+        return 0 <= time.time() - looked_s < self._fresh_s
 
     def _move(self, mine: Remote, home: Remote, name: str) -> Move:
         assert mine.rparent is not None
@@ -196,31 +203,29 @@ class Planner:
             return self._resolve(("rid", rid), remote)
         moving = self._store.moving_above(remote.rparent)
         if moving is not None:
-            return Blocked(_owner(moving))
+            return Blocked(moving.item)
         if remote.kind == FILE:
-            if self._will_be_replaced(remote):
-                return None
+            heir = self._heir(remote)
+            if heir is not None:
+                return Blocked(("ino", heir))
             home = self._store.remote(remote.rparent)
-            if home is not None and home.ino is not None and not self._is_fresh(home.ino):
+            if home is not None and not self._is_looked_at(home):
                 return Look(("rid", rid), (home.rid,), home.rid)  # did somebody change it since?
             return RemoveFile(("rid", rid), (remote.rparent,), rid)
         for child in self._store.remote_children(rid, limit=1):
-            return Blocked(_owner(child))
+            return Blocked(child.item)
         arriving = self._store.moving_into(rid)
         if arriving is not None:
-            return Blocked(_owner(arriving))
+            return Blocked(arriving.item)
         dirs = tuple({remote.rparent, rid, pod_of(self._store, remote)})
         return RemoveDir(("rid", rid), dirs, rid)
 
-    def _will_be_replaced(self, orphan: Remote) -> bool:
-        """Whether an upload to this very name is due, which spares the deletion."""
+    def _heir(self, orphan: Remote) -> int | None:
+        """The inode whose upload to this very name is due, which spares the deletion."""
         assert orphan.rparent is not None
         home = self._store.remote(orphan.rparent)
         if home is None or home.ino is None:
-            return False
+            return None
         heir = self._store.child(home.ino, orphan.name)
-        return heir is not None and heir.is_file and bool(heir.dirty & CONTENT)
-
-
-def _owner(remote: Remote) -> Item:
-    return ("rid", remote.rid) if remote.ino is None else ("ino", remote.ino)
+        is_due = heir is not None and heir.is_file and heir.dirty & CONTENT
+        return heir.ino if heir is not None and is_due else None

@@ -1,0 +1,61 @@
+"""Some of the random histories of `tests.bench.histories`, the same ones every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from cpodfs.cache.schema import ROOT
+from cpodfs.paths import TEMP_PREFIX
+from cpodfs.sync.drain import drain
+from tests.bench.histories import STALL_S, History, play
+from tests.simulated import Simulated, virtual_time
+
+AT_ONCE = 20
+
+
+@pytest.mark.parametrize("first", range(0, 200, AT_ONCE))
+def test_nothing_is_stranded_in_any_history(first: int, tmp_path: Path) -> None:
+    for seed in range(first, first + AT_ONCE):
+        trouble = play(seed, tmp_path)
+        assert trouble is None, trouble
+
+
+class BrokenOff(History):
+    """A directory is moved object by object by a driver that dies half-way."""
+
+    async def run(self) -> None:
+        async with self._driver():
+            store, tree = self.store, self.tree
+            pod = await tree.mkdir(ROOT, "p", 0o755)
+            folder = await tree.mkdir(pod.ino, "d", 0o755)
+            both = await tree.mkdir(folder.ino, "both", 0o755)
+            behind = await tree.mkdir(folder.ino, "behind", 0o755)
+            for parent in (folder.ino, both.ino, behind.ino):
+                for name in ("f", "g"):
+                    _, handle = await tree.create(parent, name, 0o644)
+                    await tree.files.write(handle, 0, self._bytes())
+                    tree.handles.release(handle)
+            assert await drain(self.engine, STALL_S)
+            before = self._paths()
+            home, there = store.remote_of(pod.ino), store.remote_of(folder.ino)
+            assert home is not None
+            assert there is not None
+            aside = f"{TEMP_PREFIX}{there.rid}"
+            store.set_remote(there.rid, to_parent=home.rid, to_name=aside)
+            for name in (aside, f"{aside}/both"):
+                await self.other.mkdir("p", f"/{name}")
+            for name in ("f", "both/f"):
+                await self.other.rename_file("p", f"/d/{name}", f"/{aside}/{name}")
+        async with self._driver():
+            await self._finish()
+            assert self._paths() == before
+
+
+def test_a_move_that_was_broken_off_goes_on(tmp_path: Path) -> None:
+    """The directory is at both places, and must not be shown twice."""
+    history = BrokenOff(Simulated(tmp_path / "server"), tmp_path, 1)
+    with virtual_time() as clock:
+        trio.run(history.run, clock=clock)
