@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 from cpodfs.cache.content import RESERVE
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 KINDS = {"f": stat.S_IFREG, "d": stat.S_IFDIR, "l": stat.S_IFLNK}
 BLOCK = 4096
 READDIR_BATCH = 64
+FORGET_BATCH = 64
 _F = TypeVar("_F", bound=Callable[..., Awaitable[Any]])
 
 
@@ -154,14 +156,17 @@ class Operations(pyfuse3.Operations):
         return self._absent(ABSENT_TIMEOUT_S)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
-        """There is no way to answer with an error, so none may leave here."""
-        for ino, count in inode_list:
+        """There is no way to answer with an error, so none may leave here. Thousands can come at
+        once: others get in between."""
+        for number, (ino, count) in enumerate(inode_list, 1):
             if ino & RUN_INO_BIT:
                 continue
             try:
                 self._tree.handles.forget(ino, count)
             except Exception:
                 log.exception("forget failed ino=%d", ino)
+            if number % FORGET_BATCH == 0:
+                await trio.lowlevel.checkpoint()
 
     @_answer
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:

@@ -29,6 +29,8 @@ from cpodfs.sync.ops import child_path, pod_and_path, pod_of
 log = logging.getLogger(__name__)
 
 POD_MODE = 0o700
+PAUSE_S = 0.001
+"""Between two slices of a long merge."""
 ATTEMPTS = 3
 RESOLVE_S = 10.0
 QUIET_S = 60.0
@@ -256,12 +258,13 @@ class Lister:
         merge = self._merger.listing(
             directory, rid, found.entries, found.readonly, complete=not found.malformed
         )
-        for outcome in merge:
+        for number, outcome in enumerate(merge):
             self._on_outcome(outcome)
             clashing += outcome.clashing
             await self.confirm(outcome.missing)
             self._listed_s = trio.current_time()  # whoever waits sees that it goes on
-            await trio.lowlevel.checkpoint()
+            # What others ask takes several turns of the loop: not each is to wait for a slice.
+            await trio.sleep(PAUSE_S if number > 1 else 0)
             now = self._named(rid)
             if now is None or now.ino != directory.ino or self._store.remote_path(rid) != started:
                 return

@@ -381,6 +381,7 @@ class Merger:
             else:
                 self._store.unmark(local.ino, SENT)  # what is there is not ours
                 self._set_aside(local, outcome)
+        fresh = ino is None
         if ino is None:
             ino = self._create(directory.ino, entry).ino
             if directory.listed_s:  # else nobody can have been told that there was no such name
@@ -393,7 +394,8 @@ class Merger:
             ino=ino,
             readonly=int(readonly),
         )
-        self._store.replace(ino)
+        if not fresh:  # else it is in its place
+            self._store.replace(ino)
 
     def _join(self, local: Inode, entry: Entry) -> None:
         """A directory of ours and the server's of that name are one from now on."""
