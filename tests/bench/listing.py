@@ -22,7 +22,7 @@ from tests.mount.hostile import Answer, Hostile, Lie, listing
 
 ENTRIES = (10_000, 100_000, 1_000_000)
 CALM = ("--attr-ttl", "1000000", "--timeout", "600", "--stall", "600")
-PACE_S = 0.002
+PACE_S = 0.02
 
 
 class Neighbour:
