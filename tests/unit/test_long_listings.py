@@ -135,8 +135,7 @@ def test_a_listing_that_says_nothing_new_writes_nothing(tmp_path: Path) -> None:
 def test_a_name_that_is_listed_twice_is_one_object(tmp_path: Path) -> None:
     world = World(tmp_path)
     pod = world.pod()
-    folder = Entry("a", True, 0, 0o700, 1_700_000_000, 0, 0)
-    list(merging(world, pod, [file("a", 1), file("a", 1), folder]))
+    list(merging(world, pod, [file("a", 1), file("a", 1)]))
     assert [(child.name, child.kind) for child in world.store.children(pod)] == [("a", "f")]
     assert world.remote_tree() == {"pod", "pod/a"}
 
