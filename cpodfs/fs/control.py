@@ -105,7 +105,8 @@ class RunFiles:
 
     async def start(self, pod: int, changed: Mapping[str, str]) -> tuple[str, str]:
         """Start a run with these settings changed; its id, and its log folder in the pod."""
-        if self.exists(pod) or pod in self._starting:
+        running = self.exists(pod) or self._guard.is_running(self._pod_name(pod))
+        if running or pod in self._starting:
             raise oserror(errno.EBUSY, RUN_NAME)
         self._starting.add(pod)
         begun = False

@@ -118,6 +118,10 @@ class Guard:
             self._holds.seal(what.name)
         return how.bwrap
 
+    def is_running(self, pod: str) -> bool:
+        """Whether a run of an earlier driver may go on, which has not been found yet."""
+        return self._holds.is_sealed(pod)
+
     def let_go(self, pod: str) -> None:
         """No run of the pod has begun."""
         self._holds.end(pod)

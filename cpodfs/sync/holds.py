@@ -60,6 +60,10 @@ class Holds:
         self._save(self._sealed | {pod: self._begun[pod]})
         del self._begun[pod]
 
+    def is_sealed(self, pod: str) -> bool:
+        """Whether a run relies on it, for all one knows."""
+        return pod in self._sealed
+
     def end(self, pod: str) -> None:
         """What the server has to say of the pod is heard again."""
         self._begun.pop(pod, None)
