@@ -40,6 +40,14 @@ def lose_power(disk: Disk, mount: Mount) -> None:
     mount.start()
 
 
+def upload(mount: Mount) -> None:
+    """All of it; and the journal on the disk says so."""
+    mount.sync()
+    pod = os.open(mount.pod(), os.O_RDONLY)
+    os.fsync(pod)
+    os.close(pod)
+
+
 def commit_names(disk: Disk) -> None:
     """What a journal of the file system does every few seconds: names and sizes get to the disk, and
     contents that were not synced do not."""
@@ -95,10 +103,10 @@ def test_what_was_evicted_and_is_fetched_again_is_never_zeros(
     with mounted(tmp_path, line, None, *SOON, *SMALL) as mount:
         pod = mount.pod()
         (pod / "f").write_bytes(OLD)
-        mount.sync()
+        upload(mount)
         data = data_file(mount, pod / "f")
         (pod / "g").write_bytes(OLD)
-        mount.sync()
+        upload(mount)
         until(lambda: not data.exists())
         line.hold(20_000)
         with reading(pod / "f"):
@@ -122,7 +130,7 @@ def test_a_file_emptied_and_held_open_is_not_taken_for_the_servers(
     with mounted(tmp_path, own_server, None, *SOON) as mount:
         pod = mount.pod()
         (pod / "f").write_bytes(OLD)
-        mount.sync()
+        upload(mount)
         fd = os.open(pod / "f", os.O_WRONLY | os.O_TRUNC)
         try:
             commit_names(disk)
@@ -144,7 +152,7 @@ def test_an_append_that_was_not_closed_leaves_no_tail_behind_later_ones(
     with mounted(tmp_path, own_server, None, *SOON) as mount:
         pod = mount.pod()
         (pod / "f").write_bytes(b"acknowledged\n")
-        mount.sync()
+        upload(mount)
         fd = os.open(pod / "f", os.O_WRONLY | os.O_APPEND)
         try:
             os.write(fd, b"never acknowledged, and long\n")
@@ -200,6 +208,7 @@ def test_the_server_knows_nothing_that_the_disk_forgets(
         for name in ("f", "d/y", "d/e/x"):
             (pod / name).write_bytes(OLD)
         before = settled(mount, own_server)
+        upload(mount)
         change(pod)
         until(lambda: mount.status()["pending"] + mount.status()["deletions"] == 0)
         wanted = {
