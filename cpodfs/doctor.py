@@ -7,10 +7,13 @@ yagna's API has no question for it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import os
 import platform
 import shutil
+import sqlite3
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +22,12 @@ from typing import Any
 import httpx
 import trio
 
-from cpodfs import fuse
+from cpodfs import fuse, mountpoint
 from cpodfs.cache.content import RESERVE
 from cpodfs.dfs import Client, Session, Timeouts
-from cpodfs.errors import ConfigError, CpodfsError, LoginRefused, Unreachable
+from cpodfs.errors import ConfigError, CpodfsError, LoginRefused, MountError, Unreachable
 from cpodfs.runs import sandbox
-from cpodfs.words import size
+from cpodfs.words import count, size
 
 OK, WARN, BAD, UNKNOWN = "ok", "warn", "bad", "unknown"
 ANSWER_S = 10.0
@@ -66,6 +69,7 @@ def examine(subject: Subject) -> list[Finding]:
         *_fuse(allow_other=subject.allow_other),
         _sandbox(subject),
         _cache(subject.cache),
+        *_kept(subject.cache),
         *trio.run(_store, subject),
         *_yagna(subject),
         _gftp(subject),
@@ -137,6 +141,41 @@ def _cache(folder: Path) -> Finding:
     if free < 2 * RESERVE:
         return Finding("cache", BAD, text, fix)
     return Finding("cache", WARN, text, fix) if free < LITTLE_SPACE else Finding("cache", OK, text)
+
+
+def _kept(folder: Path) -> list[Finding]:
+    """What the server does not show any more of what is in the cache. Nothing when that is not known:
+    there is no cache, or its driver, which alone can look in it, does not answer."""
+    doubtful = _doubtful_of_mount(folder)
+    if doubtful is None:
+        doubtful = _doubtful_of_cache(folder / "meta.db")
+    if not doubtful:
+        return []
+    text = f"{count(doubtful, 'object')} not shown by the server any more; what is cached is kept"
+    fix = "see: cpodfs status; if deleted elsewhere: cpodfs refresh --accept-deletions PATH"
+    return [Finding("deletions", WARN, text, fix)]
+
+
+def _doubtful_of_mount(folder: Path) -> int | None:
+    for mount in mountpoint.own():
+        try:
+            if mountpoint.is_dead(mount):
+                continue
+            report = json.loads(os.getxattr(mount, "user.cpodfs.status"))
+        except (OSError, MountError, ValueError):
+            continue
+        if report.get("cache") == str(folder):
+            return int(report["doubtful_count"])
+    return None
+
+
+def _doubtful_of_cache(database: Path) -> int | None:
+    try:
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as db:
+            query = "SELECT count(*) FROM remote WHERE absent_s IS NOT NULL AND ino IS NOT NULL"
+            return int(db.execute(query).fetchone()[0])
+    except (sqlite3.Error, ValueError):
+        return None
 
 
 # -- FairOS-DFS -----------------------------------------------------------------------------------

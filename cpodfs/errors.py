@@ -21,11 +21,14 @@ CpodfsError                     EIO
 ├── ChangedDuringUpload         EAGAIN      the file was written to while it was being sent
 └── DfsError                    EIO         what the FairOS-DFS server said, or did not say
     ├── NotFound                ENOENT
+    │   └── PodNotFound         ENOENT      so whatever was asked of what is in it was not looked for
+    ├── Doubtful                EIO         the server does not show what it had: no proof of a deletion
     ├── AlreadyExists           EEXIST
     ├── Conflict                ESTALE      the server's copy is not the one that we read
     ├── NotEmpty                ENOTEMPTY   a directory that still has children
     ├── NotLoggedIn             EACCES      the session is gone; logging in again may help
     │   ├── LoginRefused        EACCES      wrong password or no such user; trying again will not
+    │   │   └── NoSuchUser      EACCES      or the server cannot read who there is
     │   └── LoginFailed         EIO         the server cannot log anybody in; it may pass
     ├── PodNotOpen              EIO         opening the pod again may help
     ├── Denied                  EACCES      the server will not, ever
@@ -144,6 +147,14 @@ class NotFound(DfsError):
     errno = _errno.ENOENT
 
 
+class PodNotFound(NotFound):
+    pass
+
+
+class Doubtful(DfsError):
+    remedy = "if it was deleted elsewhere: cpodfs refresh --accept-deletions {path}"
+
+
 class AlreadyExists(DfsError):
     errno = _errno.EEXIST
 
@@ -161,6 +172,10 @@ class NotLoggedIn(DfsError):
 
 
 class LoginRefused(NotLoggedIn):
+    pass
+
+
+class NoSuchUser(LoginRefused):
     pass
 
 

@@ -25,7 +25,7 @@ from cpodfs.cache.folder import Cache, opened
 from cpodfs.cache.schema import ROOT
 from cpodfs.config import Settings
 from cpodfs.dfs import Client, Session, Timeouts
-from cpodfs.errors import LoginRefused, MountError, Unreachable
+from cpodfs.errors import MountError, NoSuchUser, Unreachable
 from cpodfs.notify import sd_notify
 from cpodfs.parts import Environment, Parts
 from cpodfs.sync.drain import drain
@@ -82,13 +82,15 @@ class Driver:
     async def _check_account(self) -> None:
         try:
             await self._dfs.login()
-        except LoginRefused:
-            raise
-        except Unreachable as error:
+        except (Unreachable, NoSuchUser) as error:
+            # Of a user whose data it cannot read a server says that there is none, and what is cached
+            # may be the last copy.
             root = self._cache.store.get(ROOT)
             if root is None or not root.listed_s:
                 raise
-            log.warning("the server does not answer; serving from the cache: %s", error)
+            log.warning(
+                "the server does not answer, or not well; serving from the cache: %s", error
+            )
             self._parts.engine.went_offline()
 
     def _mount(self) -> None:

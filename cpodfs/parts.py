@@ -34,9 +34,12 @@ from cpodfs.sync.downloads import Downloads
 from cpodfs.sync.engine import Engine, Limits
 from cpodfs.sync.eviction import Evictor
 from cpodfs.sync.holds import Holds
+from cpodfs.sync.inquiry import Inquiry
 from cpodfs.sync.lister import Lister
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
+from cpodfs.sync.missing import Missing
+from cpodfs.sync.swarm import SwarmWatch
 
 KERNEL_TIMEOUT_S = 10.0
 MIN_FRESH_S = 2.0
@@ -67,7 +70,7 @@ class Parts:
             keep=settings.keep_runs,
         )
         self.status = Status(
-            *(settings, cache, dfs.session, self.engine, self.downloads, self.runs)
+            *(settings, cache, dfs.session, self.engine, self.downloads, self.runs, self.missing)
         ).report
         self._make_fs(dfs)
         self._connect()
@@ -77,15 +80,17 @@ class Parts:
         self._durability = Durability(store, content)
         self._merger = Merger(store, content, self._handles.discard)
         locks = DirLocks(store)
+        self.missing = Missing(store)
+        self._inquiry = Inquiry(store, dfs, self._merger, locks, self.missing, self._on_outcome)
         self.lister = Lister(
-            *(store, dfs, self._merger, locks),
+            *(store, dfs, self._merger, locks, self.missing, self._inquiry),
             ttl_s=settings.attr_ttl_s,
             parallel=settings.changes,
             patience_s=settings.timeout_s,
             on_outcome=self._on_outcome,
         )
         self.engine = Engine(
-            *(store, self._durability, dfs, self.lister, self._merger, locks),
+            *(store, self._durability, dfs, self.lister, self._merger, locks, self.missing),
             delay_s=settings.writeback_delay_s,
             fresh_s=max(settings.attr_ttl_s, MIN_FRESH_S),
             limits=Limits(settings.uploads, settings.changes),
@@ -95,6 +100,10 @@ class Parts:
             *(store, content, dfs),
             parallel=settings.downloads,
             patience_s=settings.timeout_s,
+        )
+        self._swarm = SwarmWatch(
+            *(store, dfs),
+            may_ask=lambda: not self.engine.offline and not self.engine.uploading(),
         )
         self._evictor = Evictor(
             *(store, content),
@@ -117,7 +126,10 @@ class Parts:
         )
         self._run_files = RunFiles(tree, self.runs, guard)
         attributes = Attributes(tree, self._run_files)
-        requests = Requests(tree, self._run_files, guard, dfs, self._refresh_pods)
+        requests = Requests(
+            *(tree, self._run_files, guard, dfs, self._refresh_pods),
+            forgotten=self._inquiry.believe_gone,
+        )
         attributes.ask, attributes.answer = requests.ask, requests.answer
         attributes.reports = {b"status": self.status}
         attributes.commands = {
@@ -137,14 +149,17 @@ class Parts:
         self.lister.on_answer = self.engine.answered
         self._merger.on_taken = lambda pod: self._run_files.not_ours([pod])
         self._merger.is_held = self.downloads.is_held = self._holds.is_held
+        self.downloads.on_absent = self.missing.said_absent
         self.engine.is_read = self.downloads.is_read
-        self.engine.on_clean = self.downloads.on_complete = self._evictor.poke
+        self.downloads.on_complete = self._swarm.on_pushed = self._evictor.poke
+        self.engine.on_clean = self._uploaded
         self._evictor.on_shortage = self._files.sweep_now
         self._cache.content.make_room = self._evictor.make_room
 
     async def run(self, nursery: trio.Nursery) -> None:
         """Begin the tasks of all parts but of the runs, which need a mount that answers."""
-        for part in (self.lister, self.downloads, self._evictor, self._files, self.engine):
+        storing = (self.downloads, self._evictor, self._swarm, self._files)
+        for part in (self.lister, *storing, self.engine):
             await nursery.start(part.run)
 
     def open_inos(self) -> list[int]:
@@ -155,6 +170,10 @@ class Parts:
         """Begin to serve runs, and find those that go on. The mount must answer."""
         await nursery.start(self.runs.run)
         self._holds.end_all_but(self.runs.pods())
+
+    def _uploaded(self) -> None:
+        self._swarm.poke()
+        self._evictor.poke()
 
     # -- news between the parts -------------------------------------------------------------------
 
@@ -195,6 +214,7 @@ class Parts:
             self.engine.relax()
         else:
             self.engine.hurry()
+            self.missing.hurry()
 
     async def _command_runs(self, _ino: int, value: bytes) -> None:
         """ "0": end all runs and begin no other; "1": runs may begin again."""
@@ -213,8 +233,12 @@ class Parts:
     async def _refresh_pods(self) -> None:
         await self.lister.refresh_from_others(ROOT)
 
-    async def _command_refresh(self, ino: int, _value: bytes) -> None:
+    async def _command_refresh(self, ino: int, value: bytes) -> None:
+        """ "accept-deletions": what the server does not show there is deleted, the user says."""
         inode = self._cache.store.get(ino)
+        if value == b"accept-deletions":
+            await self.lister.accept_deletions(ino)
+            return
         if inode is not None and not inode.is_dir:
             ino = inode.parent or ROOT
         await self.lister.refresh_from_others(ino)

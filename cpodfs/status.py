@@ -21,12 +21,16 @@ from cpodfs.runs.manager import RunManager
 from cpodfs.sync.downloads import Downloads
 from cpodfs.sync.engine import Engine
 from cpodfs.sync.left import left
+from cpodfs.sync.missing import Missing
 
 MAX_BYTES = 60_000
 """The kernel takes 64 KiB for one attribute."""
 LISTED = 50
 ERRORS = 5
-LISTS = ("uploads", "downloads", "failed", "left", "pods", "recent_errors", "runs")
+LISTS = (
+    *("uploads", "downloads", "failed", "left", "pods", "recent_errors", "runs", "alarms"),
+    "doubtful",
+)
 
 
 class Status:
@@ -40,6 +44,7 @@ class Status:
         engine: Engine,
         downloads: Downloads,
         runs: RunManager,
+        missing: Missing,
     ) -> None:
         self._settings = settings
         self._cache = cache
@@ -47,18 +52,21 @@ class Status:
         self._engine = engine
         self._downloads = downloads
         self._runs = runs
+        self._missing = missing
 
     def report(self) -> dict[str, Any]:
-        """Sizes in bytes. Lists are cut when the whole would not fit into one attribute; the counts
-        beside them are not."""
+        """Sizes in bytes. ``not_in_swarm``: what FairOS has, and Swarm is not known to have. Lists are
+        cut when the whole would not fit into one attribute; the counts beside them are not."""
         report = {
             **self._mount(),
             **self._cache.store.totals(),
             **self._traffic(),
             "cache_use": self._cache_use(),
+            "not_in_swarm": self._cache.store.unswarmed_totals(),
             "reads": self._reads(),
             "runs": self._runs.pods(),
             **self._pods(),
+            **self._doubts(),
         }
         return _cut(report)
 
@@ -135,6 +143,28 @@ class Status:
         root = store.get(ROOT)
         listed = root is not None and bool(root.listed_s)
         return {"pods": shown, "pod_count": len(pods), "pods_listed": listed}
+
+    def _doubts(self) -> dict[str, Any]:
+        """What the server does not show any more, and where that is so much that only the user can
+        say whether it was deleted. ``since`` in Unix time."""
+        store, alarms = self._cache.store, self._missing.alarms
+        return {
+            "alarms": [
+                {
+                    "path": "/".join(store.remote_path(rid)),
+                    "missing": folder.missing,
+                    "known": folder.known,
+                }
+                for rid, folder in list(alarms.items())[:LISTED]
+            ],
+            "doubtful": [
+                {"path": store.path(r.ino), "since": r.absent_s}
+                for r in store.doubtful(limit=LISTED)
+                if r.ino is not None
+            ],
+            "doubtful_count": store.doubtful_count(),
+            "deletions_doubtful": store.ghost_count(),
+        }
 
 
 def _cut(report: dict[str, Any]) -> dict[str, Any]:

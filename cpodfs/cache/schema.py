@@ -72,13 +72,16 @@ CREATE TABLE remote (
     ino INTEGER UNIQUE,        -- whose object this is; NULL: orphan, to be deleted at the server
     to_parent INTEGER,         -- a rename has been sent, its outcome is unknown: where it went
     to_name TEXT,
-    absent_s REAL,             -- doubtful: Unix time since which the server does not show it
+    absent_s REAL,             -- doubtful: Unix time since which the server does not show it. Of an
+                               -- orphan: nothing need be done, unless it is shown again
     absences INTEGER NOT NULL DEFAULT 0, -- how often it was confirmed since that it is not there
     in_swarm INTEGER NOT NULL DEFAULT 1, -- file: 0 while only FairOS is known to have the content
     UNIQUE (rparent, name)
 );
 CREATE INDEX remote_moving ON remote (to_parent, to_name) WHERE to_parent IS NOT NULL;
 CREATE INDEX remote_orphan ON remote (rid) WHERE ino IS NULL;
+CREATE INDEX remote_doubtful ON remote (rid) WHERE absent_s IS NOT NULL;
+CREATE INDEX remote_unswarmed ON remote (rid) WHERE in_swarm = 0;
 
 CREATE TABLE state (           -- what is true of the cache as a whole
     starts INTEGER NOT NULL,   -- how often it was opened
@@ -100,6 +103,8 @@ ALTER TABLE inode ADD COLUMN epoch INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE remote ADD COLUMN absent_s REAL;
 ALTER TABLE remote ADD COLUMN absences INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE remote ADD COLUMN in_swarm INTEGER NOT NULL DEFAULT 1;
+CREATE INDEX remote_doubtful ON remote (rid) WHERE absent_s IS NOT NULL;
+CREATE INDEX remote_unswarmed ON remote (rid) WHERE in_swarm = 0;
 CREATE TABLE state (
     starts INTEGER NOT NULL, epoch INTEGER NOT NULL, ended INTEGER NOT NULL
 );

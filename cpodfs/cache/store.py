@@ -394,7 +394,7 @@ class Store:
     def is_settled(self) -> bool:
         """Whether the server knows all."""
         pending = "SELECT 1 FROM inode WHERE dirty != 0 AND parent IS NOT NULL LIMIT 1"
-        orphan = "SELECT 1 FROM remote WHERE ino IS NULL LIMIT 1"
+        orphan = "SELECT 1 FROM remote WHERE ino IS NULL AND absent_s IS NULL LIMIT 1"
         return not any(self._db.execute(query).fetchone() for query in (pending, orphan))
 
     def failed(self, limit: int) -> list[Inode]:
@@ -454,7 +454,8 @@ class Store:
             f"coalesce(sum(size) FILTER (WHERE dirty & {CONTENT}), 0), count(error) "
             "FROM inode WHERE dirty != 0 AND parent IS NOT NULL"
         ).fetchone()
-        deletions = self._db.execute("SELECT count(*) FROM remote WHERE ino IS NULL").fetchone()[0]
+        orphans = "SELECT count(*) FROM remote WHERE ino IS NULL AND absent_s IS NULL"
+        deletions = self._db.execute(orphans).fetchone()[0]
         return {
             "pending": pending,
             "files": files,
@@ -469,13 +470,28 @@ class Store:
         total: int = self._db.execute(query).fetchone()[0]
         return total
 
-    def evictable(self, limit: int) -> list[tuple[int, int]]:
-        """Clean files with content here as (inode, bytes), the least recently used first."""
-        return self._db.execute(
-            "SELECT ino, size FROM inode WHERE cached = 1 AND dirty = 0 "
-            "ORDER BY used_s, ino LIMIT ?",
-            (limit,),
-        ).fetchall()
+    def evictable_bytes(self) -> int:
+        """Of these, the bytes that would not be lost with what is here."""
+        total = self.cached_bytes()
+        for pinned in ("in_swarm = 0", "absent_s IS NOT NULL AND in_swarm != 0"):
+            query = (
+                "SELECT coalesce(sum(inode.size), 0) FROM remote JOIN inode USING (ino) "
+                f"WHERE {pinned} AND cached = 1 AND dirty = 0"
+            )
+            total -= self._db.execute(query).fetchone()[0]
+        return total
+
+    def evictable(self, after: tuple[float, int], limit: int) -> list[Inode]:
+        """Clean files with content here, the least recently used first, from those on that come
+        after (time of use, inode). Not what only FairOS has, or what it does not show any more."""
+        columns = ", ".join(f"inode.{name}" for name in INODE_COLUMNS.split(", "))
+        rows = self._db.execute(
+            f"SELECT {columns} FROM inode LEFT JOIN remote USING (ino) "
+            "WHERE cached = 1 AND dirty = 0 AND (used_s, inode.ino) > (?, ?) "
+            "AND in_swarm IS NOT 0 AND absent_s IS NULL ORDER BY used_s, inode.ino LIMIT ?",
+            (*after, limit),
+        )
+        return [Inode._make(row) for row in rows]
 
     # -- extended attributes ----------------------------------------------------------------------
 
@@ -548,8 +564,54 @@ class Store:
         query = f"SELECT {REMOTE_COLUMNS} FROM remote WHERE to_parent IS NOT NULL"
         return [Remote._make(row) for row in self._db.execute(query)]
 
+    def doubtful(self, limit: int = -1) -> list[Remote]:
+        """What the server does not show any more, the topmost object only; -1: no limit."""
+        query = f"SELECT {REMOTE_COLUMNS} FROM remote WHERE absent_s IS NOT NULL LIMIT ?"
+        return [Remote._make(row) for row in self._db.execute(query, (limit,))]
+
+    def unswarmed(self) -> list[int]:
+        """Remote ids of files of which only FairOS is known to have the content."""
+        query = "SELECT rid FROM remote WHERE in_swarm = 0 AND ino IS NOT NULL"
+        return [rid for (rid,) in self._db.execute(query)]
+
+    def unswarmed_totals(self) -> dict[str, int]:
+        """Their number and bytes."""
+        files, size = self._db.execute(
+            "SELECT count(*), coalesce(sum(max(size, 0)), 0) FROM remote "
+            "WHERE in_swarm = 0 AND ino IS NOT NULL"
+        ).fetchone()
+        return {"files": files, "bytes": size}
+
+    def has_doubtful(self, rparent: int) -> bool:
+        """Whether the server does not show something any more that was in a directory."""
+        query = "SELECT 1 FROM remote WHERE absent_s IS NOT NULL AND +rparent = ? LIMIT 1"
+        return self._db.execute(query, (rparent,)).fetchone() is not None
+
+    def doubtful_count(self) -> int:
+        """How many objects that are shown here the server does not show."""
+        query = "SELECT count(*) FROM remote WHERE absent_s IS NOT NULL AND ino IS NOT NULL"
+        return int(self._db.execute(query).fetchone()[0])
+
+    def ghost_count(self) -> int:
+        """How many objects the server does not show any more, and are deleted when it does."""
+        query = "SELECT count(*) FROM remote WHERE absent_s IS NOT NULL AND ino IS NULL"
+        return int(self._db.execute(query).fetchone()[0])
+
+    def doubtful_above(self, rid: int) -> Remote | None:
+        """The object itself, or the nearest directory above it, that the server does not show."""
+        if not self._db.execute(
+            "SELECT 1 FROM remote WHERE absent_s IS NOT NULL LIMIT 1"
+        ).fetchone():
+            return None
+        remote = self.remote(rid)
+        while remote is not None and remote.absent_s is None:
+            remote = self.remote(remote.rparent) if remote.rparent is not None else None
+        return remote
+
     def orphans(self, limit: int = -1) -> list[int]:
-        rows = self._db.execute("SELECT rid FROM remote WHERE ino IS NULL LIMIT ?", (limit,))
+        """What is to be deleted at the server, which shows it."""
+        query = "SELECT rid FROM remote WHERE ino IS NULL AND absent_s IS NULL LIMIT ?"
+        rows = self._db.execute(query, (limit,))
         return [rid for (rid,) in rows]
 
     def forget_strays(self) -> None:

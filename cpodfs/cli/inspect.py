@@ -45,11 +45,20 @@ def sync(path: Path | None, stall: float) -> None:
 
 @click.command()
 @click.argument("path", type=Path, required=False)
-def refresh(path: Path | None) -> None:
-    """Look at the server for changes of the folder PATH, now; without PATH: for other pods."""
+@click.option(
+    "--accept-deletions",
+    is_flag=True,
+    help="What the server does not show there any more was deleted: drop it here, too.",
+)
+def refresh(path: Path | None, accept_deletions: bool) -> None:
+    """Look at the server for changes of the folder PATH, now; without PATH: for other pods.
+
+    What was there and is not shown any more is kept while it may be the server's fault; `cpodfs status`
+    names it. --accept-deletions says that it was deleted elsewhere.
+    """
     point = mount_of(path)
     try:
-        tell(path or point, "refresh")
+        tell(path or point, "refresh", "accept-deletions" if accept_deletions else "1")
     except MountError as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EBUSY:
             what = "is code that runs, and stays as it is until its run has ended"

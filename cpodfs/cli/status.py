@@ -17,6 +17,7 @@ from cpodfs.words import count, size
 
 WATCH_S = 1.0
 PODS_SHOWN = 10
+DOUBTS_SHOWN = 10
 
 
 @click.command()
@@ -93,6 +94,10 @@ def _table(report: dict[str, Any]) -> Table:
     table.add_row("", f"{size(use['dirty'])} dirty, in {count(report['files'], 'file')}")
     if use["unclaimed"]:
         table.add_row("", f"{size(use['unclaimed'])} unclaimed; see: cpodfs cache --help")
+    waiting = report["not_in_swarm"]
+    if waiting["files"]:
+        files = count(waiting["files"], "file")
+        table.add_row("", f"{size(waiting['bytes'])} uploaded, not in Swarm yet, in {files}")
     table.add_row("reads", _reads(report["reads"]))
     changes, deletions = count(report["pending"], "change"), count(report["deletions"], "deletion")
     table.add_row("pending", f"{changes}, {deletions}")
@@ -125,7 +130,27 @@ def _add_transfers(table: Table, report: dict[str, Any]) -> None:
     for download in report["downloads"]:
         progress = f"{size(download['received'])} of {size(download['size'])}"
         table.add_row("fetching", f"{download['path']}  {progress}")
+    _add_doubts(table, report)
     for failure in report["failed"]:
         table.add_row("failed", f"{failure['path']}: {failure['error']}")
     if report["recent_errors"]:
         table.add_row("last error", report["recent_errors"][-1])
+
+
+def _add_doubts(table: Table, report: dict[str, Any]) -> None:
+    """What the server does not show any more: kept."""
+    for alarm in report["alarms"]:
+        of = f"{alarm['missing']} of {count(alarm['known'], 'object')}"
+        table.add_row(
+            "alarm", f"{alarm['path'] or 'pods'}: {of} not shown by the server; all is kept"
+        )
+    for doubtful in report["doubtful"][:DOUBTS_SHOWN]:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(doubtful["since"]))
+        table.add_row("doubtful", f"{doubtful['path']}  not shown by the server since {since}")
+    more = report["doubtful_count"] - len(report["doubtful"][:DOUBTS_SHOWN])
+    if more > 0:
+        table.add_row("doubtful", f"{more} more")
+    if ghosts := report["deletions_doubtful"]:
+        table.add_row("", f"{count(ghosts, 'deletion')} of what the server does not show just now")
+    if report["alarms"] or report["doubtful_count"]:
+        table.add_row("", "deleted elsewhere? cpodfs refresh --accept-deletions PATH")

@@ -7,7 +7,7 @@ docstrings of `client`; what a reply means is decided in `_errors`.
 from __future__ import annotations
 
 from cpodfs.dfs._trees import DOOMED
-from cpodfs.dfs.client import Client, Download
+from cpodfs.dfs.client import MAX_BLOCK_SIZE, Client, Download
 from cpodfs.dfs.models import (
     Account,
     DirStat,
@@ -24,6 +24,7 @@ from cpodfs.dfs.session import Session, Stats, Timeouts
 
 __all__ = [
     "DOOMED",
+    "MAX_BLOCK_SIZE",
     "Account",
     "Client",
     "DirStat",

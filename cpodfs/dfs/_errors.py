@@ -15,9 +15,11 @@ from cpodfs.errors import (
     Denied,
     DfsError,
     LoginRefused,
+    NoSuchUser,
     NotFound,
     NotLoggedIn,
     Overloaded,
+    PodNotFound,
     PodNotOpen,
     QuotaExceeded,
     ReadOnlyPod,
@@ -56,9 +58,9 @@ class StatusUnknown(Refused):
 
 _LOGIN = "/v2/user/login"
 _TABLE: tuple[_Rule, ...] = (
+    _Rule(NoSuchUser, "no user available", _LOGIN),
     *_rules(
         LoginRefused,
-        "no user available",
         "invalid password",
         "invalid user name",
         "argument missing",
@@ -76,13 +78,9 @@ _TABLE: tuple[_Rule, ...] = (
         "already present",
         "with fork name already",
     ),
-    *_rules(
-        NotFound,
-        "pod does not exist",
-        "could not find pod",
-        "no user available",
-    ),
-    *_rules(NotFound, "pod not found", endpoint="/v1/pod/"),
+    *_rules(PodNotFound, "pod does not exist", "could not find pod"),
+    *_rules(PodNotFound, "pod not found", endpoint="/v1/pod/"),
+    *_rules(NotFound, "no user available"),
     *_rules(NotFound, "directory not present", "dir not found", endpoint="/v1/"),
     *_rules(
         NotFound,

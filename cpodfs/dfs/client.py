@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import posixpath
 import stat
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Self, TypeVar
@@ -20,13 +21,15 @@ from cpodfs.dfs._errors import StatusUnknown, upload_refusal
 from cpodfs.dfs._flight import SingleFlight
 from cpodfs.dfs._multipart import MultipartFile, Source
 from cpodfs.dfs.session import Session
-from cpodfs.errors import BadReply, NameRefused, NotFound, PodNotOpen
+from cpodfs.errors import BadReply, NameRefused, NotFound, PodNotFound, PodNotOpen
 
 _T = TypeVar("_T")
 
 MIN_BLOCK_SIZE = 1_000_000
 MAX_BLOCK_SIZE = 8_000_000
 INDEX_NAME = "index.dfs"
+SHOWN_S = 5.0
+"""For so long what the list of pods showed counts as there."""
 _UPLOAD = "/v1/file/upload"
 _DOWNLOAD = "/v1/file/download"
 
@@ -67,6 +70,7 @@ class Client:
         self.session = session
         self._open: dict[str, int] = {}  # pod → session generation in which it was opened
         self._openings = SingleFlight()
+        self._shown: tuple[float, frozenset[str]] = (float("-inf"), frozenset())
 
     def __repr__(self) -> str:
         return f"Client({self.session!r})"
@@ -117,7 +121,9 @@ class Client:
     # -- pods ------------------------------------------------------------------------------
 
     async def pods(self) -> models.PodList:
-        return await self.session.parse("/v1/pod/ls", models.PodListParser)
+        found = await self.session.parse("/v1/pod/ls", models.PodListParser)
+        self._shown = (time.monotonic(), frozenset([*found.own, *found.shared]))
+        return found
 
     async def create_pod(self, pod: str) -> None:
         """The new pod is open. Raises AlreadyExists, TooLong (64 bytes), QuotaExceeded."""
@@ -157,7 +163,11 @@ class Client:
         )
 
     async def refresh_pod(self, pod: str) -> None:
-        """Close and open it, so that the server sees what another session or the owner changed."""
+        """Close and open it, so that the server sees what another session or the owner changed.
+
+        Raises PodNotFound, and leaves it open, when the list of pods does not show it.
+        """
+        await self._need_shown(pod)
         await self.close_pod(pod)
         await self.open_pod(pod)
 
@@ -412,7 +422,21 @@ class Client:
             await self.open_pod(pod)
             return await call()
 
+    async def _need_shown(self, pod: str) -> None:
+        """Raise PodNotFound unless the list of pods has it.
+
+        A server that cannot read the list just then says, when it is to open a pod, that there is none
+        of that name, and stores the list anew, empty: all pods are lost. To list them is harmless.
+        """
+        listed_s, shown = self._shown
+        if time.monotonic() - listed_s > SHOWN_S or pod not in shown:
+            found = await self.pods()
+            shown = frozenset([*found.own, *found.shared])
+        if pod not in shown:
+            raise PodNotFound(f"{pod}: the list of pods does not have it", endpoint="/v1/pod/ls")
+
     async def _open_now(self, pod: str) -> None:
+        await self._need_shown(pod)
         await self.session.call(
             "POST",
             "/v1/pod/open",

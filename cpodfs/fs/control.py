@@ -10,13 +10,15 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import shlex
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from cpodfs.cache.schema import ROOT
-from cpodfs.cache.store import Inode
+from cpodfs.cache.store import Inode, Remote
 from cpodfs.errors import CpodfsError, RecipeMissing
 from cpodfs.fs.guard import Guard, PodRecipe
 from cpodfs.fs.pods import check_writable, inode_of, oserror
@@ -269,15 +271,36 @@ class Attributes:
         await command(inode.ino, value)
 
     def state(self, inode: Inode) -> str:
-        """``clean``, ``dirty``, ``uploading`` or ``error``."""
+        """``clean``, ``dirty``, ``uploading``, ``uploaded`` (FairOS has it, Swarm not yet), ``error`` or
+        ``doubtful`` (the server does not show it any more)."""
         if inode.ino in self._tree.engine.uploading():
             return "uploading"
         if inode.error is not None and inode.dirty:
             return "error"
-        return "dirty" if inode.dirty else "clean"
+        if inode.dirty:
+            return "dirty"
+        if self._doubtful(inode) is not None:
+            return "doubtful"
+        remote = self._tree.store.remote_of(inode.ino)
+        return "clean" if remote is None or remote.in_swarm else "uploaded"
+
+    def _doubtful(self, inode: Inode) -> Remote | None:
+        """The object, or the directory above it, that the server does not show any more."""
+        remote = self._tree.store.remote_of(inode.ino)
+        return self._tree.store.doubtful_above(remote.rid) if remote is not None else None
 
     def _error(self, inode: Inode) -> str | None:
         refused = self._runs.errors.get(inode.ino)
         if refused is not None:
             return refused
-        return inode.error if inode.dirty else None
+        if inode.dirty:
+            return inode.error
+        doubtful = self._doubtful(inode)
+        if doubtful is None:
+            return None
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(doubtful.absent_s))
+        path = shlex.quote("/".join(self._tree.store.remote_path(doubtful.rid)))
+        return (
+            f"the server has not shown {path} since {since}; what is cached is kept; "
+            "if it was deleted elsewhere: cpodfs refresh --accept-deletions PATH"
+        )

@@ -26,7 +26,7 @@ from cpodfs.cache.content import Content
 from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT
 from cpodfs.cache.store import Inode, Store
-from cpodfs.errors import CacheDamaged, Conflict, CpodfsError, NotFound
+from cpodfs.errors import CacheDamaged, Conflict, CpodfsError, Doubtful, NotFound
 from cpodfs.fs.handles import Handles, OpenFile
 from cpodfs.fs.pods import check_writable, inode_of, oserror
 from cpodfs.sync.downloads import Downloads, Reader
@@ -162,7 +162,7 @@ class Files:
         """A handle whose content is here, or on its way.
 
         Raises ESTALE when the server has another version by now: the kernel then looks the name up
-        again, and finds it.
+        again, and finds it. Raises Doubtful when the server says that it is not there.
         """
         handle = self.open(ino)
         inode = inode_of(self._store, ino)
@@ -177,6 +177,9 @@ class Files:
             if inode.parent is not None:
                 await self._lister.refresh(inode.parent)
             raise oserror(errno.ESTALE, inode.name) from error
+        except Doubtful:
+            self._handles.release(handle)
+            raise
         except CpodfsError:
             return handle  # offline, maybe not for long: it is time enough when somebody reads
         except BaseException:

@@ -396,7 +396,7 @@ class Operations(pyfuse3.Operations):
         store = self._tree.store
         answer = pyfuse3.StatvfsData()
         answer.f_bsize, answer.f_frsize = disk.f_bsize, disk.f_frsize
-        room = disk.f_bavail + (store.cached_bytes() - RESERVE) // disk.f_frsize
+        room = disk.f_bavail + (store.evictable_bytes() - RESERVE) // disk.f_frsize
         answer.f_bfree = answer.f_bavail = max(0, room)
         answer.f_blocks = answer.f_bfree + store.totals()["bytes"] // disk.f_frsize
         answer.f_files, answer.f_ffree, answer.f_favail = disk.f_files, disk.f_ffree, disk.f_favail

@@ -25,6 +25,7 @@ from cpodfs.fs.guard import Guard, not_code
 from cpodfs.fs.pods import check_writable
 from cpodfs.fs.tree import Tree
 from cpodfs.recipe import Recipe
+from cpodfs.sync.ops import check_pods_shown
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ def _encoded(answer: Answer) -> bytes:
 
 
 class Requests:
-    """``refresh``: look at the server's list of pods, now."""
+    """``refresh``: look at the server's list of pods, now. ``forgotten``: told the remote id of a pod
+    that the server surely has no more."""
 
     def __init__(
         self,
@@ -56,12 +58,15 @@ class Requests:
         guard: Guard,
         dfs: Client,
         refresh: Callable[[], Awaitable[None]],
+        *,
+        forgotten: Callable[[int], None],
     ) -> None:
         self._tree = tree
         self._runs = runs
         self._guard = guard
         self._dfs = dfs
         self._refresh = refresh
+        self._forgotten = forgotten
         self._answers: dict[bytes, bytes] = {}
         self._known: dict[str, Callable[..., Awaitable[Answer]]] = {
             "trust": self._trust,
@@ -156,6 +161,7 @@ class Requests:
     async def _fork(self, pod: str, new: str) -> Answer:
         await self._pod(pod)
         await self._check_free(new)
+        await check_pods_shown(self._tree.store, self._dfs)
         await self._dfs.fork_pod(pod, new)
         await self._refresh()
         await self._pod(new)
@@ -185,8 +191,10 @@ class Requests:
                     f"{name}: you have a pod of that name, your own or received; for a copy under "
                     "another name: cpodfs receive --fork NEW"
                 )
+            await check_pods_shown(self._tree.store, self._dfs)
             await self._dfs.receive_pod(reference)
         else:
+            await check_pods_shown(self._tree.store, self._dfs)
             await self._dfs.fork_from_reference(new, reference)
         await self._refresh()
         await self._pod(new or name)
@@ -200,6 +208,9 @@ class Requests:
                 f"{pod}: was not received, so it cannot be forgotten; for your own: rmdir"
             )
         await self._dfs.delete_pod(pod)
+        known = self._tree.store.remote_at(ROOT, pod)
+        if known is not None:
+            self._forgotten(known.rid)
         await self._refresh()
         return {}
 

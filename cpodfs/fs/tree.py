@@ -10,11 +10,13 @@ from __future__ import annotations
 import errno
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cpodfs import paths
 from cpodfs.cache.schema import CONTENT, DIR, FILE, LINK, MODE, PLACE, ROOT
 from cpodfs.cache.store import Inode, Store
+from cpodfs.errors import Doubtful
 from cpodfs.fs import pods
 from cpodfs.fs.files import Files
 from cpodfs.fs.handles import Handles
@@ -133,7 +135,9 @@ class Tree:
         pods.check_writable(self.store, inode.ino)
         if not inode.is_dir:
             raise oserror(errno.ENOTDIR, name)
-        await self.directory(inode.ino)
+        # What it holds is not known if the server says that it is not there: the deletion looks again.
+        with suppress(Doubtful):
+            await self.directory(inode.ino)
         inode = await self._existing(parent, name)
         if self.store.has_children(inode.ino):
             raise oserror(errno.ENOTEMPTY, name)

@@ -25,6 +25,7 @@ from cpodfs.errors import (
     BadReply,
     Conflict,
     CpodfsError,
+    Doubtful,
     Held,
     NotFound,
     ServerError,
@@ -35,7 +36,7 @@ from cpodfs.sync.ops import pod_and_path
 
 log = logging.getLogger(__name__)
 
-PASSING = (BadReply, Unreachable, ServerError)
+PASSING = (BadReply, Unreachable, ServerError, Doubtful)
 KEEP_GOING_BYTES = 8 << 20
 """A download of at most so many bytes is finished even when its last reader has gone."""
 
@@ -166,6 +167,8 @@ class Downloads:
         self.misses = 0
         self.on_complete: Callable[[], None] = lambda: None
         self.is_held: Callable[[int], bool] = lambda _ino: False
+        self.on_absent: Callable[[int, Exception], None] = lambda _rid, _error: None
+        """Told the remote id of what the server says is not there."""
         self._nursery: trio.Nursery | None = None
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -279,6 +282,12 @@ class Downloads:
         fd = self._content.open_part(download.ino)
         try:
             await self._stream(download, fd)
+        except NotFound as error:
+            if not error.endpoint:  # our own word: it is deleted here
+                raise
+            # That the server does not find what it had is no proof of a deletion.
+            self.on_absent(download.rid, error)
+            raise Doubtful(f"{error.message}, though it was there") from error
         finally:
             os.close(fd)
 

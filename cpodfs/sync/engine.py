@@ -23,21 +23,37 @@ from cpodfs.cache.store import Store
 from cpodfs.dfs import Client
 from cpodfs.errors import (
     AlreadyExists,
+    BadReply,
     ChangedDuringUpload,
     Conflict,
     CpodfsError,
     Denied,
     DfsError,
+    Doubtful,
     NotEmpty,
     NotFound,
     Refused,
+    ServerError,
+    Unreachable,
 )
 from cpodfs.paths import TEMP_PREFIX
 from cpodfs.sync import retry
 from cpodfs.sync.lister import Lister
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
-from cpodfs.sync.ops import Item, Look, Move, Op, RemoveDir, Resolve, Upload, move_aside, moved
+from cpodfs.sync.missing import Missing
+from cpodfs.sync.ops import (
+    BELIEVED_ATTEMPTS,
+    Item,
+    Look,
+    Move,
+    Op,
+    RemoveDir,
+    Resolve,
+    Upload,
+    move_aside,
+    moved,
+)
 from cpodfs.sync.planner import Blocked, Damaged, Planner
 from cpodfs.sync.retry import Retry
 from cpodfs.sync.schedule import Schedule
@@ -49,6 +65,8 @@ STARTS_AT_ONCE = 8
 IN_USE_S = 0.5
 BUSY_S = 0.5
 """While somebody waits for the end: how soon a file that is being written to is tried again."""
+UNANSWERED = (Unreachable, BadReply, ServerError)
+"""After these the server may have done what was asked."""
 MOVE_REFUSED = (NotFound, AlreadyExists, Refused, Denied)
 """Clear answers to a rename, unlike a lost connection."""
 
@@ -90,6 +108,7 @@ class Engine:
         lister: Lister,
         merger: Merger,
         locks: DirLocks,
+        missing: Missing,
         *,
         delay_s: float,
         fresh_s: float,
@@ -101,6 +120,7 @@ class Engine:
         self._lister = lister
         self._merger = merger
         self._locks = locks
+        self._missing = missing
         self._durability = durability
         self._planner = Planner(store, durability, fresh_s)
         self._delay_s = delay_s
@@ -115,6 +135,7 @@ class Engine:
         self._parked: dict[int | str, deque[Item]] = {}
         self._retry = Retry()
         self._unsure: dict[Item, tuple[int, ...]] = {}
+        self._unanswered: set[Item] = set()
         self._marked: set[int] = set()
         self._have_failed = False
         self.on_clean: Callable[[], None] = lambda: None
@@ -358,6 +379,7 @@ class Engine:
         assert self._nursery is not None
         op.dirs = dirs
         op.attempt = self._retry.attempts.get(op.item, 0)
+        op.may_be_done = op.item in self._unanswered
         self._locks.take(dirs, moving)
         flight = self._flights[op.item] = _Flight(op, moving, trio.CancelScope())
         self._nursery.start_soon(self._fly, flight, verify)
@@ -458,11 +480,8 @@ class Engine:
 
     async def _run_op(self, op: Op, verify: tuple[int, ...] | None) -> list[Item] | None:
         """What now needs work; None when nothing was done but to look."""
-        if verify is not None:
-            await self._verify(op.item, verify)
-            return None
-        if isinstance(op, Resolve):
-            await self._verify(op.item, op.dirs)
+        if verify is not None or isinstance(op, Resolve):
+            await self._verify(op, verify or op.dirs)
             return None
         if isinstance(op, Look):
             await self._lister.list_locked(op.rid)
@@ -473,8 +492,9 @@ class Engine:
         await op.call(self._store, self._dfs)
         return op.done(self._store)
 
-    async def _verify(self, item: Item, dirs: tuple[int, ...]) -> None:
+    async def _verify(self, op: Op, dirs: tuple[int, ...]) -> None:
         """What an earlier attempt did is not known: look before doing anything."""
+        item = op.item
         find = self._store.remote_of if item[0] == "ino" else self._store.remote
         moving = find(item[1])
         target = moving.to_parent if moving is not None else None
@@ -487,20 +507,26 @@ class Engine:
             assert target is not None
             for work in moved(self._store, moving.rid, target, moving.to_name or ""):
                 self._schedule(work, 0.0)
-        self._unsure.pop(item, None)
         left = self._store.remote(moving.rid) if moving is not None else None
-        if left is not None and left.to_parent is not None:  # seen neither here nor there
+        if left is not None and left.to_parent is not None:  # not where it was to go
+            lost = await self._lister.is_absent(left)
+            if lost and op.attempt < BELIEVED_ATTEMPTS:
+                raise Doubtful("renamed, and shown neither under its old name nor its new one")
             self._store.set_remote(left.rid, to_parent=None, to_name=None)
-            await self._lister.confirm([left])
+            if lost:
+                self._missing.suspect(left.rid)
+            self._unsure.pop(item, None)
             return
+        self._unsure.pop(item, None)
         known = find(item[1])
         above = self._store.remote(known.rparent) if known is not None and known.rparent else None
         if known is not None and above is not None and above.ino is None:
             # In a directory that nobody here has any more, whose listing shows nothing therefore.
-            await self._lister.confirm([known])
+            await self._lister.confirm(known)
 
     def _succeeded(self, op: Op, work: Iterable[Item], *, again: bool) -> None:
         self._retry.answered()
+        self._unanswered.discard(op.item)
         self.counters.done += 1
         if isinstance(op, Upload):
             self.counters.bytes_sent += op.size
@@ -526,6 +552,7 @@ class Engine:
         self._retry.attempts.pop(item, None)
         self._unsure.pop(item, None)
         self._forgive(item)
+        self._unanswered.discard(item)
         # Not at once: should it be in the way though nothing needs doing, this must not spin.
         self._wake_waiting(item, 0.02)
         self._progress.set()
@@ -555,10 +582,21 @@ class Engine:
         delay_s = self._retry.failed(op.item, error)
         if isinstance(error, DfsError) and error.sent and not isinstance(op, Upload):
             self._unsure[op.item] = op.dirs
+            if isinstance(error, UNANSWERED):
+                self._unanswered.add(op.item)
+        if isinstance(error, NotFound):
+            self._lister.said_absent(op.dirs, error)
         if isinstance(error, Conflict):
             log.info("conflict item=%s: %s", op.item, error)
             self._unsure[op.item] = op.dirs
             self._schedule(op.item, delay_s)
+            return
+        absent = isinstance(error, NotFound | Doubtful)
+        if absent and op.item[0] == "rid" and op.attempt >= BELIEVED_ATTEMPTS:
+            # To be deleted, and not there. Should it be shown again, it will be.
+            self._missing.suspect(op.item[1])
+            self._unsure.pop(op.item, None)
+            self._schedule(op.item, 0.0)
             return
         self.counters.failed += 1
         self._have_failed = True

@@ -21,6 +21,7 @@ PAUSE_S = 1.0
 LOW_WATER = 0.9
 """How much of the size is left in use, so that not every new file evicts another."""
 AT_ONCE = 200
+START = (float("-inf"), 0)
 
 
 class Evictor:
@@ -34,6 +35,7 @@ class Evictor:
         self._size = size
         self._is_used = is_used
         self._wanted = trio.Event()
+        self._after = START
         self.on_shortage: Callable[[], None] = lambda: None
 
     def poke(self) -> None:
@@ -63,15 +65,24 @@ class Evictor:
         excess = max(excess, self._content.shortage())
         if excess <= 0:
             return
-        candidates = self._store.evictable(AT_ONCE)
-        for ino, size in candidates:
+        candidates = self._store.evictable(self._after, AT_ONCE)
+        self._after = START
+        for inode in candidates:
             if excess <= 0:
                 return
-            if not self._is_used(ino):
-                self._evict(ino)
-                excess -= size
+            if not self._is_used(inode.ino) and not self._is_doubtful(inode.ino):
+                self._evict(inode.ino)
+                excess -= inode.size
+        if len(candidates) == AT_ONCE:
+            self._after = candidates[-1].used_s, candidates[-1].ino
         if candidates:
             self.poke()
+
+    def _is_doubtful(self, ino: int) -> bool:
+        """Whether what is here may be the last copy: the server does not show the file any more, or a
+        directory that it is in."""
+        remote = self._store.remote_of(ino)
+        return remote is None or self._store.doubtful_above(remote.rid) is not None
 
     def _evict(self, ino: int) -> None:
         # The journal first: an inode that says "cached" must have its bytes.

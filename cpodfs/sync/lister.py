@@ -13,6 +13,7 @@ import math
 import sqlite3
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import trio
@@ -20,10 +21,21 @@ import trio
 from cpodfs.cache.schema import DIR, ROOT
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import Client, Entry
-from cpodfs.errors import BadReply, CpodfsError, NotFound, TimedOut, Unreachable
+from cpodfs.errors import (
+    BadReply,
+    CpodfsError,
+    Doubtful,
+    NotFound,
+    PodNotFound,
+    TimedOut,
+    Unreachable,
+)
+from cpodfs.sync.doubt import pause_s
+from cpodfs.sync.inquiry import Inquiry, Tally
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.lookahead import Lookahead
 from cpodfs.sync.merge import Merger, Outcome
+from cpodfs.sync.missing import Missing
 from cpodfs.sync.ops import child_path, pod_and_path, pod_of
 
 log = logging.getLogger(__name__)
@@ -49,11 +61,12 @@ REOPEN_TTLS = 5
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What the server lists. ``readonly`` names received pods."""
+    """What the server lists, in so many entries. ``readonly`` names received pods."""
 
     entries: Iterable[Entry]
     readonly: set[str]
     malformed: int
+    count: int = 0
 
 
 @dataclass(slots=True)
@@ -73,6 +86,8 @@ class Lister:
         dfs: Client,
         merger: Merger,
         locks: DirLocks,
+        missing: Missing,
+        inquiry: Inquiry,
         *,
         ttl_s: float,
         parallel: int,
@@ -83,6 +98,9 @@ class Lister:
         self._dfs = dfs
         self._merger = merger
         self._locks = locks
+        self._missing = missing
+        self._inquiry = inquiry
+        inquiry.opened_s = lambda pod: self._opened.get(pod, -math.inf)
         self._ttl_s = ttl_s
         self._patience_s = patience_s
         self._listed_s = -math.inf
@@ -102,7 +120,7 @@ class Lister:
         """Own the background refreshes until cancelled."""
         async with trio.open_nursery() as self._nursery:
             task_status.started()
-            await trio.sleep_forever()
+            await self._look_again()
 
     async def opened(self, directory: Inode) -> None:
         """As ``ensure``, for somebody who reads the directory and may be walking the tree."""
@@ -170,7 +188,7 @@ class Lister:
     async def refresh_from_others(self, ino: int) -> None:
         """List anew after making the server forget: it answers from memory per session, where what
         others changed is not seen until the pod was closed and opened. Raises a DfsError; TimedOut
-        leaves it going on."""
+        leaves it going on. Twice when something is missing that a second look may settle."""
         assert self._nursery is not None
         run = _Run()
         self._nursery.start_soon(self._list_anew, ino, run)
@@ -181,6 +199,10 @@ class Lister:
     async def _list_anew(self, ino: int, run: _Run) -> None:
         try:
             await self._reopen_and_list(ino)
+            remote = self._store.remote_of(ino)
+            if remote is not None and self._missing.may_settle(remote.rid):
+                await trio.sleep(pause_s(1))
+                await self._reopen_and_list(ino)
         except CpodfsError as error:
             run.error = error
         except Exception as error:
@@ -207,6 +229,9 @@ class Lister:
             await self._dfs.refresh_pod(self._store.remote_path(pod)[0])
             self._opened[pod] = time.monotonic()
             self._listed_s = trio.current_time()
+        except NotFound as error:
+            self._missing.suspect(pod)
+            raise Doubtful(f"{error.message}, though it was there") from error
         finally:
             self._locks.free((pod,), moving=pod)
 
@@ -218,8 +243,16 @@ class Lister:
         pod = pod_of(self._store, remote)
         age_s = time.monotonic() - self._opened.setdefault(pod, time.monotonic())
         oldest_s = max(REOPEN_TTLS * self._ttl_s, REOPEN_MIN_S)
-        if age_s > oldest_s and self._locks.blocker((pod,), moving=pod) is None:
+        if age_s > oldest_s and self._may_reopen(pod):
             await self._reopen(pod)
+
+    def _may_reopen(self, pod: int) -> bool:
+        """Whether nobody is at work in a pod, and the server can be trusted to open it again: one that
+        it has open is worth more than one that it cannot open."""
+        remote = self._store.remote(pod)
+        if remote is None or remote.absent_s is not None or self._missing.distrusted:
+            return False
+        return self._locks.blocker((pod,), moving=pod) is None
 
     async def list_locked(self, rid: int) -> None:
         """List a remote directory whose lock the caller holds. Raises a DfsError."""
@@ -233,17 +266,19 @@ class Lister:
         started = self._store.remote_path(rid)
         try:
             found = await self._fetch(started)
-        except NotFound:
-            known = self._store.remote_path(rid) == started and not self._store.moving_above(rid)
-            if started and known and await self._is_gone(remote):
-                outcome = Outcome()
-                self._merger.gone(remote, outcome)
-                self._on_outcome(outcome)
-            raise
+        except NotFound as error:
+            if self._store.remote_path(rid) != started or self._store.moving_above(rid):
+                raise
+            self._missing.said_absent(rid, error)
+            raise Doubtful(f"{error.message}, though it was there") from error
         if self._store.remote_path(rid) != started:
             return  # moved while we asked
+        self._missing.seen(rid)
         if (now := self._store.remote(rid)) is not None and now.ino is None:
             self._look_at_orphan(rid, found.entries)
+        known = self._named(rid)
+        if known is not None and not known.listed_s and not await self._is_whole(rid, found):
+            raise Doubtful("the server leaves out names that are there")
         await self._merge(rid, started, found)
 
     async def _merge(self, rid: int, started: list[str], found: _Found) -> None:
@@ -258,18 +293,43 @@ class Lister:
         merge = self._merger.listing(
             directory, rid, found.entries, found.readonly, complete=not found.malformed
         )
+        tally = Tally()
         for number, outcome in enumerate(merge):
             self._on_outcome(outcome)
             clashing += outcome.clashing
-            await self.confirm(outcome.missing)
+            for returned in outcome.returned:
+                self._missing.returned(returned)
+            tally.add(outcome)
             self._listed_s = trio.current_time()  # whoever waits sees that it goes on
             # What others ask takes several turns of the loop: not each is to wait for a slice.
             await trio.sleep(PAUSE_S if number > 1 else 0)
             now = self._named(rid)
             if now is None or now.ino != directory.ino or self._store.remote_path(rid) != started:
                 return
+        if not found.malformed:
+            await self._inquiry.judge(rid, tally, found.count)
         for name in clashing:
             await self._separate(rid, name)
+
+    async def _is_whole(self, rid: int, found: _Found) -> bool:
+        """Whether a first listing, which nothing known can be compared with, may be taken as it is: it
+        is looked into where it shows nothing, or the server leaves things out."""
+        if found.count and not self._missing.distrusted and not self._store.doubtful(limit=1):
+            return True
+        return await self._inquiry.is_whole(rid, found.count + found.malformed)
+
+    async def is_absent(self, remote: Remote) -> bool:
+        """Whether the server says that an object is not where it was."""
+        return await self._inquiry.is_absent(remote)
+
+    async def confirm(self, remote: Remote) -> None:
+        """Ask by name for what no listing shows, as its directory is to be deleted."""
+        if self._store.moving_above(remote.rid) or not await self._inquiry.is_absent(remote):
+            return
+        if remote.ino is None:
+            self._inquiry.believe_gone(remote.rid)
+        else:
+            self._missing.suspect(remote.rid)
 
     def _look_at_orphan(self, rid: int, entries: Iterable[Entry]) -> None:
         """A directory that is to be deleted comes back when somebody has changed what is in it."""
@@ -418,33 +478,76 @@ class Lister:
             names = itertools.chain(pods.own, received)
             return _Found(map(_pod_entry, names), received, pods.malformed)
         listing = await self._dfs.list_dir(parts[0], "/" + "/".join(parts[1:]))
-        return _Found(listing, set(), listing.malformed)
+        return _Found(listing, set(), listing.malformed, len(listing))
 
-    async def confirm(self, missing: list[Remote]) -> None:
-        """Ask by name for what a listing did not show, before taking it as deleted. The caller
-        holds the lock of the directory."""
-        for remote in missing:
-            if not self._store.moving_above(remote.rid) and await self._is_gone(remote):
-                outcome = Outcome()
-                self._merger.gone(remote, outcome)
-                self._on_outcome(outcome)
+    # -- what is not shown ------------------------------------------------------------------------
 
-    async def _is_gone(self, remote: Remote) -> bool:
-        if self._store.remote(remote.rid) is None:
-            return False  # its directory was found to be gone meanwhile, and all in it
-        pod, *rest = self._store.remote_path(remote.rid)
-        if remote.rparent == ROOT:  # the list of pods leaves none out
-            return pod not in {name for kind in await self._pod_names() for name in kind}
-        path = "/" + "/".join(rest)
+    def said_absent(self, rids: Iterable[int], error: NotFound) -> None:
+        """A call about something in these directories was answered so: they are looked at again."""
+        for rid in rids:
+            if isinstance(error, PodNotFound):
+                self._missing.said_absent(rid, error)
+            elif self._store.remote(rid) is not None:
+                self._missing.look(rid)
+
+    async def accept_deletions(self, ino: int) -> int:
+        """Ask once more, then take all that the server does not show at and below an inode as deleted;
+        returns how many objects that were. Raises a DfsError when the server does not answer."""
+        while (remote := self._store.remote_of(ino)) is None:  # not sent yet: where it is to go
+            inode = self._store.get(ino)
+            if inode is None or inode.parent is None:
+                return 0
+            ino = inode.parent
+        if self._store.doubtful_above(remote.rid) is None:
+            with suppress(NotFound, Doubtful):
+                await self.refresh_from_others(ino)
+        above = self._store.doubtful_above(remote.rid)
+        if above is not None and above.rparent is not None:
+            home = self._store.remote(above.rparent)
+            with suppress(NotFound, Doubtful):
+                await self.refresh_from_others(home.ino if home is not None and home.ino else ROOT)
+        accepted = [r.rid for r in self._store.doubtful() if self._is_below(r.rid, remote.rid)]
+        if self._store.doubtful_above(remote.rid) is not None:
+            accepted = [remote.rid]
+        for rid in accepted:
+            log.warning(
+                "deleted elsewhere, the user says: %r", "/".join(self._store.remote_path(rid))
+            )
+            folder = self._store.remote(rid)
+            self._inquiry.believe_gone(rid)
+            if folder is not None and folder.rparent is not None:
+                self._missing.settled(folder.rparent)
+        return len(accepted)
+
+    def _is_below(self, rid: int, top: int) -> bool:
+        remote = self._store.remote(rid)
+        while remote is not None and remote.rid != top:
+            remote = self._store.remote(remote.rparent) if remote.rparent is not None else None
+        return remote is not None
+
+    async def _look_again(self) -> None:
+        """Ask again for what is doubtful, at growing distances."""
+        self._missing.resume()
+        while True:
+            await self._missing.wait()
+            for rid in self._missing.take_due():
+                if not self._stopping:
+                    await self._second_look(rid)
+
+    async def _second_look(self, rid: int) -> None:
+        remote = self._store.remote(rid)
+        if remote is None or remote.ino is None:
+            return
         try:
-            await (self._dfs.stat_dir if remote.kind == "d" else self._dfs.stat_file)(pod, path)
-        except NotFound:
-            return True
-        return False
-
-    async def _pod_names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        pods = await self._dfs.pods()
-        return pods.own, pods.shared
+            # Not in an alarm: that is not settled by asking.
+            if rid != ROOT and rid not in self._missing.alarms:
+                pod = pod_of(self._store, remote)
+                if self._may_reopen(pod):
+                    await self._reopen(pod)
+            await self.refresh(remote.ino)
+        except CpodfsError as error:
+            log.debug("no second look at rid=%d: %s", rid, error)
+            self._missing.look(rid)
 
 
 def _pod_entry(name: str) -> Entry:

@@ -52,7 +52,9 @@ class Outcome:
     """What a merge did: ``changes`` for the kernel, ``work`` for the engine, ``missing`` to confirm.
 
     ``missing``: objects that the listing did not show. The server leaves out what it could not
-    fetch just then, so each must be asked for by name before it may be taken as deleted.
+    fetch just then, so that is no proof of their deletion (``doubt.py``). ``shown``: how many it did
+    of those that were known, ``unchanged`` of them just as they were; ``returned``: which of these
+    had been missing.
     ``clashing``: names of files beside directories of the same name, which the server allows: here
     there is room for one, so the file needs another name at the server.
     """
@@ -61,6 +63,9 @@ class Outcome:
     work: list[Item] = field(default_factory=list)
     missing: list[Remote] = field(default_factory=list)
     clashing: list[str] = field(default_factory=list)
+    shown: int = 0
+    unchanged: int = 0
+    returned: list[Remote] = field(default_factory=list)
 
 
 class _Ids:
@@ -224,6 +229,11 @@ class Merger:
                 outcome.work.append(("ino", inode.ino))
             else:
                 self._unname(inode, outcome)
+
+    def is_sent_again(self, remote: Remote) -> bool:
+        """Whether nothing is lost here by believing that an object is gone."""
+        inode = self._store.get(remote.ino) if remote.ino is not None else None
+        return inode is not None and inode.parent is not None and self._is_ours(inode, remote)
 
     def _is_ours(self, inode: Inode, remote: Remote) -> bool:
         """Whether an inode must stay although the server has not, or no longer, got its object:
@@ -413,17 +423,26 @@ class Merger:
             "mtime_s": entry.mtime_s,
             "slack_s": 0,
             "mode": entry.mode,
+            "absent_s": None,
+            "absences": 0,
             # Not to_parent: a directory on its way, moved object by object, is in both places, and
             # forgotten here it would be a stranger's there. Whoever resolves the move looks at both.
         }
         local = self._store.get(remote.ino) if remote.ino is not None else None
         if local is not None and remote.mode != entry.mode and not local.dirty & MODE:
             self._store.set(local.ino, mode=entry.mode)
-        same = remote.is_version(entry.size, entry.mtime_s)
-        if entry.is_dir or same:
+        same = entry.is_dir or remote.is_version(entry.size, entry.mtime_s)
+        outcome.shown += local is not None
+        outcome.unchanged += local is not None and same
+        if same and remote.absent_s is not None:
+            outcome.returned.append(remote)
+        if same:
+            if local is None and remote.absent_s is not None:
+                outcome.work.append(("rid", remote.rid))  # to be deleted, and not shown until now
             if any(getattr(remote, column) != value for column, value in news.items()):
                 self._store.set_remote(remote.rid, **news)
             return
+        news["in_swarm"] = 1  # somebody else's: nobody can tell
         if local is None:  # deleted here, changed there since: the newer version is somebody's work
             self._store.set_remote(remote.rid, **news)
             self._adopt(directory.ino, remote.rid, entry, outcome)

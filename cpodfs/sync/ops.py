@@ -9,6 +9,7 @@ change the trees and never wait. After a failure the remote tree is as it was.
 from __future__ import annotations
 
 import os
+import posixpath
 import time
 import zlib
 from collections.abc import AsyncIterator
@@ -18,8 +19,16 @@ from cpodfs.cache import content as data
 from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
 from cpodfs.cache.store import Remote, Store
-from cpodfs.dfs import DOOMED, Client
-from cpodfs.errors import ChangedDuringUpload, Conflict, NotEmpty, NotFound
+from cpodfs.dfs import DOOMED, Client, Entry, FileStat
+from cpodfs.errors import (
+    AlreadyExists,
+    ChangedDuringUpload,
+    Conflict,
+    Doubtful,
+    NotEmpty,
+    NotFound,
+    PodNotFound,
+)
 from cpodfs.paths import TEMP_PREFIX, join
 
 Item = tuple[str, int]
@@ -29,6 +38,9 @@ SERVER_FILE_MODE = 0o600
 SERVER_DIR_MODE = 0o700
 UPLOAD_CHUNK = 256 * 1024
 UNKNOWN_ATTEMPTS = 3
+BELIEVED_ATTEMPTS = 4
+"""So often, at growing distances, the server must say of something that it is not there, before we go
+on without: what was to be deleted is left alone, an upload goes over what cannot be seen."""
 
 
 def pod_and_path(store: Store, rid: int) -> tuple[str, str]:
@@ -59,11 +71,13 @@ def _split(parts: list[str]) -> tuple[str, str]:
 
 @dataclass(slots=True)
 class Op:
-    """One call. ``attempt``: how often it has failed before."""
+    """One call. ``attempt``: how often it has failed before; ``may_be_done``: in one of these the
+    server may have done it, without an answer."""
 
     item: Item
     dirs: tuple[int, ...]
     attempt: int = field(default=0, init=False)
+    may_be_done: bool = field(default=False, init=False)
 
     @property
     def replaces(self) -> int | None:
@@ -82,12 +96,28 @@ class Op:
         raise NotImplementedError
 
 
+async def check_pods_shown(store: Store, dfs: Client) -> None:
+    """Raise Doubtful when the list of pods lacks some that were in it: a server that cannot read all
+    of the list stores, when a pod is added, what it can read, and the others are lost."""
+    found = await dfs.pods()
+    shown = {*found.own, *found.shared}
+    for pod in store.remote_children(ROOT):
+        if pod.ino is not None and pod.name not in shown:
+            error = Doubtful(
+                f"not while the server's list of pods lacks {pod.name!r}; if that was deleted elsewhere: "
+                "cpodfs refresh --accept-deletions on it"
+            )
+            error.remedy = ""
+            raise error
+
+
 @dataclass(slots=True)
 class CreatePod(Op):
     ino: int
     name: str
 
     async def call(self, store: Store, dfs: Client) -> None:
+        await check_pods_shown(store, dfs)
         await dfs.create_pod(self.name)
 
     def done(self, store: Store) -> list[Item]:
@@ -105,10 +135,19 @@ class Mkdir(Op):
             store.set(self.ino, dirty=inode.dirty | SENT)
 
     async def call(self, store: Store, dfs: Client) -> None:
-        await dfs.mkdir(*child_path(store, self.rparent, self.name))
+        await _mkdir(store, dfs, self.rparent, self.name)
 
     def done(self, store: Store) -> list[Item]:
         return _made_dir(store, self.ino, self.rparent, self.name)
+
+
+async def _mkdir(store: Store, dfs: Client, rparent: int, name: str) -> None:
+    """Make a directory; where the server does not show all, after a closer look: it would empty one
+    that it cannot read just then."""
+    pod, path = child_path(store, rparent, name)
+    if store.has_doubtful(rparent) and await look_for(dfs, pod, path, is_dir=True) is not None:
+        raise AlreadyExists(f"{pod}{path}: there is a directory of that name")
+    await dfs.mkdir(pod, path)
 
 
 def _made_dir(store: Store, ino: int, rparent: int, name: str) -> list[Item]:
@@ -156,8 +195,8 @@ class RemoveDir(Op):
                 await self._delete_pod(dfs, pod)
             else:
                 await dfs.rmdir(pod, path)
-        except NotFound:
-            _believe_gone(store, self.rid, self.attempt)
+        except NotFound as error:
+            await _believe_gone(store, dfs, self, self.rid, error)
 
     async def _delete_pod(self, dfs: Client, pod: str) -> None:
         entries = await dfs.list_dir(pod, "/")
@@ -181,23 +220,46 @@ class RemoveFile(Op):
     async def call(self, store: Store, dfs: Client) -> None:
         try:
             await dfs.delete_file(*pod_and_path(store, self.rid))
-        except NotFound:
-            _believe_gone(store, self.rid, self.attempt)
+        except NotFound as error:
+            await _believe_gone(store, dfs, self, self.rid, error)
 
     def done(self, store: Store) -> list[Item]:
         store.drop_remote(self.rid)
         return []
 
 
-def _believe_gone(store: Store, rid: int, attempt: int) -> None:
-    """Within an ``except NotFound``: raise it again while the object may yet appear.
+async def _believe_gone(store: Store, dfs: Client, op: Op, rid: int, error: NotFound) -> None:
+    """Raise the server's "not there" again while the object may yet be there, or appear.
 
-    A server goes on with a request whose client has died: what was sent with an unknown outcome can
-    arrive seconds later.
+    It says so of what it cannot read just then, too; and a server goes on with a request whose client
+    has died: what was sent with an unknown outcome can arrive seconds later.
     """
     remote = store.remote(rid)
-    if remote is not None and remote.size == UNKNOWN and attempt < UNKNOWN_ATTEMPTS:
-        raise  # noqa: PLE0704
+    if remote is None or not store.remote_path(rid):
+        return
+    if remote.size == UNKNOWN and op.attempt < UNKNOWN_ATTEMPTS:
+        raise error
+    if op.may_be_done:
+        return
+    if remote.rparent == ROOT or isinstance(error, PodNotFound):
+        raise error
+    pod, path = pod_and_path(store, rid)
+    if await look_for(dfs, pod, path, is_dir=remote.kind == DIR) is not None:
+        raise error
+
+
+async def look_for(dfs: Client, pod: str, path: str, *, is_dir: bool) -> Entry | None:
+    """What the listing of the directory above has by that name. Raises Doubtful where it leaves
+    something out, which may be this; NotFound where there is no such directory."""
+    folder = posixpath.dirname(path)
+    entries = await dfs.list_dir(pod, folder)
+    for entry in entries:
+        if entry.name == posixpath.basename(path) and entry.is_dir == is_dir:
+            return entry
+    stat = await dfs.stat_dir(pod, folder)
+    if stat.dirs + stat.files > len(entries) + entries.malformed:
+        raise Doubtful(f"{pod}{path}: neither shown nor surely gone")
+    return None
 
 
 @dataclass(slots=True)
@@ -235,7 +297,8 @@ def moved(store: Store, rid: int, to_parent: int, to_name: str) -> list[Item]:
         store.drop_remote(rid)
         return []
     with store.transaction():
-        store.set_remote(rid, rparent=to_parent, name=to_name, to_parent=None, to_name=None)
+        at = {"rparent": to_parent, "name": to_name, "to_parent": None, "to_name": None}
+        store.set_remote(rid, **at, absent_s=None, absences=0)
         remote = store.remote(rid)
         if remote is None or remote.ino is None:
             return [("rid", rid)]
@@ -270,7 +333,7 @@ class Rehome(Op):
             store.set(self.ino, dirty=inode.dirty | SENT)
 
     async def call(self, store: Store, dfs: Client) -> None:
-        await dfs.mkdir(*child_path(store, self.to_parent, self.to_name))
+        await _mkdir(store, dfs, self.to_parent, self.to_name)
 
     def done(self, store: Store) -> list[Item]:
         with store.transaction():
@@ -435,11 +498,17 @@ class Upload(Op):
     async def _check_version(self, dfs: Client, pod: str, path: str) -> None:
         if self.known is None or self.known.mtime_s is None:
             return
+        there: FileStat | Entry | None
         try:
-            stat = await dfs.stat_file(pod, path)
+            there = await dfs.stat_file(pod, path)
+        except PodNotFound:
+            raise
         except NotFound:
-            return  # deleted elsewhere: nothing of theirs is overwritten
-        if not self.known.is_version(stat.size, stat.mtime_s):
+            # Deleted elsewhere, so that nothing of theirs is overwritten; or it cannot be seen now.
+            if self.attempt >= BELIEVED_ATTEMPTS:
+                return
+            there = await look_for(dfs, pod, path, is_dir=False)
+        if there is not None and not self.known.is_version(there.size, there.mtime_s):
             raise Conflict(f"{pod}{path}: changed at the server since it was read")
 
     async def _body(self, fd: int) -> AsyncIterator[bytes]:
@@ -478,6 +547,9 @@ class Upload(Op):
                 slack_s=self.slack_s,
                 mode=SERVER_FILE_MODE,
                 ino=self.ino if alive else None,
+                absent_s=None,
+                absences=0,
+                in_swarm=int(not self.size),  # FairOS has it, which pushes it there by and by
             )
             if inode is None or not alive:
                 return [*work, ("rid", rid)]

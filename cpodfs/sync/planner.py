@@ -83,9 +83,22 @@ class Planner:
             there = None
             if inode.dirty & PLACE:
                 self._store.unmark(ino, PLACE)
+        there = self._without_ghost(inode, there)
         if inode.is_dir:
             return self._plan_dir(inode, mine, home, there)
         return self._plan_file(inode, mine, home, there)
+
+    def _without_ghost(self, inode: Inode, there: Remote | None) -> Remote | None:
+        """What stands in the way at an object's place. Not what was to be deleted there and is not
+        shown any more; but a file that is sent goes over it, in case that it is there after all."""
+        if there is None or there.ino is not None or there.absent_s is None:
+            return there
+        if there.kind == FILE and inode.is_file and (inode.cached or inode.dirty & CONTENT):
+            return there
+        if self._store.remote_children(there.rid, limit=1):
+            return there
+        self._store.drop_remote(there.rid)
+        return None
 
     def _resolve(self, item: Item, moving: Remote) -> Plan:
         """Find out first whether the server has renamed it, unless its directories move, too."""
@@ -128,7 +141,8 @@ class Planner:
         if not inode.listed_s:
             return Look(item, (mine.rid,), mine.rid)
         name = inode.name or ""
-        if any(child.kind == DIR for child in self._store.remote_children(mine.rid)):
+        has_dirs = any(child.kind == DIR for child in self._store.remote_children(mine.rid))
+        if has_dirs or self._is_doubtful(mine):
             return Rehome(item, (home.rid,), inode.ino, mine.rid, home.rid, name)
         return self._move(mine, home, name)
 
@@ -140,12 +154,14 @@ class Planner:
         if there is not None and (there.ino is not None or there.kind == DIR):
             return Blocked(there.item)
         if not inode.dirty & CONTENT and mine is not None and elsewhere:
-            if there is None:
+            doubtful = there is None and self._is_doubtful(mine)
+            if there is None and not (doubtful and inode.cached):
                 return self._move(mine, home, name)
-            if not inode.cached:
+            if there is not None and not inode.cached:
                 return Blocked(there.item)
             # Renamed over a file: the server refuses that, and delete + rename would lose the name
-            # for a while. We have the bytes: send them over the old ones.
+            # for a while. Or the server does not show it, and can hardly rename it. We have the
+            # bytes: send them.
             self._store.mark(inode.ino, CONTENT)
             inode = self._store.get(inode.ino) or inode
         if inode.dirty & CONTENT or mine is None:
@@ -164,6 +180,11 @@ class Planner:
             return Look(item, (home.rid,), home.rid)  # is there something of that name by now?
         name = inode.name or ""
         return Upload(item, (home.rid,), inode.ino, home.rid, name, self._durability, known)
+
+    def _is_doubtful(self, remote: Remote) -> bool:
+        """Whether the server does not show an object, or a directory that it is in."""
+        doubtful = self._store.doubtful_above(remote.rid)
+        return doubtful is not None and doubtful.rparent != ROOT
 
     def _is_fresh(self, directory: int | None) -> bool:
         """Whether the last listing of a directory is recent enough to overwrite what it lacks."""
@@ -208,12 +229,17 @@ class Planner:
             heir = self._heir(remote)
             if heir is not None:
                 return Blocked(("ino", heir))
+            if remote.absent_s is not None:
+                return None
             home = self._store.remote(remote.rparent)
             if home is not None and not self._is_looked_at(home):
                 return Look(("rid", rid), (home.rid,), home.rid)  # did somebody change it since?
             return RemoveFile(("rid", rid), (remote.rparent,), rid)
-        for child in self._store.remote_children(rid, limit=1):
-            return Blocked(child.item)
+        for child in self._store.remote_children(rid):
+            if child.ino is not None or child.absent_s is None:
+                return Blocked(child.item)
+        if remote.absent_s is not None:
+            return None
         arriving = self._store.moving_into(rid)
         if arriving is not None:
             return Blocked(arriving.item)

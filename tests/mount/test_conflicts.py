@@ -114,7 +114,7 @@ def test_renaming_what_was_deleted_there_keeps_it(slow: Mount) -> None:
     (pod / "a").rename(pod / "b")
     slow.server.reset_calls()
     slow.sync()
-    assert sum(slow.server.calls().values()) < 12, slow.server.calls()
+    assert sum(slow.server.calls().values()) < 16, slow.server.calls()
     slow.remount(wipe=True)
     assert contents(pod) == {"b": "text"}
 

@@ -57,12 +57,14 @@ def injected(**faults: Any) -> Act:
 
 @dataclass(frozen=True)
 class Fault:
-    """``reads`` and ``lists``: the errnos of what needs the server; none: it works all the same."""
+    """``reads`` and ``lists``: the errnos of what needs the server; none: it works all the same.
+    ``at_times``: it may work all the same."""
 
     begin: Act
     reads: tuple[int, ...] = ()
     lists: tuple[int, ...] = ()
     end: Act = Broken.mend
+    at_times: bool = False
 
 
 TOO_LATE = (errno.ETIMEDOUT,)
@@ -92,6 +94,14 @@ FAULTS = {
     ),
     "downloads are cut short": Fault(injected(truncate_rate=1.0), UNREACHABLE),
     "the session expires in the middle": Fault(injected(expire_every=7)),
+    "some chunks cannot be read": Fault(
+        injected(read_failure_rate=0.4), REFUSED, REFUSED, at_times=True
+    ),
+    "no chunk can be read": Fault(injected(read_failure_rate=1.0), REFUSED, REFUSED, at_times=True),
+    "the list of pods is empty": Fault(injected(pods_empty=True)),
+    "the pod is not there": Fault(injected(not_there=["pod"]), REFUSED, REFUSED),
+    "a folder is not there": Fault(injected(not_there=["pod/d"]), REFUSED),
+    "the store is empty": Fault(injected(empty_store=True), REFUSED, REFUSED),
 }
 
 
@@ -104,9 +114,9 @@ def test_no_hang_no_lie_no_loss(tmp_path: Path, own_server: Server, fault: Fault
         fault.begin(broken)
         try:
             _what_is_here_works(pod)
-            _in_time(lambda: _read_uncached(pod, fault.reads))
-            _in_time(lambda: _list_unknown(pod, fault.lists))
-            if fault.reads and fault.lists:
+            _in_time(lambda: _read_uncached(pod, fault))
+            _in_time(lambda: _list_unknown(pod, fault))
+            if fault.reads and fault.lists and not fault.at_times:
                 assert mount.status()["pending"], "nothing can have been uploaded"
         finally:
             fault.end(broken)
@@ -149,32 +159,37 @@ def _in_time(act: Callable[[], None]) -> None:
     assert took < NO_HANG_S, f"{took:.1f} s"
 
 
-def _expecting(codes: tuple[int, ...], act: Callable[[], None]) -> None:
-    if not codes:
+def _expecting(
+    codes: tuple[int, ...], act: Callable[[], object], *, at_times: bool = False
+) -> None:
+    error = 0
+    try:
         act()
-        return
-    with pytest.raises(OSError) as caught:
-        act()
-    assert caught.value.errno in codes, errno.errorcode[caught.value.errno or 0]
+    except OSError as caught:
+        error = caught.errno or 0
+    allowed = {*codes, *((0,) if at_times or not codes else ())}
+    assert error in allowed, errno.errorcode.get(error, "it works, though it cannot")
 
 
-def _read_uncached(pod: Path, codes: tuple[int, ...]) -> None:
+def _read_uncached(pod: Path, fault: Fault) -> None:
     def read() -> None:
         assert (pod / "d/uncached").read_bytes() == b"u" * BIG
 
-    _expecting(codes, read)
+    _expecting(fault.reads, read, at_times=fault.at_times)
 
 
-def _list_unknown(pod: Path, codes: tuple[int, ...]) -> None:
+def _list_unknown(pod: Path, fault: Fault) -> None:
     def listing() -> None:
         assert os.listdir(pod / "unknown") == ["f"]
 
-    _expecting(codes, listing)
+    _expecting(fault.lists, listing, at_times=fault.at_times)
 
 
 def _all_arrives(mount: Mount, pod: Path) -> None:
     """After the fault, the mount recovers by itself, and what it shows is what others will see."""
     mount.cli("sync", str(pod), "--stall", "30")
+    # What was deleted here while the server did not show it is deleted when it does.
+    until(lambda: not mount.status()["deletions_doubtful"] and not mount.status()["deletions"])
     expected = tree(pod)
     assert {"d/new", "d/renamed", "made/inside/f", "d/uncached", "unknown/f"} <= expected.keys()
     assert not {"d/old", "d/cached"} & expected.keys()

@@ -266,7 +266,7 @@ def test_a_name_that_another_pod_took_is_not_ones_own(tmp_path: Path, server: Se
                 await Client(session).fork_from_reference("blender", reference)
 
         trio.run(replace)
-        mount.cli("refresh", str(mount.point))
+        mount.cli("refresh", "--accept-deletions", str(pod))
         trio.run(fork)
         mount.cli("refresh", str(mount.point))
         assert (pod / "script/x.sh").read_text() == "echo ran"

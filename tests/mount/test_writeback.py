@@ -188,7 +188,7 @@ def test_state_attribute(tmp_path: Path, own_server: Server) -> None:
         path.write_text("x")
         assert os.getxattr(path, "user.cpodfs.state") == b"dirty"
         mount.sync()
-        assert os.getxattr(path, "user.cpodfs.state") == b"clean"
+        until(lambda: os.getxattr(path, "user.cpodfs.state") == b"clean")
         with pytest.raises(OSError) as caught:
             os.setxattr(path, "user.cpodfs.state", b"x")
         assert caught.value.errno == errno.EPERM
@@ -200,7 +200,7 @@ def test_state_attribute(tmp_path: Path, own_server: Server) -> None:
         assert mount.status()["failed"][0]["error"]
         own_server.faults(error_rate=0.0)
         mount.sync()
-        assert os.getxattr(path, "user.cpodfs.state") == b"clean"
+        until(lambda: os.getxattr(path, "user.cpodfs.state") == b"clean")
 
 
 def test_changes_made_elsewhere_appear(mount: Mount, server: Server, tmp_path: Path) -> None:

@@ -47,7 +47,10 @@ class Server:
     """Plays a server: ``answers[path]`` is called for a request, or is a list used up in order."""
 
     def __init__(self) -> None:
-        self.answers: dict[str, object] = {"/v1/pod/open": lambda _r: message(200, "opened")}
+        self.answers: dict[str, object] = {
+            "/v1/pod/ls": lambda _r: reply(200, {"pods": ["p"], "sharedPods": []}),
+            "/v1/pod/open": lambda _r: message(200, "opened"),
+        }
         self.requests: list[httpx.Request] = []
         self.valid: set[str] = set()
         self.logins = 0

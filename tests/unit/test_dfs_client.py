@@ -270,7 +270,6 @@ async def test_who_is_asked_to_wait_for_long_is_told() -> None:
 
 async def test_nobody_listening_is_unreachable_and_unsent() -> None:
     server = Server()
-    server.answers["/v1/pod/ls"] = lambda _r: reply(200, PODS)
     async with connected(server) as client:
         await client.pods()
         server.answers["/v1/dir/mkdir"] = [httpx.ConnectError("refused")] * 3
@@ -313,6 +312,7 @@ async def test_a_closed_pod_is_reopened_once_and_the_call_repeated() -> None:
     async with connected(server) as client:
         await client.mkdir("p", "/d")
         assert server.paths()[1:] == [
+            "/v1/pod/ls",
             "/v1/pod/open",
             "/v1/dir/mkdir",
             "/v1/pod/open",
@@ -321,6 +321,19 @@ async def test_a_closed_pod_is_reopened_once_and_the_call_repeated() -> None:
         server.answers["/v1/dir/mkdir"] = lambda _r: message(400, "mkdir: pod not open")
         with pytest.raises(errors.PodNotOpen):
             await client.mkdir("p", "/d")
+
+
+async def test_a_pod_that_is_not_in_the_list_is_neither_opened_nor_closed() -> None:
+    """A server that cannot read the list would store it anew, empty, when it is to open a pod."""
+    server = Server()
+    server.answers["/v1/pod/ls"] = lambda _r: reply(200, {"pods": [], "sharedPods": []})
+    async with connected(server) as client:
+        for call in (client.open_pod, client.refresh_pod):
+            with pytest.raises(errors.PodNotFound):
+                await call("p")
+        with pytest.raises(errors.PodNotFound):
+            await client.list_dir("p", "/")
+    assert not {"/v1/pod/open", "/v1/pod/close", "/v1/dir/ls"} & set(server.paths())
 
 
 async def test_pods_are_opened_again_after_a_new_login() -> None:
@@ -370,8 +383,8 @@ async def test_the_root_is_never_removed_and_bytes_are_never_mangled() -> None:
 # -- meanings --------------------------------------------------------------------------------
 
 TABLE: list[tuple[str, int, str, type[errors.DfsError]]] = [
-    ("/v1/pod/open", 404, "pod open: pod does not exist", errors.NotFound),
-    ("/v1/pod/close", 500, "pod close: could not find pod: p", errors.NotFound),
+    ("/v1/pod/open", 404, "pod open: pod does not exist", errors.PodNotFound),
+    ("/v1/pod/close", 500, "pod close: could not find pod: p", errors.PodNotFound),
     ("/v1/pod/new", 400, "pod new: pod already exists", errors.AlreadyExists),
     ("/v1/pod/new", 400, "pod new: pod name too long", errors.TooLong),
     ("/v1/pod/new", 400, "pod new: max number of pods reached", errors.QuotaExceeded),
@@ -692,6 +705,8 @@ class ReadingTransport(httpx.AsyncBaseTransport):
         async for chunk in request.stream:
             if request.url.path == UPLOAD:
                 self.uploaded.extend(chunk)
+        if request.url.path == "/v1/pod/ls":
+            return on_the_wire(reply(200, {"pods": ["p"]}))
         return on_the_wire(reply(200, {"address": "0x1", "accessToken": "t"}))
 
 

@@ -1,0 +1,181 @@
+"""Asks the server again, in other ways, about what a listing did not show, and acts on the verdict.
+
+Imports the cache, the DFS client, merge and the register. The caller holds the lock of the directory
+that was listed. What is neither deleted nor shown stays as it is here, whatever the server says.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import trio
+
+from cpodfs.cache.schema import ROOT, UNKNOWN
+from cpodfs.cache.store import Remote, Store
+from cpodfs.dfs import Client
+from cpodfs.errors import NotFound
+from cpodfs.sync.doubt import Folder, Verdict, is_much
+from cpodfs.sync.locks import DirLocks
+from cpodfs.sync.merge import Merger, Outcome
+from cpodfs.sync.missing import Missing
+from cpodfs.sync.ops import pod_and_path, pod_of
+
+log = logging.getLogger(__name__)
+
+AT_ONCE = 200
+"""Objects that are marked before others get in between."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What the slices of one merge found together; see ``Outcome``."""
+
+    shown: int = 0
+    unchanged: int = 0
+    missing: list[Remote] = field(default_factory=list)
+
+    def add(self, outcome: Outcome) -> None:
+        self.shown += outcome.shown
+        self.unchanged += outcome.unchanged
+        self.missing += outcome.missing
+
+
+class Inquiry:
+    """``opened_s(pod)``: when the server was last made to forget what it knew of a pod."""
+
+    def __init__(
+        self,
+        store: Store,
+        dfs: Client,
+        merger: Merger,
+        locks: DirLocks,
+        missing: Missing,
+        on_outcome: Callable[[Outcome], None],
+    ) -> None:
+        self._store = store
+        self._dfs = dfs
+        self._merger = merger
+        self._locks = locks
+        self._missing = missing
+        self._on_outcome = on_outcome
+        self.opened_s: Callable[[int], float] = lambda _pod: float("-inf")
+
+    async def judge(self, rid: int, tally: Tally, entries: int) -> None:
+        """What becomes of what a listing of so many entries did not show."""
+        missing = await self._settle(rid, tally.missing, entries)
+        if not missing:
+            self._missing.calm(rid)
+            if not self._store.has_doubtful(rid):
+                self._missing.settled(rid)
+            return
+        await self._mark(missing)
+        folder = Folder(
+            *(tally.shown + len(missing), len(missing), tally.unchanged),
+            whole=True,
+            is_root=rid == ROOT,
+        )
+        if is_much(folder):
+            self._missing.alarm(rid, folder)
+            return
+        whole = await self.is_whole(rid, entries)
+        absent = [remote for remote in missing if await self._confirm(remote)]
+        self._carry_out(rid, replace(folder, missing=len(absent), whole=whole), absent)
+
+    async def _mark(self, missing: list[Remote]) -> None:
+        for start in range(0, len(missing), AT_ONCE):
+            with self._store.transaction():
+                for remote in missing[start : start + AT_ONCE]:
+                    self._missing.suspect(remote.rid)
+            await trio.lowlevel.checkpoint()
+
+    def _carry_out(self, rid: int, folder: Folder, absent: list[Remote]) -> None:
+        verdicts = [self._missing.judge(remote.rid, folder) for remote in absent]
+        for remote, verdict in zip(absent, verdicts, strict=True):
+            if verdict is Verdict.DELETED:
+                self.believe_gone(remote.rid)
+        if Verdict.ALARM in verdicts:
+            self._missing.alarm(rid, folder)
+        elif Verdict.DOUBTFUL in verdicts:
+            self._missing.calm(rid)
+        else:
+            self._missing.settled(rid)
+
+    def believe_gone(self, rid: int) -> None:
+        """The server has no such object any more: that is certain, or the user's word."""
+        remote = self._store.remote(rid)
+        if remote is not None:
+            outcome = Outcome()
+            self._merger.gone(remote, outcome)
+            self._on_outcome(outcome)
+
+    async def _settle(self, rid: int, missing: list[Remote], entries: int) -> list[Remote]:
+        """What there is to doubt of what is missing: not an object that was to be deleted, nor one that
+        was only supposed to have arrived and is sent again."""
+        doubtful: list[Remote] = []
+        spare: list[Remote] = []
+        for remote in missing:
+            if self._store.remote(remote.rid) is None or self._store.moving_above(remote.rid):
+                continue
+            supposed = remote.size == UNKNOWN and self._merger.is_sent_again(remote)
+            (spare if remote.ino is None or supposed else doubtful).append(remote)
+        sure = bool(spare) and await self.is_whole(rid, entries)
+        for remote in spare:
+            if sure and await self.is_absent(remote):
+                self.believe_gone(remote.rid)
+            else:
+                self._missing.suspect(remote.rid)
+        return doubtful
+
+    # -- asking -----------------------------------------------------------------------------------
+
+    async def _confirm(self, remote: Remote) -> bool:
+        """Whether an object is not there, by whatever way it is asked for."""
+        if not await self.is_absent(remote):
+            self._missing.seen(remote.rid)
+            return False
+        if self._store.remote(remote.rid) is not None:
+            pod = pod_of(self._store, remote)
+            self._missing.confirm(remote.rid, self.opened_s(pod) if pod != remote.rid else None)
+        return True
+
+    async def is_absent(self, remote: Remote) -> bool:
+        """Whether the server says, asked by name, that an object is not where it was."""
+        if self._store.remote(remote.rid) is None:
+            return False  # its directory was found to be gone meanwhile, and all in it
+        if remote.rparent == ROOT:
+            return await self._is_pod_absent(remote)
+        pod, path = pod_and_path(self._store, remote.rid)
+        try:
+            await (self._dfs.stat_dir if remote.kind == "d" else self._dfs.stat_file)(pod, path)
+        except NotFound:
+            return True
+        return False
+
+    async def _is_pod_absent(self, remote: Remote) -> bool:
+        if await self._dfs.pod_present(remote.name):
+            return False
+        # A pod that the server has open may be all that is left of it: one that holds something is
+        # not closed to find out.
+        if self._missing.holds(remote) or self._locks.blocker((remote.rid,), moving=remote.rid):
+            return True
+        try:
+            await self._dfs.refresh_pod(remote.name)
+        except NotFound:
+            return True
+        return False
+
+    async def is_whole(self, rid: int, entries: int) -> bool:
+        """Whether a listing of so many entries left none out: the server counts a directory's names
+        without fetching what they are names of."""
+        if rid == ROOT:
+            return True
+        pod, path = pod_and_path(self._store, rid)
+        try:
+            stat = await self._dfs.stat_dir(pod, path)
+        except NotFound:
+            return False
+        if stat.dirs + stat.files > entries:
+            log.info("a listing leaves out %d: %s%s", stat.dirs + stat.files - entries, pod, path)
+        return stat.dirs + stat.files <= entries

@@ -1,0 +1,182 @@
+"""The register of what the server does not show although it did, and when it is asked again.
+
+Imports the cache and the rule (``doubt.py``). That an object is doubtful, since when and how often that
+was confirmed is in the remote tree; only the topmost object is marked, what is below it is as doubtful.
+Alarms and the times of the next looks are in memory, and found anew by the first looks after a start.
+Synchronous but for ``wait``.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import trio
+
+from cpodfs.cache.schema import DIR, ROOT
+from cpodfs.cache.store import Remote, Store
+from cpodfs.errors import PodNotFound
+from cpodfs.sync import doubt
+from cpodfs.sync.doubt import Absence, Folder, Verdict
+from cpodfs.sync.ops import pod_of
+
+log = logging.getLogger(__name__)
+
+
+class Missing:
+    """``clock``: seconds that only grow. ``alarms``: by the remote id of the folder, what is not shown
+    of it."""
+
+    def __init__(self, store: Store, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store = store
+        self._clock = clock
+        self._confirmed_s: dict[int, float] = {}
+        self._looks: dict[int, int] = {}
+        self._due: dict[int, float] = {}
+        self._lied_s: float | None = None
+        self._changed = trio.Event()
+        self.alarms: dict[int, Folder] = {}
+
+    @property
+    def distrusted(self) -> bool:
+        """Whether the server was caught not long ago saying "not there" of what is."""
+        return self._lied_s is not None and self._clock() - self._lied_s < doubt.DISTRUST_S
+
+    # -- one object -------------------------------------------------------------------------------
+
+    def said_absent(self, rid: int, error: Exception) -> None:
+        """The server says that a directory or file is not there, or that its pod is not."""
+        remote = self._store.remote(rid)
+        if remote is None or remote.rid == ROOT:
+            return
+        if isinstance(error, PodNotFound):
+            rid = pod_of(self._store, remote)
+        self.suspect(rid)
+
+    def suspect(self, rid: int) -> None:
+        """Keep an object as doubtful, until its folder was looked at again."""
+        remote = self._store.remote(rid)
+        if remote is None or remote.rparent is None:
+            return
+        if remote.absent_s is None:
+            self._store.set_remote(rid, absent_s=time.time(), absences=0)
+            log.debug(
+                "doubtful: the server does not show %r", "/".join(self._store.remote_path(rid))
+            )
+            if not self.distrusted:
+                self._looks.pop(remote.rparent, None)
+        self.look(remote.rparent)
+
+    def confirm(self, rid: int, opened_s: float | None) -> None:
+        """It was asked for in each way, and is not there. ``opened_s``: when the server was last made
+        to forget what it knew of the pod, without which it would only say the same again; None: of a
+        pod itself."""
+        remote = self._store.remote(rid)
+        if remote is None:
+            return
+        now_s, last_s = self._clock(), self._confirmed_s.get(rid)
+        asked_anew = last_s is None or opened_s is None or opened_s > last_s
+        if asked_anew and self._absence(remote).counts(now_s):
+            self._confirmed_s[rid] = now_s
+            self._store.set_remote(rid, absences=remote.absences + 1)
+
+    def judge(self, rid: int, folder: Folder) -> Verdict:
+        remote = self._store.remote(rid)
+        if remote is None or remote.absent_s is None:
+            return Verdict.DOUBTFUL
+        return doubt.judge(folder, self._absence(remote), self._lied_s, self._clock())
+
+    def _absence(self, remote: Remote) -> Absence:
+        holds = remote.kind == DIR and self.holds(remote)
+        return Absence(holds, remote.absences, self._confirmed_s.get(remote.rid))
+
+    def holds(self, remote: Remote) -> bool:
+        """Whether something is known to be in a directory or pod, here or there."""
+        if self._store.remote_children(remote.rid, limit=1):
+            return True
+        return remote.ino is not None and self._store.has_children(remote.ino)
+
+    def seen(self, rid: int) -> None:
+        """An object is there, and so are the directories above it. Not the pod: what the server has in
+        memory of one that was deleted elsewhere it goes on to show."""
+        remote = self._store.doubtful_above(rid)
+        while remote is not None and remote.rparent != ROOT:
+            self._store.set_remote(remote.rid, absent_s=None, absences=0)
+            self.returned(remote)
+            remote = self._store.doubtful_above(remote.rid)
+
+    def returned(self, remote: Remote) -> None:
+        """It was doubtful, and is shown again as it was: the server lied."""
+        self._confirmed_s.pop(remote.rid, None)
+        self._lied_s = self._clock()
+        log.debug("shown again: %r", "/".join(self._store.remote_path(remote.rid)))
+
+    # -- one folder -------------------------------------------------------------------------------
+
+    def alarm(self, rid: int, folder: Folder) -> None:
+        """Much of a folder is not shown: said once, until it is settled."""
+        if rid not in self.alarms:
+            log.warning(
+                "alarm: the server does not show %d of the %d objects known in %s; all is kept; if they "
+                "were deleted elsewhere: cpodfs refresh --accept-deletions PATH",
+                *(folder.missing, folder.known, self._name(rid)),
+            )
+        self.alarms[rid] = folder
+
+    def calm(self, rid: int) -> None:
+        """What is missing of a folder, if anything, is no alarm."""
+        if self.alarms.pop(rid, None) is not None:
+            log.warning("no alarm any more: %s", self._name(rid))
+
+    def settled(self, rid: int) -> None:
+        """Nothing is missing of a folder."""
+        self.calm(rid)
+        self._due.pop(rid, None)
+        if not self.distrusted:
+            self._looks.pop(rid, None)
+
+    def may_settle(self, rid: int) -> bool:
+        """Whether something was found missing in a folder for the first time, and is no alarm."""
+        if rid in self.alarms:
+            return False
+        return any(r.rparent == rid and r.absences == 1 for r in self._store.doubtful())
+
+    def _name(self, rid: int) -> str:
+        return repr("/".join(self._store.remote_path(rid))) if rid != ROOT else "the list of pods"
+
+    # -- when to ask again ------------------------------------------------------------------------
+
+    def look(self, rid: int) -> None:
+        """A folder is to be listed again, the later the more often it was."""
+        if rid not in self._due:
+            looks = self._looks[rid] = self._looks.get(rid, 0) + 1
+            self._due[rid] = self._clock() + doubt.pause_s(looks)
+            self._changed.set()
+
+    def hurry(self) -> None:
+        """Somebody waits: look at once, as if it were the first time."""
+        self._looks.clear()
+        self._due = dict.fromkeys(self._due, self._clock())
+        self._changed.set()
+
+    def resume(self) -> None:
+        """After a start: look at all that was doubtful."""
+        for remote in self._store.doubtful():
+            if remote.rparent is not None:
+                self.look(remote.rparent)
+
+    def take_due(self) -> list[int]:
+        """Folders that are to be listed now; each once."""
+        now_s = self._clock()
+        due = [rid for rid, due_s in self._due.items() if due_s <= now_s]
+        for rid in due:
+            del self._due[rid]
+        return due
+
+    async def wait(self) -> None:
+        """Return when a folder may be due."""
+        next_s = min(self._due.values(), default=float("inf")) - self._clock()
+        self._changed = trio.Event()
+        with trio.move_on_after(max(0.0, next_s)):
+            await self._changed.wait()
