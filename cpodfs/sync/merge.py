@@ -172,7 +172,7 @@ class Merger:
         remote = self._store.remote_at(rid, entry.name)
         if remote is None:
             arrived = self._store.remote_moving_to(rid, entry.name)
-            if arrived is not None:
+            if arrived is not None and (arrived.kind == DIR) == entry.is_dir:
                 seen.add(arrived.rid)
                 outcome.work += moved(self._store, arrived.rid, rid, entry.name)
             else:
@@ -254,7 +254,9 @@ class Merger:
                 arriving = self._store.remote_moving_to(rid, entry.name) is not None
                 if not arriving and not DOOMED.fullmatch(entry.name):
                     return True
-            elif known.ino is None and known.kind == FILE and not entry.is_dir:  # noqa: SIM102
+            elif (known.kind == DIR) != entry.is_dir:
+                return True
+            elif known.ino is None and known.kind == FILE:  # noqa: SIM102
                 if not known.is_version(entry.size, entry.mtime_s):
                     return True
         return False

@@ -191,12 +191,21 @@ class Planner:
         inode = self._store.get(directory) if directory is not None else None
         return inode is not None and 0 <= time.time() - inode.listed_s < self._fresh_s
 
-    def _is_looked_at(self, directory: Remote) -> bool:
-        """As ``_is_fresh``, also of a directory that is itself to be deleted (``rm -r``)."""
-        if directory.ino is not None:
-            return self._is_fresh(directory.ino)
-        looked_s = self._store.looked.get(directory.rid, 0.0)
-        return 0 <= time.time() - looked_s < self._fresh_s
+    def _unseen_above(self, orphan: Remote) -> int | None:
+        """The topmost directory above an orphan that should be listed before the orphan is deleted:
+        its own, and with ``rm -r`` those above that are to be deleted, too."""
+        found, directory = None, self._remote_above(orphan)
+        if directory is not None and directory.ino is not None:
+            return None if self._is_fresh(directory.ino) else directory.rid
+        while directory is not None and directory.ino is None:
+            looked_s = self._store.looked.get(directory.rid, 0.0)
+            if not 0 <= time.time() - looked_s < self._fresh_s:
+                found = directory.rid
+            directory = self._remote_above(directory)
+        return found
+
+    def _remote_above(self, remote: Remote) -> Remote | None:
+        return self._store.remote(remote.rparent) if remote.rparent is not None else None
 
     def _move(self, mine: Remote, home: Remote, name: str) -> Move:
         assert mine.rparent is not None
@@ -231,9 +240,9 @@ class Planner:
                 return Blocked(("ino", heir))
             if remote.absent_s is not None:
                 return None
-            home = self._store.remote(remote.rparent)
-            if home is not None and not self._is_looked_at(home):
-                return Look(("rid", rid), (home.rid,), home.rid)  # did somebody change it since?
+            unseen = self._unseen_above(remote)
+            if unseen is not None:
+                return Look(("rid", rid), (unseen,), unseen)  # did somebody change it since?
             return RemoveFile(("rid", rid), (remote.rparent,), rid)
         for child in self._store.remote_children(rid):
             if child.ino is not None or child.absent_s is None:
