@@ -435,7 +435,8 @@ class Life:
     def _differences(self, path: str, shown: bytes, stored: bytes) -> list[str]:
         state = os.getxattr(self._pod / path, "user.cpodfs.state").decode()
         if shown == stored:
-            return [f"{path}: {state} after the upload"] if state != "clean" else []
+            known = state in ("clean", "uploaded")  # uploaded: and not yet in Swarm
+            return [] if known else [f"{path}: {state} after the upload"]
         kind = "zeros" if shown and not any(shown) else "other bytes"
         return [f"{path}: {state}, {kind} here: {_brief(shown)}; at the server: {_brief(stored)}"]
 
