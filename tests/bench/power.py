@@ -676,10 +676,10 @@ def _live(
             result.on_fault(_account(life, seed, fs, percent, result.rounds, error))
         finally:
             result.calls += life.calls
+            line.stop()
             counters = disk.counters()
             result.kept += counters["kept"]
             result.lost += counters["lost"]
-            line.stop()
 
 
 def _account(life: Life, seed: int, fs: str, percent: int, number: int, error: Exception) -> str:

@@ -61,7 +61,9 @@ class Disk:
         flags = run("pkg-config", "--cflags", "--libs", "fuse3").split()
         run("gcc", "-O2", SOURCE, "-o", program, *flags)
         self._process = subprocess.Popen(
-            [program, "-s", "-f", self._files, f"--size={self._size}"], stdin=subprocess.DEVNULL
+            [program, "-s", "-f", self._files, f"--size={self._size}"],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # it must outlive what is on it when a group is signalled
         )
         until((self._files / "disk").exists)
         self._attach()
