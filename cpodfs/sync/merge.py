@@ -68,6 +68,18 @@ class Outcome:
     returned: list[Remote] = field(default_factory=list)
 
 
+def _last(names: set[str | None], entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Entries, those of some names after all others. What may have been moved within a directory is
+    seen at its old place first: it can be at both, and is then no stranger at either."""
+    found: list[Entry] = []
+    for entry in entries:
+        if entry.name in names:
+            found.append(entry)
+        else:
+            yield entry
+    yield from found
+
+
 class _Ids:
     """A set of remote ids, one bit each: a listing may show a million."""
 
@@ -133,7 +145,8 @@ class Merger:
         the directory must stay: if it does not, do not go on. Only what a ``complete`` listing does
         not show is missing. Raises Held.
         """
-        newest, seen, left = self._store.newest_rid(), _Ids(), iter(entries)
+        arriving = {r.to_name for r in self._store.moving() if r.to_parent == rid}
+        newest, seen, left = self._store.newest_rid(), _Ids(), _last(arriving, entries)
         other_kind: list[tuple[int, Entry]] = []
         more = True
         while more:
