@@ -34,6 +34,8 @@ from cpodfs.dfs._errors import classify
 from cpodfs.dfs._multipart import MultipartFile
 from cpodfs.dfs.session import Stats
 from cpodfs.errors import TimedOut, Unreachable
+from cpodfs.sync.missing import Missing
+from cpodfs.sync.swarm import SwarmWatch
 
 T = TypeVar("T")
 EPOCH_S = 1_700_000_000.0
@@ -273,7 +275,8 @@ def _fields(head: bytes) -> dict[str, str]:
 @contextlib.contextmanager
 def virtual_time() -> Iterator[trio.testing.MockClock]:
     """A clock for ``trio.run`` that jumps over all waiting; ``time`` tells what it shows, and
-    blocking work is done in place, as no thread knows of that clock."""
+    blocking work is done in place, as no thread knows of that clock. Which task runs first is drawn
+    from ``random``: who seeds that gets the same again."""
     clock = trio.testing.MockClock(autojump_threshold=0)
 
     def now() -> float:
@@ -290,6 +293,10 @@ def virtual_time() -> Iterator[trio.testing.MockClock]:
         mock.patch("time.monotonic", clock.current_time),
         mock.patch("time.time", now),
         mock.patch("time.time_ns", now_ns),
+        mock.patch.dict(Missing.__init__.__kwdefaults__, clock=clock.current_time),
+        mock.patch.dict(SwarmWatch.__init__.__kwdefaults__, clock=clock.current_time),
         mock.patch("trio.to_thread.run_sync", in_place),
+        mock.patch("trio._core._run._ALLOW_DETERMINISTIC_SCHEDULING", True),
+        mock.patch("trio._core._run._r", random),
     ):
         yield clock

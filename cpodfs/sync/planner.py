@@ -91,14 +91,18 @@ class Planner:
     def _without_ghost(self, inode: Inode, there: Remote | None) -> Remote | None:
         """What stands in the way at an object's place. Not what was to be deleted there and is not
         shown any more; but a file that is sent goes over it, in case that it is there after all."""
-        if there is None or there.ino is not None or there.absent_s is None:
+        if there is None or not self._is_ghost(there):
             return there
         if there.kind == FILE and inode.is_file and (inode.cached or inode.dirty & CONTENT):
             return there
-        if self._store.remote_children(there.rid, limit=1):
-            return there
         self._store.drop_remote(there.rid)
         return None
+
+    def _is_ghost(self, remote: Remote) -> bool:
+        """Whether an object, with all that is known to be in it, is to be deleted and not shown."""
+        if remote.ino is not None or remote.absent_s is None:
+            return False
+        return all(self._is_ghost(child) for child in self._store.remote_children(remote.rid))
 
     def _resolve(self, item: Item, moving: Remote) -> Plan:
         """Find out first whether the server has renamed it, unless its directories move, too."""

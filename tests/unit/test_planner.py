@@ -184,3 +184,20 @@ def _shuffle(world: World, dice: random.Random, dirs: list[int], files: list[int
         world.remove(occupant.ino)
         (dirs if occupant.is_dir else files).remove(occupant.ino)
     world.move(ino, target, name)
+
+
+def test_a_name_is_free_when_all_that_was_to_be_deleted_there_is_not_shown(world: World) -> None:
+    """Else the new file and the old directory would wait for each other, without an error."""
+    pod = world.pod()
+    folder = world.make(pod, "d", DIR)
+    inner = world.make(folder, "inner", DIR)
+    world.settle()
+    world.calls.clear()
+    gone = [remote.rid for ino in (folder, inner) if (remote := world.store.remote_of(ino))]
+    world.remove(inner)
+    world.remove(folder)
+    world.make(pod, "d")
+    for rid in gone:
+        world.store.set_remote(rid, absent_s=1.0)
+    assert world.settle() == ["Upload d"]
+    assert world.remote_tree() == world.local_tree()
