@@ -111,17 +111,21 @@ class Server:
 
 
 class RealServer(Server):
-    """A FairOS-DFS that somebody else runs: accounts can be made, nothing can be injected."""
+    """A FairOS-DFS that somebody else runs: accounts can be made, nothing can be injected. A devnet
+    wants the key of its controls for accounts, too."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: Path | None = None) -> None:
         self._url = url
+        self._key = key
 
     @property
     def url(self) -> str:
         return self._url
 
     def control_headers(self) -> dict[str, str]:
-        return {}
+        if self._key is None:
+            return {}
+        return {"Authorization": f"Bearer {self._key.read_text().strip()}"}
 
     def stop(self) -> None:
         return

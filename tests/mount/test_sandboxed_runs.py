@@ -208,7 +208,7 @@ def test_a_sandbox_does_not_outlive_the_driver_in_vain(tmp_path: Path, server: S
 def test_golem_from_a_sandbox(tmp_path: Path) -> None:
     """A stranger's requestor finds the market, with a key that nobody else gets to see."""
     with devnet_mounted(tmp_path) as mount:
-        mount.server = RealServer(mount.status()["server"])
+        mount.server = RealServer(mount.status()["server"], mount.devnet / "control.key")
         pod = forked(mount, "words", stranger_with("words.py"))
         (pod / "payload").mkdir()
         (pod / "payload/1.txt").write_text("two words")

@@ -275,14 +275,14 @@ def test_a_local_market_without_a_sandbox_runs_no_strangers_program(
     mount.env["PATH"] = f"{bwrap.folder}:{mount.env['PATH']}"
     try:
         mount.start()
-        mount.server = RealServer(mount.status()["server"])
+        mount.server = RealServer(mount.status()["server"], mount.devnet / "control.key")
         pod, local = forked(mount, "far", files), forked(mount, "near")
         assert "\non this machine, in a sandbox of the local market\n" in shown(mount, pod)
         shown(mount, local)
         mount.stop()
         bwrap.be("fail")
         mount.start()
-        mount.server = RealServer(mount.status()["server"])
+        mount.server = RealServer(mount.status()["server"], mount.devnet / "control.key")
         for each in (pod, local):
             assert DENIED in touch(each)
             assert "was trusted to run in a sandbox, and there is none: the local market" in reason(
