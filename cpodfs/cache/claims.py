@@ -33,10 +33,12 @@ class Damage:
 
 @dataclass(slots=True)
 class Found:
-    """What a look at a whole cache found. ``unclaimed``: files and their bytes."""
+    """What a look at a whole cache found. ``notices``: of the journal, which are given only once.
+    ``unclaimed``: files and their bytes."""
 
     files: int = 0
     bytes: int = 0
+    notices: tuple[str, ...] = ()
     damaged: list[Damage] = field(default_factory=list)
     unclaimed: list[tuple[Path, int]] = field(default_factory=list)
 
@@ -58,7 +60,10 @@ def settle(folder: Path, store: Store, content: Content) -> list[str]:
             found.append(
                 f"{folder}: {moved} data files that the journal does not know were set aside"
             )
-    _count(folder, max(counted, store.starts) + 1)
+    starts = max(counted, store.starts) + 1
+    if older:
+        store.doubt(starts)  # and it is said once
+    _count(folder, starts)
     files, size = unclaimed(content)
     if files:
         found.append(
@@ -97,8 +102,9 @@ def _gather(store: Store, content: Content, *, older: bool) -> int:
         if ino in claimed:
             claimed.remove(ino)
             continue
-        if store.get(ino) is not None and not older:
-            path.unlink()  # evicted, or fetched, just before the end: the server has it
+        inode = store.get(ino)
+        if inode is not None and not older and _is_servers(inode, path):
+            path.unlink()  # evicted, or fetched, just before the end
         elif path.stat().st_size:
             content.set_aside(ino)
             moved += 1
@@ -114,6 +120,20 @@ def _gather(store: Store, content: Content, *, older: bool) -> int:
     # A journal that lost its newest part would give the same numbers again.
     store.never_again(highest)
     return moved
+
+
+def _is_servers(inode: Inode, path: Path) -> bool:
+    """Whether a data file that is not known to be here is what the server has, and not what was
+    written since, in a part of the journal that is damaged."""
+    if inode.dirty & CONTENT or path.stat().st_size != inode.size:
+        return False
+    if inode.crc is None:  # fetched for the first time
+        return True
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return data.checksum(fd) == inode.crc
+    finally:
+        os.close(fd)
 
 
 def _starts(folder: Path) -> int:

@@ -83,6 +83,10 @@ class Content:
         """The part, all of it on the disk, becomes the data file."""
         os.rename(self.path(ino) + PART, self.path(ino))
 
+    def reopen(self, ino: int) -> None:
+        """The data file becomes a part again."""
+        os.rename(self.path(ino), self.path(ino) + PART)
+
     def remove_part(self, ino: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(ino) + PART)

@@ -61,7 +61,7 @@ class Durability:
             if ino not in self._unsynced:
                 # From now on the data file holds no less, or it was damaged.
                 self._store.acknowledge(ino, size)
-        except OSError:
+        except BaseException:
             self._unsynced.add(ino)
             raise
         finally:

@@ -79,7 +79,9 @@ def _lock(folder: Path, lock: int) -> None:
 def check(folder: Path) -> claims.Found:
     """Look at every content of a cache that nobody has open. Raises CacheError."""
     with opened(folder) as cache:
-        return claims.check(cache.store, cache.content)
+        found = claims.check(cache.store, cache.content)
+        found.notices = cache.notices
+        return found
 
 
 def rescue(folder: Path, target: Path) -> tuple[int, int]:

@@ -113,3 +113,12 @@ PRAGMA user_version = 2;
 """
 }
 """By version: what makes the next one of it."""
+
+AFTER_A_KILL = {
+    1: f"""
+UPDATE inode SET size = 0 WHERE dirty & {CONTENT};
+UPDATE state SET ended = 0;
+"""
+}
+"""What comes on top of it when the last driver was killed. Format 1 noted the size of a dirty file when
+it was closed only, so it says nothing about what should be there."""

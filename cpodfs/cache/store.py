@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cpodfs.cache.schema import (
+    AFTER_A_KILL,
     CONTENT,
     DAMAGED,
     DIR,
@@ -40,6 +41,17 @@ REMOTE_COLUMNS = (
     "rid, rparent, name, kind, size, mtime_s, slack_s, mode, readonly, ino, to_parent, to_name, "
     "absent_s, absences, in_swarm"
 )
+
+
+def trouble(error: Exception) -> str | None:
+    """What keeps the journal from being used, in one line; None of any other error, such as a mistake
+    of our own."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return "the cache's disk is full"
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+        return f"the journal of the cache is damaged ({error}); unmount, then: cpodfs cache check"
+    return f"the journal: {error}" if isinstance(error, sqlite3.OperationalError) else None
 
 
 class Inode(NamedTuple):
@@ -131,13 +143,15 @@ class Store:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
-            self._check_version()
+            self._check_version(had_journal)
             self._check_pages()
             self._start(had_journal)
             # For sync(). Open for as long as the database: closing any descriptor of a file drops
             # the process's POSIX locks on it, and others could then clear the journal away.
             self._files = [os.open(f"{path}{end}", os.O_RDONLY) for end in ("-wal", "")]
         except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
+                raise CacheError(f"{path}: its disk is full; make room and try again") from error
             raise self._unusable(str(error)) from error
 
     def _unusable(self, reason: str) -> CacheError:
@@ -164,7 +178,7 @@ class Store:
         # In the database itself: should the journal be lost, it says that it was not closed.
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def _check_version(self) -> None:
+    def _check_version(self, had_journal: bool) -> None:
         (found,) = self._db.execute("PRAGMA user_version").fetchone()
         if found == 0:
             os.chmod(self._path, 0o600)
@@ -177,7 +191,14 @@ class Store:
                 "cpodfs that wrote it to upload what is pending, then remove the folder"
             )
         for version in range(found, VERSION):
-            self._db.executescript(f"BEGIN; {MIGRATIONS[version]} COMMIT;")
+            script = MIGRATIONS[version] + (AFTER_A_KILL.get(version, "") if had_journal else "")
+            self._db.executescript(f"BEGIN; {script} COMMIT;")
+
+    def doubt(self, starts: int) -> None:
+        """The journal is older than the contents, of which none is believed without a look. ``starts``:
+        how often the cache was opened, this time included."""
+        self.epoch = starts
+        self._db.execute("UPDATE state SET starts = ?, epoch = ?", (starts, starts))
 
     def close(self) -> None:
         """Close it as what it is: complete, and on the disk."""

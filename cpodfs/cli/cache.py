@@ -35,6 +35,8 @@ def check(folder: Path | None) -> None:
     Nothing is removed. What the server has is fetched again when it is opened.
     """
     found = cache_folder.check(_found(folder))
+    for text in found.notices:
+        say(text)
     for path, there in found.unclaimed:
         say(f"unclaimed: {path} ({size(there)})")
     for damage in found.damaged:

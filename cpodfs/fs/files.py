@@ -25,7 +25,7 @@ from cpodfs.cache import content as data
 from cpodfs.cache.content import Content
 from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT
-from cpodfs.cache.store import Inode, Store
+from cpodfs.cache.store import Inode, Store, trouble
 from cpodfs.errors import CacheDamaged, Conflict, CpodfsError, Doubtful, NotFound
 from cpodfs.fs.handles import Handles, OpenFile
 from cpodfs.fs.pods import check_writable, inode_of, oserror
@@ -81,8 +81,8 @@ class Files:
                 doomed = set(self._handles.doomed)
                 await self._durability.names()
                 self._handles.sweep(doomed)
-            except (OSError, sqlite3.Error):
-                log.exception("cannot free what was deleted")
+            except (OSError, sqlite3.Error) as error:
+                log.warning("cannot free what was deleted: %s", trouble(error) or error)
 
     def sweep_now(self) -> None:
         """The disk is full: free what was deleted without waiting. Blocks for a sync."""
@@ -227,12 +227,20 @@ class Files:
                 now = self._store.get(file.ino)
                 if now is None or now.dirty & CONTENT or not now.cached:
                     continue  # somebody emptied it meanwhile
+                if now.epoch >= self._store.epoch:
+                    return  # and it was uploaded since
                 if found == (now.size, now.crc):
                     with contextlib.suppress(sqlite3.OperationalError):  # to read needs no room
                         self._store.set(file.ino, epoch=self._store.epoch)
                     return
-                self._disbelieve(now, "has another content than it had")
-                self._replace_data(file, self._content.create_part(file.ino, now.size))
+                # First the part: what is not believed must not stay open once it is not "cached".
+                fresh = self._content.create_part(file.ino, now.size)
+                try:
+                    self._disbelieve(now, "has another content than it had")
+                except BaseException:
+                    os.close(fresh)
+                    raise
+                self._replace_data(file, fresh)
             finally:
                 del self._looked_at[file.ino]
                 looked.set()
@@ -253,8 +261,13 @@ class Files:
 
     async def _empty(self, file: OpenFile) -> None:
         """Truncate to nothing, which needs no download even when nothing is here yet."""
-        now = time.time_ns()
-        if inode_of(self._store, file.ino).cached:
+        now, inode = time.time_ns(), inode_of(self._store, file.ino)
+        is_believed = inode.dirty & CONTENT or inode.epoch >= self._store.epoch
+        if inode.cached and not is_believed:
+            # It must not become what is pending, should we end before it is empty.
+            self._store.set(file.ino, cached=0)
+            inode = inode_of(self._store, file.ino)
+        if inode.cached:
             self._mark(file.ino, mtime_ns=now)
         else:
             # A thread of the download may still be writing to its part: leave it that.
@@ -280,10 +293,13 @@ class Files:
                     raise
         found = await data.read(file.fd, offset, size)
         now = self._store.get(file.ino)
-        if now is not None and not now.cached and len(found) < min(size, now.size - offset):
-            # The download failed just then; the kernel would keep zeros.
-            failed = download.error if download is not None else None
-            raise failed or oserror(errno.EIO)
+        failed = download.error if download is not None else None
+        if now is not None and not now.cached:
+            # The download failed just then, or began anew; the kernel would keep zeros.
+            if failed is not None or len(found) < min(size, now.size - offset):
+                raise failed or oserror(errno.EIO)
+        elif failed is not None:
+            found = await data.read(file.fd, offset, size)
         return found
 
     async def write(self, handle: int, offset: int, buffer: bytes) -> int:

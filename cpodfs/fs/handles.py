@@ -115,7 +115,9 @@ class Handles:
     def sweep(self, inos: set[int]) -> None:
         """Free inodes that were doomed before the last sync of the journal."""
         for ino in inos:
-            self.content.remove(ino)
+            # One that has its name back, since that it lost it could not be committed, stays.
+            if (inode := self.store.get(ino)) is None or inode.parent is None:
+                self.content.remove(ino)
         with self.store.transaction():
             for ino in inos:
                 self.store.drop(ino)

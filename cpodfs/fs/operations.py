@@ -22,7 +22,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 from cpodfs.cache.content import RESERVE
 from cpodfs.cache.schema import LINK, ROOT
-from cpodfs.cache.store import Inode
+from cpodfs.cache.store import Inode, trouble
 from cpodfs.errors import CpodfsError
 from cpodfs.fs.absences import ABSENT_TIMEOUT_S, Absences
 from cpodfs.fs.control import (
@@ -59,7 +59,10 @@ def _answer(handler: _F) -> _F:
         except OSError as error:
             raise FUSEError(error.errno or errno.EIO) from error
         except sqlite3.Error as error:
-            log.warning("%s: the journal cannot be used: %s", handler.__name__, error)
+            if (why := trouble(error)) is None:
+                log.exception("%s failed", handler.__name__)
+            else:
+                log.warning("%s: %s", handler.__name__, why)
             full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
             raise FUSEError(errno.ENOSPC if full else errno.EIO) from error
         except Exception as error:

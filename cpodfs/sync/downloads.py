@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import trio
 
 from cpodfs.cache.content import Content
-from cpodfs.cache.store import Store
+from cpodfs.cache.store import Store, trouble
 from cpodfs.dfs import Client
 from cpodfs.errors import (
     BadReply,
@@ -246,8 +246,9 @@ class Downloads:
             error = CpodfsError(f"cannot write to the cache: {failure}")
             error.errno = failure.errno or error.errno
         except Exception as failure:
-            log.exception("download broke ino=%d", download.ino)
-            error = CpodfsError(f"download failed: {failure!r}")
+            if (why := trouble(failure)) is None:
+                log.exception("download broke ino=%d", download.ino)
+            error = CpodfsError(f"download failed: {why or repr(failure)}")
         finally:
             self._end(download, error)
 
@@ -255,10 +256,8 @@ class Downloads:
         given_up = self._running.get(download.ino) is not download
         if not given_up:
             del self._running[download.ino]
-        inode = self._store.get(download.ino)
         complete = error is None and download.available == download.size
-        complete = complete and not given_up and inode is not None
-        if complete and self._record(download):
+        if complete and not given_up and self._record(download):
             download.finished = True
             self.on_complete()
         else:
@@ -271,10 +270,19 @@ class Downloads:
 
     def _record(self, download: Download) -> bool:
         try:
+            if self._store.get(download.ino) is None:
+                return False
             self._content.complete(download.ino)
-            self._store.set(download.ino, cached=1, crc=download.crc, epoch=self._store.epoch)
+            try:
+                self._store.set(download.ino, cached=1, crc=download.crc, epoch=self._store.epoch)
+            except sqlite3.Error:
+                # Whoever has it open must see the next attempt, too, which has to go to this file.
+                self._content.reopen(download.ino)
+                raise
         except (OSError, sqlite3.Error) as error:
-            log.warning("download cannot be recorded ino=%d: %s", download.ino, error)
+            log.warning(
+                "download cannot be recorded ino=%d: %s", download.ino, trouble(error) or error
+            )
             return False
         return True
 

@@ -19,7 +19,7 @@ import trio
 
 from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import DIR
-from cpodfs.cache.store import Store
+from cpodfs.cache.store import Store, trouble
 from cpodfs.dfs import Client
 from cpodfs.errors import (
     AlreadyExists,
@@ -95,6 +95,13 @@ class Counters:
     bytes_sent: int = 0
     failed: int = 0
     recent: deque[str] = field(default_factory=lambda: deque(maxlen=20))
+
+
+def _log_broken(what: str, item: Item, error: Exception) -> None:
+    if (why := trouble(error)) is None:
+        log.exception("%s item=%s", what, item)
+    else:
+        log.warning("%s item=%s: %s", what, item, why)
 
 
 class Engine:
@@ -334,9 +341,9 @@ class Engine:
         """Start the next operation for an object, or note what it waits for."""
         try:
             self._try_once(item)
-        except Exception:
+        except Exception as error:  # noqa: BLE001
             # Our own mistake, or a full disk: one object must not end the mount.
-            log.exception("cannot plan item=%s", item)
+            _log_broken("cannot plan", item, error)
             self._schedule(item, retry.MAX_S)
 
     def _try_once(self, item: Item) -> None:
@@ -456,7 +463,8 @@ class Engine:
             error = failure
         except Exception as failure:
             # Our own mistake, or SQLite on a full disk: it must not end the mount.
-            log.exception("writeback broke item=%s", op.item)
+            if trouble(failure) is None:  # else it is told of below
+                log.exception("writeback broke item=%s", op.item)
             error = failure
         finally:
             del self._flights[op.item]
@@ -469,8 +477,8 @@ class Engine:
                     self._succeeded(op, work, again=flight.again)
                 elif finished:
                     self._looked(op)
-            except Exception:
-                log.exception("writeback broke item=%s", op.item)
+            except Exception as failure:  # noqa: BLE001
+                _log_broken("writeback broke", op.item, failure)
                 self._schedule(op.item, retry.MAX_S)
             self._locks.free(op.dirs, flight.moving)
             kind = "uploads" if isinstance(op, Upload) else "changes"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import trio
 
 from cpodfs.cache.content import Content
-from cpodfs.cache.store import Store
+from cpodfs.cache.store import Store, trouble
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class Evictor:
             if self._content.shortage():
                 self.on_shortage()
             self._make_room()
-        except (OSError, sqlite3.Error):
-            log.exception("eviction failed")
+        except (OSError, sqlite3.Error) as error:
+            log.warning("nothing can be evicted: %s", trouble(error) or error)
 
     def _make_room(self) -> None:
         used = self._store.cached_bytes()

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import trio
 
 from cpodfs.cache.schema import DIR, ROOT
-from cpodfs.cache.store import Inode, Remote, Store
+from cpodfs.cache.store import Inode, Remote, Store, trouble
 from cpodfs.dfs import Client, Entry
 from cpodfs.errors import (
     BadReply,
@@ -430,15 +430,13 @@ class Lister:
             log.info("listing failed ino=%d: %s", ino, error)
             run.error = error
             self._retry_at[ino] = time.monotonic() + min(self._ttl_s, RETRY_S)
-        except (
-            sqlite3.OperationalError
-        ) as error:  # a full disk, most likely: what is known is shown
-            log.warning("listing cannot be recorded ino=%d: %s", ino, error)
-            run.error = CpodfsError(f"the cache cannot record a listing: {error}")
-            self._retry_at[ino] = time.monotonic() + RETRY_S
         except Exception as error:
-            log.exception("listing broke ino=%d", ino)
-            run.error = CpodfsError(f"listing failed: {error!r}")
+            if (why := trouble(error)) is None:
+                log.exception("listing broke ino=%d", ino)
+            else:  # a full disk, most likely: what is known is shown
+                log.warning("listing cannot be recorded ino=%d: %s", ino, why)
+                self._retry_at[ino] = time.monotonic() + RETRY_S
+            run.error = CpodfsError(f"listing failed: {why or repr(error)}")
         finally:
             del self._running[ino]
             run.done.set()
@@ -545,8 +543,8 @@ class Lister:
                 if self._may_reopen(pod):
                     await self._reopen(pod)
             await self.refresh(remote.ino)
-        except CpodfsError as error:
-            log.debug("no second look at rid=%d: %s", rid, error)
+        except (CpodfsError, sqlite3.Error) as error:
+            log.debug("no second look at rid=%d: %s", rid, trouble(error) or error)
             self._missing.look(rid)
 
 

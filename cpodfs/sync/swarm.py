@@ -9,12 +9,13 @@ pod is closed: of one that has told before, an upload is only then taken to be i
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
 from collections.abc import Callable
 
 import trio
 
-from cpodfs.cache.store import Remote, Store
+from cpodfs.cache.store import Remote, Store, trouble
 from cpodfs.dfs import MAX_BLOCK_SIZE, Client, FileStatus
 from cpodfs.errors import BadReply, CpodfsError, Refused, ServerError
 from cpodfs.sync.ops import pod_and_path
@@ -69,13 +70,16 @@ class SwarmWatch:
         task_status.started()
         while True:
             self._poked = trio.Event()
-            self.look()
-            with trio.move_on_after(self.next_s()):
-                await self._poked.wait()
-                await trio.sleep(POKE_S)  # for others that come at once
-                continue
-            for rid in self.take_due() if self._may_ask() else ():
-                await self._ask(rid)
+            try:
+                self.look()
+                with trio.move_on_after(self.next_s()):
+                    await self._poked.wait()
+                    await trio.sleep(POKE_S)  # for others that come at once
+                    continue
+                for rid in self.take_due() if self._may_ask() else ():
+                    await self._ask(rid)
+            except sqlite3.Error as error:  # a full disk must not end the mount
+                log.warning("what Swarm has cannot be recorded: %s", trouble(error) or error)
             await trio.sleep(ROUND_S)
 
     def look(self) -> None:

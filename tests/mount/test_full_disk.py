@@ -82,6 +82,7 @@ def test_what_is_pending_waits_for_room(
                 for number in range(OFTEN):
                     assert (pod / f"f{number % FILES}").read_text() == str(number % FILES)
         mount.sync()
+        assert "Traceback" not in mount.logged()
         assert mount.stop() == 0, mount.said
         for cache in small_disk.iterdir():
             shutil.rmtree(cache)

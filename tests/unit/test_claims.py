@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cpodfs.cache import claims
 from cpodfs.cache import folder as folders
 from cpodfs.cache.content import PART
 from cpodfs.cache.folder import Cache, opened
@@ -145,3 +146,75 @@ def test_a_target_that_holds_something_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(CacheError, match="out"):
         folders.rescue(tmp_path / "c", tmp_path / "out")
+
+
+def test_a_lost_journal_is_said_once_and_contents_are_doubted(tmp_path: Path) -> None:
+    with opened(tmp_path / "c") as cache:
+        fill(cache, "f", "text")
+    old = (tmp_path / "c" / "meta.db").read_bytes()
+    for _ in range(3):
+        with opened(tmp_path / "c") as cache:
+            assert cache.notices == ()
+    (tmp_path / "c" / "meta.db").write_bytes(old)
+    with opened(tmp_path / "c") as cache:
+        assert "older than its contents" in cache.notices[0]
+        (pod,) = cache.store.children(ROOT)
+        (inode,) = cache.store.children(pod.ino)
+        assert inode.epoch < cache.store.epoch, "its content is looked at before it is believed"
+    with opened(tmp_path / "c") as cache:
+        assert cache.notices == ()
+
+
+def test_check_says_what_is_said_only_once(tmp_path: Path) -> None:
+    killed(tmp_path / "c", ("f", "text"))
+    (tmp_path / "c" / "meta.db-wal").unlink()
+    found = folders.check(tmp_path / "c")
+    assert "older than its contents" in found.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("there", "crc", "is_kept"),
+    [
+        ("text", None, False),
+        ("text", zlib.crc32(b"text"), False),
+        ("tEXT", zlib.crc32(b"text"), True),
+        ("longer text", None, True),
+    ],
+)
+def test_what_is_not_the_servers_is_kept_whatever_the_journal_says(
+    tmp_path: Path, there: str, crc: int | None, is_kept: bool
+) -> None:
+    """As after a power cut just after an eviction, or with a journal that lost what came after it."""
+    with opened(tmp_path / "c-live") as cache:
+        ino = fill(cache, "f", there, dirty=0)
+        cache.store.set(ino, cached=0, crc=crc, size=len("text"))
+        shutil.copytree(tmp_path / "c-live", tmp_path / "c")
+    with opened(tmp_path / "c") as cache:
+        assert cache.content.size_or_0(ino) == 0
+        assert [path.read_text() for path in claims.aside(cache.content)] == [there] * is_kept
+
+
+def test_a_file_that_format_1_knew_to_be_longer_is_not_taken_for_damaged(tmp_path: Path) -> None:
+    """It noted the size when a file was closed: not of one that was being written anew at a kill."""
+    with opened(tmp_path / "c-live") as cache:
+        ino = fill(cache, "f", "new")
+        cache.store.set(ino, size=30_000)
+        database = cache.store._db
+        for table, column in (
+            *(("inode", "crc"), ("inode", "epoch"), ("remote", "absent_s")),
+            *(("remote", "absences"), ("remote", "in_swarm")),
+        ):
+            for index in ("remote_doubtful", "remote_unswarmed"):
+                database.execute(f"DROP INDEX IF EXISTS {index}")
+            database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
+        database.executescript("DROP TABLE state; PRAGMA user_version = 1;")
+        shutil.copytree(tmp_path / "c-live", tmp_path / "c")
+        database.executescript(
+            "CREATE TABLE state (starts, epoch, ended); INSERT INTO state VALUES (1, 1, 0)"
+        )
+    with opened(tmp_path / "c") as cache:
+        assert cache.store.was_cut
+        inode = cache.store.get(ino)
+        assert inode is not None
+        assert inode.dirty & CONTENT
+        assert cache.content.size(ino) >= inode.size
