@@ -435,6 +435,12 @@ class Engine:
         return self._due.due_s(item) if failed else 0.0
 
     def _break(self, ring: list[Item]) -> None:
+        stale = [item for item in ring if not self._still_waits(item)]
+        for item in stale:
+            self._waits.remove(item)
+            self._schedule(item, 0.0)
+        if stale:
+            return
         for item in ring:
             remote = self._store.remote_of(item[1]) if item[0] == "ino" else None
             if remote is not None and not remote.name.startswith(TEMP_PREFIX):
@@ -444,6 +450,12 @@ class Engine:
         log.error("objects wait for each other: %r", ring)
         for item in ring:
             self._schedule(item, retry.MAX_S)
+
+    def _still_waits(self, item: Item) -> bool:
+        """Whether an object must wait for the one that it waits for: what was so when it was planned
+        may be so no more."""
+        plan = self._planner.plan(item)
+        return isinstance(plan, Blocked) and self._waits.chain(item)[1:2] == [plan.on]
 
     def _wake_waiting(self, item: Item, delay_s: float = 0.0) -> None:
         for waiting in self._waits.pop(item):
@@ -588,7 +600,7 @@ class Engine:
             self._schedule(op.item, min(self._delay_s, BUSY_S) if self._draining else self._delay_s)
             return
         delay_s = self._retry.failed(op.item, error)
-        if isinstance(error, DfsError) and error.sent and not isinstance(op, Upload):
+        if isinstance(error, DfsError) and error.sent and not isinstance(op, Upload | Look):
             self._unsure[op.item] = op.dirs
             if isinstance(error, UNANSWERED):
                 self._unanswered.add(op.item)
@@ -599,7 +611,7 @@ class Engine:
             self._unsure[op.item] = op.dirs
             self._schedule(op.item, delay_s)
             return
-        absent = isinstance(error, NotFound | Doubtful)
+        absent = isinstance(error, NotFound | Doubtful) and not isinstance(op, Resolve)
         if absent and op.item[0] == "rid" and op.attempt >= BELIEVED_ATTEMPTS:
             # To be deleted, and not there. Should it be shown again, it will be.
             self._missing.suspect(op.item[1])

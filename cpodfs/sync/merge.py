@@ -286,6 +286,7 @@ class Merger:
                 home = self._store.remote(remote.rparent)
             if home is None or home.ino is None or self.is_held(home.ino):
                 return
+            self._store.looked.pop(rid, None)  # nobody here knows yet what is in there
             name = remote.name
             occupant = self._store.child(home.ino, name)
             if occupant is not None and occupant.is_dir:
@@ -353,6 +354,8 @@ class Merger:
                 if entry.is_dir and rid in seen:
                     # Theirs is shown by a listing after ours has left the name at the server.
                     self._store.set(directory.ino, listed_s=0)
+                    if remote.rparent is not None:
+                        self._store.looked[remote.rparent] = time.time()
                     local = self._store.child(directory.ino, entry.name)
                     if local is not None and local.ino == remote.ino:
                         self._set_aside(local, outcome)

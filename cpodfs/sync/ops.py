@@ -285,6 +285,8 @@ class Move(Op):
         if any(entry.is_dir for entry in await dfs.list_dir(pod, old)):
             await dfs.rename_dir(pod, old, new)
         else:
+            # Into a directory that is gone by now it would be lost.
+            await dfs.stat_dir(pod, posixpath.dirname(new))
             await dfs.raw_rename_dir(pod, old, new)
 
     def done(self, store: Store) -> list[Item]:

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 
 from cpodfs.cache.durability import Durability
-from cpodfs.cache.schema import CONTENT, DAMAGED, DIR, FILE, LINK, MODE, PLACE, ROOT, UNKNOWN
+from cpodfs.cache.schema import CONTENT, DAMAGED, DIR, FILE, LINK, MODE, PLACE, ROOT, SENT, UNKNOWN
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.sync.ops import (
     Chmod,
@@ -138,14 +138,17 @@ class Planner:
             if there is not None:
                 return Blocked(there.item)
             return self._move_dir(inode, mine, home)
+        self._store.unmark(inode.ino, SENT)  # what was sent to move it is for nothing
         return self._chmod(inode, mine)
 
     def _move_dir(self, inode: Inode, mine: Remote, home: Remote) -> Plan:
         item: Item = ("ino", inode.ino)
-        if not inode.listed_s:
+        if not inode.listed_s and mine.rid not in self._store.looked:
             return Look(item, (mine.rid,), mine.rid)
         name = inode.name or ""
-        has_dirs = any(child.kind == DIR for child in self._store.remote_children(mine.rid))
+        # What was looked at and does not count as listed has a directory that is not shown yet.
+        children = self._store.remote_children(mine.rid)
+        has_dirs = not inode.listed_s or any(child.kind == DIR for child in children)
         if has_dirs or self._is_doubtful(mine):
             return Rehome(item, (home.rid,), inode.ino, mine.rid, home.rid, name)
         return self._move(mine, home, name)
@@ -197,14 +200,17 @@ class Planner:
 
     def _unseen_above(self, orphan: Remote) -> int | None:
         """The topmost directory above an orphan that should be listed before the orphan is deleted:
-        its own, and with ``rm -r`` those above that are to be deleted, too."""
+        its own, and with ``rm -r`` those above that are to be deleted, too, and the one that they
+        are in: where a file has their name by now, the server breaks the connection."""
         found, directory = None, self._remote_above(orphan)
-        if directory is not None and directory.ino is not None:
-            return None if self._is_fresh(directory.ino) else directory.rid
-        while directory is not None and directory.ino is None:
+        while directory is not None and directory.rid != ROOT:
+            inode = self._store.get(directory.ino) if directory.ino is not None else None
             looked_s = self._store.looked.get(directory.rid, 0.0)
-            if not 0 <= time.time() - looked_s < self._fresh_s:
+            seen_s = max(looked_s, inode.listed_s) if inode is not None else looked_s
+            if not 0 <= time.time() - seen_s < self._fresh_s:
                 found = directory.rid
+            if directory.ino is not None:
+                break
             directory = self._remote_above(directory)
         return found
 

@@ -35,7 +35,7 @@ from cpodfs.errors import CpodfsError
 from cpodfs.fs.tree import RENAME_EXCHANGE, Times, Tree
 from cpodfs.parts import Parts
 from cpodfs.sync.drain import drain
-from cpodfs.sync.left import left
+from cpodfs.sync.left import Left, left
 from tests.simulated import Fate, Simulated, virtual_time
 
 NAMES = ("a", "b", "c", "d")
@@ -146,11 +146,7 @@ class History:
         for number in range(ROUNDS):
             if not await drain(self.engine, STALL_S):
                 waiting = left(self.engine, self.store, 1000)
-                if all(
-                    "--accept-deletions" in one.reason
-                    or (one.failed and self._is_doubtful(one.path))
-                    for one in waiting
-                ):
+                if all(self._is_explained(one) for one in waiting):
                     return  # deleted elsewhere: kept until that is sure, and ``status`` says so
                 self.say("not drained")
                 raise Stranded(f"not uploaded: {self._left()}")
@@ -184,6 +180,13 @@ class History:
             if there.get(p, here[p]) != here[p]
         ]
         return [line for line in said if not line.endswith("/.run")]
+
+    def _is_explained(self, one: Left) -> bool:
+        """Whether ``status`` says of something that is left that it was deleted elsewhere, or why
+        that is not sure."""
+        if "--accept-deletions" in one.reason:
+            return True
+        return (one.failed or "(" in one.reason) and self._is_doubtful(one.path)
 
     def _is_doubtful(self, path: str) -> bool:
         """Whether something is kept although the server does not show it, or is below what is."""

@@ -59,3 +59,29 @@ def test_a_move_that_was_broken_off_goes_on(tmp_path: Path) -> None:
     history = BrokenOff(Simulated(tmp_path / "server"), tmp_path, 1)
     with virtual_time() as clock:
         trio.run(history.run, clock=clock)
+
+
+class Stale(History):
+    """A file waits for its directory, which was on its way and is to be deleted by now."""
+
+    async def run(self) -> None:
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            folder = await self.tree.mkdir(pod.ino, "d", 0o755)
+            inode, handle = await self.tree.create(folder.ino, "f", 0o644)
+            self.tree.handles.release(handle)
+            assert await drain(self.engine, STALL_S)
+            above, file = self.store.remote_of(folder.ino), self.store.remote_of(inode.ino)
+            assert above is not None
+            assert file is not None
+            await self.tree.unlink(folder.ino, "f")
+            await self.tree.rmdir(pod.ino, "d")
+            self.engine._due.drop(("rid", file.rid))
+            self.engine._waits.add(("rid", file.rid), ("rid", above.rid))
+            assert await drain(self.engine, STALL_S)
+
+
+def test_who_no_longer_has_to_wait_is_no_part_of_a_ring(tmp_path: Path) -> None:
+    history = Stale(Simulated(tmp_path / "server"), tmp_path, 1)
+    with virtual_time() as clock:
+        trio.run(history.run, clock=clock)

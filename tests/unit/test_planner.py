@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from sync_helpers import World
 
+from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT, DIR, MODE, SENT
+from cpodfs.sync.ops import Look, Rehome
+from cpodfs.sync.planner import Planner
 
 
 @pytest.fixture
@@ -201,3 +204,43 @@ def test_a_name_is_free_when_all_that_was_to_be_deleted_there_is_not_shown(world
         world.store.set_remote(rid, absent_s=1.0)
     assert world.settle() == ["Upload d"]
     assert world.remote_tree() == world.local_tree()
+
+
+def test_what_was_sent_for_a_move_that_was_undone_is_settled(world: World) -> None:
+    folder = world.make(world.pod(), "d", DIR)
+    world.settle()
+    world.store.set(folder, dirty=SENT)
+    world.settle()
+    assert world.store.is_settled()
+
+
+def test_the_directory_above_what_was_removed_is_looked_at_first(world: World) -> None:
+    """Where a file has the removed one's name by now, the server would break the connection."""
+    pod = world.pod()
+    folder = world.make(pod, "d", DIR)
+    inner = world.make(folder, "inner")
+    world.settle()
+    for ino in (inner, folder):
+        world.remove(ino)
+    (rid,) = [rid for rid in world.store.orphans() if world.store.remote_path(rid)[-1] == "inner"]
+    planner = Planner(world.store, Durability(world.store, world.content), fresh_s=60.0)
+    plan, home = planner.plan(("rid", rid)), world.store.remote_of(pod)
+    assert home is not None
+    assert isinstance(plan, Look)
+    assert plan.rid == home.rid
+
+
+def test_a_directory_that_cannot_be_known_for_now_moves_object_by_object(world: World) -> None:
+    """A file and a directory of one name are in it: the one cannot leave before it has moved, and the
+    other is not shown before that."""
+    pod = world.pod()
+    folder = world.make(pod, "d", DIR)
+    world.make(folder, "f")
+    world.settle()
+    remote = world.store.remote_of(folder)
+    assert remote is not None
+    world.store.set(folder, listed_s=0)
+    world.move(folder, pod, "e")
+    assert isinstance(world.planner.plan(("ino", folder)), Look)
+    world.store.looked[remote.rid] = 1.0
+    assert isinstance(world.planner.plan(("ino", folder)), Rehome)
