@@ -83,6 +83,14 @@ CREATE INDEX remote_orphan ON remote (rid) WHERE ino IS NULL;
 CREATE INDEX remote_doubtful ON remote (rid) WHERE absent_s IS NOT NULL;
 CREATE INDEX remote_unswarmed ON remote (rid) WHERE in_swarm = 0;
 
+CREATE TABLE sent (            -- uploads of which it is not known whether the server acted on them, or
+    ino INTEGER NOT NULL,      -- still will: it goes on with a request whose client has died
+    size INTEGER NOT NULL,     -- bytes
+    crc INTEGER NOT NULL,      -- CRC-32 of them
+    sent_s REAL NOT NULL,      -- Unix time of the last byte
+    PRIMARY KEY (ino, size, crc)
+) WITHOUT ROWID;
+
 CREATE TABLE state (           -- what is true of the cache as a whole
     starts INTEGER NOT NULL,   -- how often it was opened
     epoch INTEGER NOT NULL,    -- the last of these that followed an unclean end
@@ -105,6 +113,10 @@ ALTER TABLE remote ADD COLUMN absences INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE remote ADD COLUMN in_swarm INTEGER NOT NULL DEFAULT 1;
 CREATE INDEX remote_doubtful ON remote (rid) WHERE absent_s IS NOT NULL;
 CREATE INDEX remote_unswarmed ON remote (rid) WHERE in_swarm = 0;
+CREATE TABLE sent (
+    ino INTEGER NOT NULL, size INTEGER NOT NULL, crc INTEGER NOT NULL, sent_s REAL NOT NULL,
+    PRIMARY KEY (ino, size, crc)
+) WITHOUT ROWID;
 CREATE TABLE state (
     starts INTEGER NOT NULL, epoch INTEGER NOT NULL, ended INTEGER NOT NULL
 );

@@ -37,6 +37,8 @@ INODE_COLUMNS = (
     "listed_s, used_s, error, crc, epoch"
 )
 KNOWN_MAX = 10_000
+LATE_S = 300.0
+"""So long after its last byte was sent an upload may still appear at the server, clocks included."""
 REMOTE_COLUMNS = (
     "rid, rparent, name, kind, size, mtime_s, slack_s, mode, readonly, ino, to_parent, to_name, "
     "absent_s, absences, in_swarm"
@@ -115,6 +117,11 @@ class Remote(NamedTuple):
         if self.mtime_s is None:
             return size == self.size
         return size == self.size and abs(mtime_s - self.mtime_s) <= self.slack_s
+
+    def is_older(self, mtime_s: int) -> bool:
+        """Whether what the server now says of a file is surely an earlier version than we know: it
+        shows one when it cannot read the newest."""
+        return self.mtime_s is not None and mtime_s < self.mtime_s - self.slack_s
 
 
 class Store:
@@ -350,6 +357,7 @@ class Store:
         with self.transaction():
             self._known.pop(ino, None)
             self._db.execute("DELETE FROM xattr WHERE ino = ?", (ino,))
+            self.forget_sent(ino)
             self._db.execute("DELETE FROM inode WHERE ino = ? AND parent IS NULL", (ino,))
 
     def place(self, ino: int, parent: int, name: str) -> None:
@@ -536,6 +544,30 @@ class Store:
             self._db.execute("DELETE FROM xattr WHERE ino = ? AND name = ?", (ino, name)).rowcount
             > 0
         )
+
+    # -- uploads with an outcome that is not known -------------------------------------------------
+
+    def note_sent(self, ino: int, size: int, crc: int) -> None:
+        """From now on the server may act on an upload of so many bytes with this CRC-32."""
+        self._db.execute(
+            "INSERT OR REPLACE INTO sent VALUES (?,?,?,?)", (ino, size, crc, time.time())
+        )
+
+    def sent(self, ino: int, size: int) -> frozenset[int]:
+        """The checksums of such uploads of so many bytes."""
+        rows = self._db.execute("SELECT crc FROM sent WHERE ino = ? AND size = ?", (ino, size))
+        return frozenset(crc for (crc,) in rows)
+
+    def may_be_late(self, ino: int, size: int, mtime_s: int) -> bool:
+        """Whether a version that the server shows can be such an upload, by its size and time."""
+        row = self._db.execute(
+            "SELECT 1 FROM sent WHERE ino = ? AND size = ? AND abs(? - sent_s) < ? LIMIT 1",
+            (ino, size, mtime_s, LATE_S),
+        ).fetchone()
+        return row is not None
+
+    def forget_sent(self, ino: int) -> None:
+        self._db.execute("DELETE FROM sent WHERE ino = ?", (ino,))
 
     # -- the remote tree --------------------------------------------------------------------------
 

@@ -23,6 +23,9 @@ ENOUGH = 2
 """Confirmations for one file among neighbours."""
 MANY = 4
 """For a directory in which something is known, or where no neighbour bears witness."""
+STUBBORN = 6
+"""For a file that is shown in an earlier version: times of modification do not go back, but for a clock
+that was wrong."""
 DISTRUST_S = 600.0
 """For so long after the server was last caught saying "not there" of what was, nothing is believed."""
 PAUSES_S = (0.0, 0.5, 1.0, 4.0, 16.0, 60.0, 240.0, 900.0)
@@ -56,12 +59,14 @@ class Folder:
 class Absence:
     """One object that is not shown. ``holds``: a pod or directory in which something is known.
 
-    ``confirmed``: how often it was found to be absent; ``last_s``: when last.
+    ``confirmed``: how often it was found to be absent; ``last_s``: when last. ``outdated``: it is
+    shown, but as it was before the version that is known.
     """
 
     holds: bool
     confirmed: int
     last_s: float | None = None
+    outdated: bool = False
 
     def counts(self, now_s: float) -> bool:
         """Whether to find it absent now is another confirmation, or too soon to be one."""
@@ -91,4 +96,6 @@ def judge(folder: Folder, absence: Absence, lied_s: float | None, now_s: float) 
     if distrusted or not folder.whole:
         return Verdict.DOUBTFUL
     needed = MANY if absence.holds or alone else ENOUGH
+    if absence.outdated:
+        needed = STUBBORN
     return Verdict.DOUBTFUL if absence.confirmed < needed else Verdict.DELETED

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import trio
 
 from cpodfs.cache.content import Content
-from cpodfs.cache.store import Store, trouble
+from cpodfs.cache.store import Remote, Store, trouble
 from cpodfs.dfs import Client
 from cpodfs.errors import (
     BadReply,
@@ -41,6 +41,8 @@ KEEP_GOING_BYTES = 8 << 20
 """A download of at most so many bytes is finished even when its last reader has gone."""
 
 
+OTHER_S = 120.0
+"""For so long another content than the one that was evicted, of the same version, is not believed."""
 AGAIN_S = 5.0
 """Who comes again so soon after he waited in vain goes on with the same wait."""
 
@@ -162,6 +164,7 @@ class Downloads:
         self._attempts = attempts
         self._pulse = Pulse(patience_s)
         self._running: dict[int, Download] = {}
+        self._others: dict[int, tuple[int, float]] = {}  # unexpected checksums, since when
         self.hits = 0
         """Opens for reading that found the content here, or nothing to fetch."""
         self.misses = 0
@@ -300,12 +303,13 @@ class Downloads:
             os.close(fd)
 
     async def _stream(self, download: Download, fd: int) -> None:
-        if self._store.remote(download.rid) is None:
+        remote = self._store.remote(download.rid)
+        if remote is None:
             raise NotFound("the file is no longer at the server")
         offset = download.crc = 0
         async with self._dfs.download(*pod_and_path(self._store, download.rid)) as body:
             if body.size != download.size:
-                raise Conflict(f"{body.size} bytes at the server, {download.size} expected")
+                raise await self._other_version(remote, download, body.size)
             if not download.begun:
                 download.begun = True
                 download.moved()
@@ -318,8 +322,34 @@ class Downloads:
                 if offset > download.available:
                     download.available = offset
                     download.moved()
+        self._check_crc(download)
         # Before it takes the data file's place: else a loss of power could leave holes in it.
         await trio.to_thread.run_sync(os.fdatasync, fd)
+
+    async def _other_version(self, remote: Remote, download: Download, size: int) -> CpodfsError:
+        """What to make of a body of another size: somebody's new version, or an earlier one, as the
+        server sends when it cannot read the newest."""
+        stat = await self._dfs.stat_file(*pod_and_path(self._store, remote.rid))
+        if remote.is_version(stat.size, stat.mtime_s) or remote.is_older(stat.mtime_s):
+            return Doubtful(f"{size} bytes sent, though {download.size} are there")
+        return Conflict(f"{size} bytes at the server, {download.size} expected")
+
+    def _check_crc(self, download: Download) -> None:
+        """Raise Doubtful for content that is not the one which was here, or was sent from here, before
+        it was evicted; unless the server sends it again and again."""
+        inode = self._store.get(download.ino)
+        if inode is None or inode.crc is None or inode.crc == download.crc:
+            self._others.pop(download.ino, None)
+            return
+        now_s = trio.current_time()
+        crc, since_s = self._others.get(download.ino, (download.crc, now_s))
+        if crc != download.crc or now_s - since_s < OTHER_S:
+            self._others[download.ino] = download.crc, since_s if crc == download.crc else now_s
+            raise Doubtful("another content sent than the one that was here before")
+        log.warning(
+            "another content, of the same size and time: %r", self._store.path(download.ino)
+        )
+        del self._others[download.ino]
 
 
 def _write_all(fd: int, chunk: bytes, offset: int, crc: int) -> int:

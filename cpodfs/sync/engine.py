@@ -604,7 +604,7 @@ class Engine:
             self._unsure[op.item] = op.dirs
             if isinstance(error, UNANSWERED):
                 self._unanswered.add(op.item)
-        if isinstance(error, NotFound):
+        if isinstance(error, NotFound | Doubtful):
             self._lister.said_absent(op.dirs, error)
         if isinstance(error, Conflict):
             log.info("conflict item=%s: %s", op.item, error)

@@ -35,11 +35,13 @@ class Tally:
     shown: int = 0
     unchanged: int = 0
     missing: list[Remote] = field(default_factory=list)
+    outdated: list[Remote] = field(default_factory=list)
 
     def add(self, outcome: Outcome) -> None:
         self.shown += outcome.shown
         self.unchanged += outcome.unchanged
         self.missing += outcome.missing
+        self.outdated += outcome.outdated
 
 
 class Inquiry:
@@ -65,12 +67,16 @@ class Inquiry:
     async def judge(self, rid: int, tally: Tally, entries: int) -> None:
         """What becomes of what a listing of so many entries did not show."""
         missing = await self._settle(rid, tally.missing, entries)
+        missing += self._still_outdated(tally.outdated)
         if not missing:
             self._missing.calm(rid)
             if not self._store.has_doubtful(rid):
                 self._missing.settled(rid)
             return
         await self._mark(missing)
+        outdated = {remote.rid for remote in tally.outdated}
+        for remote in missing:
+            self._missing.is_outdated(remote.rid, remote.rid in outdated)
         folder = Folder(
             *(tally.shown + len(missing), len(missing), tally.unchanged),
             whole=True,
@@ -105,7 +111,9 @@ class Inquiry:
     def believe_gone(self, rid: int) -> None:
         """The server has no such object any more: that is certain, or the user's word."""
         remote = self._store.remote(rid)
-        if remote is not None:
+        if rid in self._missing.outdated:
+            self._missing.accept_older(rid)
+        elif remote is not None:
             outcome = Outcome()
             self._merger.gone(remote, outcome)
             self._on_outcome(outcome)
@@ -128,11 +136,28 @@ class Inquiry:
                 self._missing.suspect(remote.rid)
         return doubtful
 
+    def _still_outdated(self, outdated: list[Remote]) -> list[Remote]:
+        """What there is to doubt of what is shown in an earlier version: not what was to be deleted,
+        which is when the version to be deleted is shown again."""
+        doubtful: list[Remote] = []
+        for remote in outdated:
+            now = self._store.remote(remote.rid)
+            if now is None or (now.size, now.mtime_s) != (remote.size, remote.mtime_s):
+                continue
+            if now.ino is None:
+                self._missing.suspect(now.rid)
+            else:
+                doubtful.append(now)
+        return doubtful
+
     # -- asking -----------------------------------------------------------------------------------
 
     async def _confirm(self, remote: Remote) -> bool:
-        """Whether an object is not there, by whatever way it is asked for."""
-        if not await self.is_absent(remote):
+        """Whether an object is not there, or not as it was, by whatever way it is asked for."""
+        if remote.rid in self._missing.outdated:
+            if not await self._is_outdated(remote):
+                return False
+        elif not await self.is_absent(remote):
             self._missing.seen(remote.rid)
             return False
         if self._store.remote(remote.rid) is not None:
@@ -152,6 +177,18 @@ class Inquiry:
         except NotFound:
             return True
         return False
+
+    async def _is_outdated(self, remote: Remote) -> bool:
+        """Whether the server shows an earlier version of a file, asked by name, too."""
+        if self._store.remote(remote.rid) is None:
+            return False
+        try:
+            stat = await self._dfs.stat_file(*pod_and_path(self._store, remote.rid))
+        except NotFound:
+            return False  # neither there as listed, nor surely gone
+        if remote.is_version(stat.size, stat.mtime_s):
+            self._missing.seen(remote.rid)
+        return remote.is_older(stat.mtime_s)
 
     async def _is_pod_absent(self, remote: Remote) -> bool:
         if await self._dfs.pod_present(remote.name):

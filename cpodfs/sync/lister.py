@@ -480,7 +480,7 @@ class Lister:
 
     # -- what is not shown ------------------------------------------------------------------------
 
-    def said_absent(self, rids: Iterable[int], error: NotFound) -> None:
+    def said_absent(self, rids: Iterable[int], error: NotFound | Doubtful) -> None:
         """A call about something in these directories was answered so: they are looked at again."""
         for rid in rids:
             if isinstance(error, PodNotFound):
@@ -512,9 +512,9 @@ class Lister:
                 "deleted elsewhere, the user says: %r", "/".join(self._store.remote_path(rid))
             )
             folder = self._store.remote(rid)
-            self._inquiry.believe_gone(rid)
             if folder is not None and folder.rparent is not None:
                 self._missing.settled(folder.rparent)
+            self._inquiry.believe_gone(rid)
         return len(accepted)
 
     def _is_below(self, rid: int, top: int) -> bool:

@@ -31,6 +31,8 @@ LATEST_S = 1 << 33
 """Unix time beyond which a server's clock is not believed; nanoseconds must fit 64 bits."""
 SLICE_S = 0.002
 """After so long a merge lets others in."""
+GHOST_S = 600.0
+"""For so long an earlier version of a file that was to be deleted is taken for a lie."""
 PAGE = 200
 """Rows looked at in one slice for what a listing did not show."""
 
@@ -49,12 +51,14 @@ class NameChange:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a merge did: ``changes`` for the kernel, ``work`` for the engine, ``missing`` to confirm.
+    """What a merge did: ``changes`` for the kernel, ``work`` for the engine; ``missing`` and
+    ``outdated`` to confirm.
 
     ``missing``: objects that the listing did not show. The server leaves out what it could not
     fetch just then, so that is no proof of their deletion (``doubt.py``). ``shown``: how many it did
     of those that were known, ``unchanged`` of them just as they were; ``returned``: which of these
-    had been missing.
+    had been missing. ``outdated``: files that it shows in an earlier version than the one known, as
+    the server does when it cannot read the newest; nothing was changed for that.
     ``clashing``: names of files beside directories of the same name, which the server allows: here
     there is room for one, so the file needs another name at the server.
     """
@@ -62,6 +66,7 @@ class Outcome:
     changes: list[NameChange] = field(default_factory=list)
     work: list[Item] = field(default_factory=list)
     missing: list[Remote] = field(default_factory=list)
+    outdated: list[Remote] = field(default_factory=list)
     clashing: list[str] = field(default_factory=list)
     shown: int = 0
     unchanged: int = 0
@@ -269,8 +274,9 @@ class Merger:
                     return True
             elif (known.kind == DIR) != entry.is_dir:
                 return True
-            elif known.ino is None and known.kind == FILE:  # noqa: SIM102
-                if not known.is_version(entry.size, entry.mtime_s):
+            elif known.ino is None and known.kind == FILE:
+                same = known.is_version(entry.size, entry.mtime_s)
+                if not same and not known.is_older(entry.mtime_s):
                     return True
         return False
 
@@ -446,10 +452,13 @@ class Merger:
             # Not to_parent: a directory on its way, moved object by object, is in both places, and
             # forgotten here it would be a stranger's there. Whoever resolves the move looks at both.
         }
+        same = entry.is_dir or remote.is_version(entry.size, entry.mtime_s)
+        if not same and remote.is_older(entry.mtime_s) and not self._is_settled_ghost(remote):
+            outcome.outdated.append(remote)
+            return
         local = self._store.get(remote.ino) if remote.ino is not None else None
         if local is not None and remote.mode != entry.mode and not local.dirty & MODE:
             self._store.set(local.ino, mode=entry.mode)
-        same = entry.is_dir or remote.is_version(entry.size, entry.mtime_s)
         outcome.shown += local is not None
         outcome.unchanged += local is not None and same
         if same and remote.absent_s is not None:
@@ -459,6 +468,10 @@ class Merger:
                 outcome.work.append(("rid", remote.rid))  # to be deleted, and not shown until now
             if any(getattr(remote, column) != value for column, value in news.items()):
                 self._store.set_remote(remote.rid, **news)
+            return
+        if local is not None and self._may_be_ours(local, entry):
+            self._store.mark(local.ino, CONTENT)
+            outcome.work.append(("ino", local.ino))  # the upload looks at it, and goes over it
             return
         news["in_swarm"] = 1  # somebody else's: nobody can tell
         if local is None:  # deleted here, changed there since: the newer version is somebody's work
@@ -477,6 +490,22 @@ class Merger:
         )
         assert parent is not None
         self._adopt(parent, remote.rid, entry, outcome, name or entry.name)
+
+    def _may_be_ours(self, local: Inode, entry: Entry) -> bool:
+        """Whether what is shown may be an upload of ours that arrived late, and what is here is newer:
+        the server goes on with a request whose client has died. Its content is looked at before
+        anything is sent (``Upload``)."""
+        if not local.cached or local.parent is None or local.dirty & DAMAGED:
+            return False
+        return self._store.may_be_late(local.ino, entry.size, entry.mtime_s)
+
+    def _is_settled_ghost(self, remote: Remote) -> bool:
+        """Whether something to be deleted has been shown otherwise for so long that this is so."""
+        return (
+            remote.ino is None
+            and remote.absent_s is not None
+            and time.time() - remote.absent_s > GHOST_S
+        )
 
     def _adopt(
         self, parent: int, rid: int, entry: Entry, outcome: Outcome, name: str | None = None

@@ -37,6 +37,8 @@ class Missing:
         self._lied_s: float | None = None
         self._changed = trio.Event()
         self.alarms: dict[int, Folder] = {}
+        self.outdated: set[int] = set()
+        """Remote ids of doubtful files that are shown, in an earlier version."""
 
     @property
     def distrusted(self) -> bool:
@@ -89,7 +91,25 @@ class Missing:
 
     def _absence(self, remote: Remote) -> Absence:
         holds = remote.kind == DIR and self.holds(remote)
-        return Absence(holds, remote.absences, self._confirmed_s.get(remote.rid))
+        last_s = self._confirmed_s.get(remote.rid)
+        return Absence(holds, remote.absences, last_s, remote.rid in self.outdated)
+
+    def is_outdated(self, rid: int, outdated: bool) -> None:
+        """Whether a doubtful object is shown in an earlier version, or not at all. What was confirmed
+        of one says nothing of the other."""
+        if outdated != (rid in self.outdated):
+            (self.outdated.add if outdated else self.outdated.discard)(rid)
+            self._confirmed_s.pop(rid, None)
+            self._store.set_remote(rid, absences=0)
+
+    def accept_older(self, rid: int) -> None:
+        """From now on whatever version the server shows of a file is the newest."""
+        self.outdated.discard(rid)
+        self._confirmed_s.pop(rid, None)
+        remote = self._store.remote(rid)
+        if remote is not None and remote.rparent is not None:
+            self._store.set_remote(rid, mtime_s=0, slack_s=0, absent_s=None, absences=0)
+            self.look(remote.rparent)
 
     def holds(self, remote: Remote) -> bool:
         """Whether something is known to be in a directory or pod, here or there."""
@@ -109,6 +129,7 @@ class Missing:
     def returned(self, remote: Remote) -> None:
         """It was doubtful, and is shown again as it was: the server lied."""
         self._confirmed_s.pop(remote.rid, None)
+        self.outdated.discard(remote.rid)
         self._lied_s = self._clock()
         log.debug("shown again: %r", "/".join(self._store.remote_path(remote.rid)))
 

@@ -464,6 +464,7 @@ class Upload(Op):
             return
         with store.transaction():
             store.unmark(self.ino, SENT)
+            store.forget_sent(self.ino)
             if self.known is not None and (there := store.remote(self.known.rid)) is not None:
                 store.set_remote(
                     there.rid,
@@ -474,7 +475,7 @@ class Upload(Op):
 
     async def call(self, store: Store, dfs: Client) -> None:
         pod, directory = pod_and_path(store, self.rparent)
-        await self._check_version(dfs, *child_path(store, self.rparent, self.name))
+        await self._check_version(store, dfs, *child_path(store, self.rparent, self.name))
         fd = self.durability.content.open_dirty(self.ino)
         started = time.time()
         try:
@@ -485,7 +486,7 @@ class Upload(Op):
             self.size = os.fstat(fd).st_size
             await dfs.upload(
                 *(pod, directory, self.name),
-                lambda: self._body(fd),
+                lambda: self._body(store, fd),
                 self.size,
                 on_progress=self._progress,
             )
@@ -497,7 +498,7 @@ class Upload(Op):
             self.stored_s = round(time.time() + skew_s)
             self.slack_s = round(time.time() - started) + 2
 
-    async def _check_version(self, dfs: Client, pod: str, path: str) -> None:
+    async def _check_version(self, store: Store, dfs: Client, pod: str, path: str) -> None:
         if self.known is None or self.known.mtime_s is None:
             return
         there: FileStat | Entry | None
@@ -510,16 +511,40 @@ class Upload(Op):
             if self.attempt >= BELIEVED_ATTEMPTS:
                 return
             there = await look_for(dfs, pod, path, is_dir=False)
-        if there is not None and not self.known.is_version(there.size, there.mtime_s):
-            raise Conflict(f"{pod}{path}: changed at the server since it was read")
+        if there is None or self.known.is_version(there.size, there.mtime_s):
+            return
+        if self.known.is_older(there.mtime_s):
+            error = Doubtful(f"{pod}{path}: the server shows an earlier version than it had")
+            error.remedy = "if that is the right one: cpodfs refresh --accept-deletions {path}"
+            raise error
+        if await self._is_late(store, dfs, pod, path, there.size):
+            return
+        raise Conflict(f"{pod}{path}: changed at the server since it was read")
 
-    async def _body(self, fd: int) -> AsyncIterator[bytes]:
+    async def _is_late(self, store: Store, dfs: Client, pod: str, path: str, size: int) -> bool:
+        """Whether what the server has is what we sent earlier, byte by byte. If not, it is no longer
+        taken to be that."""
+        sent = store.sent(self.ino, size)
+        if not sent:
+            return False
+        crc = got = 0
+        async with dfs.download(pod, path) as body:
+            async for chunk in body:
+                got += len(chunk)
+                crc = zlib.crc32(chunk, crc)
+        if got == size and crc in sent:
+            return True
+        store.forget_sent(self.ino)
+        return False
+
+    async def _body(self, store: Store, fd: int) -> AsyncIterator[bytes]:
         offset = self.crc = 0
         while True:
             chunk = await data.read(fd, offset, min(UPLOAD_CHUNK, self.size - offset))
             if self.changed or (not chunk and offset < self.size):
                 raise ChangedDuringUpload(f"{self.name}: written to while it was being uploaded")
-            if not chunk:
+            if not chunk:  # the end of the form follows, upon which the server acts
+                store.note_sent(self.ino, self.size, self.crc)
                 return
             offset += len(chunk)
             self.crc = zlib.crc32(chunk, self.crc)
@@ -532,6 +557,8 @@ class Upload(Op):
         with store.transaction():
             inode, mine = store.get(self.ino), store.remote_of(self.ino)
             there = store.remote_at(self.rparent, self.name)
+            if not self.sent_before:  # else an earlier one may arrive yet
+                store.forget_sent(self.ino)
             alive = inode is not None and inode.parent is not None
             if store.remote(self.rparent) is None:  # gone meanwhile, with all that was in it
                 return []

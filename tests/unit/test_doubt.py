@@ -15,6 +15,7 @@ from cpodfs.sync.doubt import (
     FEW,
     MANY,
     MUCH,
+    STUBBORN,
     Absence,
     Folder,
     Verdict,
@@ -207,3 +208,21 @@ def test_an_alarm_is_said_once_until_it_ends(
     assert "'pod/d'" in caplog.text
     world.missing.settled(world.dir)
     assert world.missing.alarms == {}
+
+
+def test_an_earlier_version_is_believed_later_than_an_absence(world: World) -> None:
+    one, folder = world.files[0], Folder(known=3, missing=1, unchanged=2, whole=True)
+    world.missing.suspect(one)
+    world.missing.confirm(one, opened_s=None)
+    world.missing.is_outdated(one, True)
+    assert world.confirmed(one) == 0, "that it was absent says nothing of its version"
+    for looks in range(STUBBORN):
+        assert world.missing.judge(one, folder) is Verdict.DOUBTFUL
+        world.clock.now_s += pause_s(looks)
+        world.missing.confirm(one, opened_s=None)
+    assert world.missing.judge(one, folder) is Verdict.DELETED
+    world.missing.accept_older(one)
+    remote = world.store.remote(one)
+    assert remote is not None
+    assert not remote.is_older(1), "whatever is shown next is news"
+    assert world.store.doubtful() == []

@@ -159,7 +159,8 @@ def test_a_cache_of_version_1_is_brought_to_this_one(tmp_path: Path) -> None:
         *(("remote", "absent_s"), ("remote", "absences"), ("remote", "in_swarm")),
     ):
         db.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-    db.execute("DROP TABLE state")
+    for table in ("sent", "state"):
+        db.execute(f"DROP TABLE {table}")
     db.execute("INSERT INTO inode VALUES (7,1,'pod','d',448,0,1,2,3,NULL,0,4,5,6,NULL)")
     db.execute("INSERT INTO remote VALUES (7,1,'pod','d',0,NULL,0,448,0,7,NULL,NULL)")
     db.execute("PRAGMA user_version = 1")
