@@ -520,7 +520,7 @@ class Engine:
         target = moving.to_parent if moving is not None else None
         # The target first: the object found there is then not missed where it came from.
         for rid in sorted(dirs, key=lambda rid: rid != target):
-            await self._lister.list_locked(rid)
+            await self._lister.list_locked(rid, moving.rid if moving is not None else None)
             if rid == target and moving is not None and moving.kind == DIR:
                 await self._lister.look_behind(moving)
         if moving is not None and await self._lister.is_at_orphan(moving):

@@ -254,8 +254,9 @@ class Lister:
             return False
         return self._locks.blocker((pod,), moving=pod) is None
 
-    async def list_locked(self, rid: int) -> None:
-        """List a remote directory whose lock the caller holds. Raises a DfsError."""
+    async def list_locked(self, rid: int, resolving: int | None = None) -> None:
+        """List a remote directory whose lock the caller holds, and, while ``resolving`` whether the
+        server has renamed a directory, that at its old place as well. Raises a DfsError."""
         remote = self._store.remote(rid)
         if remote is None:
             return
@@ -279,9 +280,11 @@ class Lister:
         known = self._named(rid)
         if known is not None and not known.listed_s and not await self._is_whole(rid, found):
             raise Doubtful("the server leaves out names that are there")
-        await self._merge(rid, started, found)
+        await self._merge(rid, started, found, resolving)
 
-    async def _merge(self, rid: int, started: list[str], found: _Found) -> None:
+    async def _merge(
+        self, rid: int, started: list[str], found: _Found, resolving: int | None
+    ) -> None:
         """Merge a listing slice by slice, for as long as the directory is where it was listed."""
         directory = self._named(rid)
         if directory is None:
@@ -291,7 +294,9 @@ class Lister:
             log.warning("%d malformed entries left out of the listing of %r", found.malformed, path)
         clashing: list[str] = []
         merge = self._merger.listing(
-            directory, rid, found.entries, found.readonly, complete=not found.malformed
+            *(directory, rid, found.entries, found.readonly),
+            complete=not found.malformed,
+            resolving=resolving,
         )
         tally = Tally()
         for number, outcome in enumerate(merge):

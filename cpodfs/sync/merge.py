@@ -144,14 +144,17 @@ class Merger:
         readonly: set[str],
         *,
         complete: bool = True,
+        resolving: int | None = None,
     ) -> Iterator[Outcome]:
         """Merge a listing of ``directory`` (remote ``rid``) slice by slice, each of which is one
-        transaction; ``readonly`` names received pods. Between two slices the trees may change, but
+        transaction; ``readonly`` names received pods. A directory that may have been renamed into this
+        one has arrived only for who is ``resolving`` that, and looks at its old place, too. Between two slices the trees may change, but
         the directory must stay: if it does not, do not go on. Only what a ``complete`` listing does
         not show is missing. Raises Held.
         """
-        arriving = {r.to_name for r in self._store.moving() if r.to_parent == rid}
-        newest, seen, left = self._store.newest_rid(), _Ids(), _last(arriving, entries)
+        moving = [r for r in self._store.moving() if r.to_parent == rid and r.kind == DIR]
+        newest, seen = self._store.newest_rid(), _Ids()
+        left = _last({r.to_name for r in moving}, entries)
         other_kind: list[tuple[int, Entry]] = []
         more = True
         while more:
@@ -160,7 +163,7 @@ class Merger:
             with self._store.transaction():
                 while more := (entry := next(left, None)) is not None:
                     assert entry is not None
-                    other = self._entry(directory, rid, entry, readonly, seen, outcome)
+                    other = self._entry(directory, rid, entry, readonly, seen, outcome, resolving)
                     if other is not None:
                         other_kind.append((other, entry))
                     if time.perf_counter() > until:
@@ -182,6 +185,7 @@ class Merger:
         readonly: set[str],
         seen: _Ids,
         outcome: Outcome,
+        resolving: int | None,
     ) -> int | None:
         """Returns the remote id of what we know under this name, if it is of another kind."""
         if not self._may_show(directory, entry.name):
@@ -192,6 +196,8 @@ class Merger:
             arrived = self._store.remote_moving_to(rid, entry.name)
             if arrived is not None and (arrived.kind == DIR) == entry.is_dir:
                 seen.add(arrived.rid)
+                if entry.is_dir and arrived.rid != resolving:
+                    return None
                 outcome.work += moved(self._store, arrived.rid, rid, entry.name)
             else:
                 self._new(directory, rid, entry, entry.name in readonly, outcome)

@@ -24,7 +24,10 @@ def test_nothing_is_stranded_in_any_history(first: int, tmp_path: Path) -> None:
 
 
 class BrokenOff(History):
-    """A directory is moved object by object by a driver that dies half-way."""
+    """A directory is moved object by object by a driver that dies half-way. ``listed_first``: the next
+    one is asked for a listing before it could find that out."""
+
+    listed_first = False
 
     async def run(self) -> None:
         async with self._driver():
@@ -49,14 +52,21 @@ class BrokenOff(History):
                 await self.other.mkdir("p", f"/{name}")
             for name in ("f", "both/f"):
                 await self.other.rename_file("p", f"/d/{name}", f"/{aside}/{name}")
+        self.fate.away, self.fate.latency_s = self.listed_first, 0.0
         async with self._driver():
+            if self.listed_first:
+                await trio.sleep(0.1)
+                self.fate.away = False
+                await self.parts.lister.refresh(pod.ino)
             await self._finish()
             assert self._paths() == before
 
 
-def test_a_move_that_was_broken_off_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("listed_first", [False, True])
+def test_a_move_that_was_broken_off_goes_on(tmp_path: Path, listed_first: bool) -> None:
     """The directory is at both places, and must not be shown twice."""
     history = BrokenOff(Simulated(tmp_path / "server"), tmp_path, 1)
+    history.listed_first = listed_first
     with virtual_time() as clock:
         trio.run(history.run, clock=clock)
 

@@ -334,7 +334,9 @@ def test_a_directory_on_its_way_is_not_forgotten_where_it_came_from(tmp_path: Pa
     merger = Merger(world.store, world.content, lambda ino: None)
     old, new = (Entry(name, True, 0, 0o700, 5, 5, 5) for name in ("d", aside))
     list(merger.listing(directory, home.rid, [old], set()))
-    list(merger.listing(directory, home.rid, [old, new], set()))
+    list(merger.listing(directory, home.rid, [new, old], set()))
+    assert world.store.remote_path(remote.rid) == ["pod", "d"]  # nobody has looked at both places
+    list(merger.listing(directory, home.rid, [new, old], set(), resolving=remote.rid))
     assert [c.name for c in world.store.children(pod)] == ["d"]
     moved = world.store.remote(remote.rid)
     assert moved is not None
