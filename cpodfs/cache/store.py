@@ -8,6 +8,7 @@ survive the machine's.
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 import time
@@ -39,6 +40,8 @@ INODE_COLUMNS = (
 KNOWN_MAX = 10_000
 LATE_S = 300.0
 """So long after its last byte was sent an upload may still appear at the server, clocks included."""
+WARN_EVERY_S = 60.0
+_warned: dict[str, float] = {}
 REMOTE_COLUMNS = (
     "rid, rparent, name, kind, size, mtime_s, slack_s, mode, readonly, ino, to_parent, to_name, "
     "absent_s, absences, in_swarm"
@@ -54,6 +57,15 @@ def trouble(error: Exception) -> str | None:
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return f"the journal of the cache is damaged ({error}); unmount, then: cpodfs cache check"
     return f"the journal: {error}" if isinstance(error, sqlite3.OperationalError) else None
+
+
+def level(why: str) -> int:
+    """At which level to log a trouble: once a minute for all whom it strikes it is a warning."""
+    now = time.monotonic()
+    if now - _warned.get(why, float("-inf")) < WARN_EVERY_S:
+        return logging.DEBUG
+    _warned[why] = now
+    return logging.WARNING
 
 
 class Inode(NamedTuple):

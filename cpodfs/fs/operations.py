@@ -22,7 +22,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 
 from cpodfs.cache.content import RESERVE
 from cpodfs.cache.schema import LINK, ROOT
-from cpodfs.cache.store import Inode, trouble
+from cpodfs.cache.store import Inode, level, trouble
 from cpodfs.errors import CpodfsError
 from cpodfs.fs.absences import ABSENT_TIMEOUT_S, Absences
 from cpodfs.fs.control import (
@@ -62,7 +62,7 @@ def _answer(handler: _F) -> _F:
             if (why := trouble(error)) is None:
                 log.exception("%s failed", handler.__name__)
             else:
-                log.warning("%s: %s", handler.__name__, why)
+                log.log(level(why), "%s: %s", handler.__name__, why)
             full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
             raise FUSEError(errno.ENOSPC if full else errno.EIO) from error
         except Exception as error:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from cpodfs import paths
@@ -90,12 +91,18 @@ class Tree:
     async def create(self, parent: int, name: str, mode: int) -> tuple[Inode, int]:
         """A new empty file and an open handle of it."""
         await self._free_name(parent, name, FILE)
-        with self.store.transaction():
-            inode = self.store.create(
-                parent, name, FILE, mode & 0o7777, cached=1, dirty=CONTENT | PLACE
-            )
-            handle = self.files.create(inode.ino)
-            self._modified(parent)
+        handle = 0
+        try:
+            with self.store.transaction():
+                inode = self.store.create(
+                    parent, name, FILE, mode & 0o7777, cached=1, dirty=CONTENT | PLACE
+                )
+                handle = self.files.create(inode.ino)
+                self._modified(parent)
+        except BaseException:
+            if handle:  # its number is given again
+                self.handles.release(handle)
+            raise
         self.engine.touch(("ino", inode.ino))
         return inode, handle
 
@@ -124,7 +131,7 @@ class Tree:
         pods.check_writable(self.store, inode.ino)
         if inode.is_dir:
             raise oserror(errno.EISDIR, name)
-        with self.store.transaction():
+        with self._changing(inode):
             self._detach(inode)
             self._modified(parent)
         return inode
@@ -141,7 +148,7 @@ class Tree:
         inode = await self._existing(parent, name)
         if self.store.has_children(inode.ino):
             raise oserror(errno.ENOTEMPTY, name)
-        with self.store.transaction():
+        with self._changing(inode):
             self._detach(inode)
             self._modified(parent)
         return inode
@@ -160,7 +167,7 @@ class Tree:
         self._check_rename(inode, target, to_parent, to_name, flags)
         if target is not None and target.ino == inode.ino:
             return
-        with self.store.transaction():
+        with self._changing(target):
             if target is not None and flags & RENAME_EXCHANGE:
                 self._exchange(inode, target)
             else:
@@ -276,6 +283,18 @@ class Tree:
             paths.check_file_name(name)
 
     # -- changes ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _changing(self, inode: Inode | None) -> Iterator[None]:
+        """A transaction that may take an inode's name away. If it fails, as on a full disk, what was
+        pending of it still is."""
+        try:
+            with self.store.transaction():
+                yield
+        except BaseException:
+            if inode is not None and inode.dirty:
+                self.engine.touch(("ino", inode.ino))
+            raise
 
     def _detach(self, inode: Inode) -> None:
         parent, name = inode.parent, inode.name

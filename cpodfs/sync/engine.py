@@ -19,7 +19,7 @@ import trio
 
 from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import DIR
-from cpodfs.cache.store import Store, trouble
+from cpodfs.cache.store import Store, level, trouble
 from cpodfs.dfs import Client
 from cpodfs.errors import (
     AlreadyExists,
@@ -101,7 +101,7 @@ def _log_broken(what: str, item: Item, error: Exception) -> None:
     if (why := trouble(error)) is None:
         log.exception("%s item=%s", what, item)
     else:
-        log.warning("%s item=%s: %s", what, item, why)
+        log.log(level(why), "%s item=%s: %s", what, item, why)
 
 
 class Engine:
@@ -632,5 +632,7 @@ class Engine:
             self._store.set(op.item[1], error=self._explained(op.item[1], error))
         elif self._store.remote(op.item[1]) is not None:
             self.failures[op.item[1]] = f"not deleted: {error}"
-        log.warning("writeback failed item=%s retry_s=%.1f: %s", op.item, delay_s, error)
+        why = trouble(error)
+        how = logging.WARNING if why is None else level(why)
+        log.log(how, "writeback failed item=%s retry_s=%.1f: %s", op.item, delay_s, why or error)
         self._schedule(op.item, delay_s)

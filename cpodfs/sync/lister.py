@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import trio
 
 from cpodfs.cache.schema import DIR, ROOT
-from cpodfs.cache.store import Inode, Remote, Store, trouble
+from cpodfs.cache.store import Inode, Remote, Store, level, trouble
 from cpodfs.dfs import Client, Entry
 from cpodfs.errors import (
     BadReply,
@@ -439,7 +439,7 @@ class Lister:
             if (why := trouble(error)) is None:
                 log.exception("listing broke ino=%d", ino)
             else:  # a full disk, most likely: what is known is shown
-                log.warning("listing cannot be recorded ino=%d: %s", ino, why)
+                log.log(level(why), "listing cannot be recorded ino=%d: %s", ino, why)
                 self._retry_at[ino] = time.monotonic() + RETRY_S
             run.error = CpodfsError(f"listing failed: {why or repr(error)}")
         finally:

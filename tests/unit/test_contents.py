@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import trio
 
 from cpodfs.cache.content import Content
-from cpodfs.cache.schema import CONTENT, FILE, ROOT
-from cpodfs.cache.store import Store, trouble
+from cpodfs.cache.schema import CONTENT, DIR, FILE, ROOT
+from cpodfs.cache.store import Inode, Store, trouble
 from cpodfs.dfs import Client
 from cpodfs.fs.handles import Handles
+from cpodfs.fs.tree import Tree
 from cpodfs.sync.downloads import Download, Downloads, Pulse
+from cpodfs.sync.engine import Engine
 
 
 @pytest.fixture
@@ -96,3 +99,38 @@ def test_what_the_journal_cannot_is_said_in_one_line(tmp_path: Path) -> None:
     assert "disk is full" in found[1]
     assert trouble(sqlite3.IntegrityError("UNIQUE")) is None
     assert trouble(ValueError("ours")) is None
+
+
+class Nobody:
+    """In the place of parts that a test does not ask; ``told`` is what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+        self.offline = True
+
+    async def ensure(self, _directory: Inode) -> None:
+        return
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self.told.append((name, *arguments))
+
+
+def test_an_unlink_that_fails_leaves_pending_what_was_and_a_create_nothing_open(
+    store: Store, content: Content, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pod = store.create(ROOT, "pod", DIR, 0o700).ino
+    inode = store.create(pod, "f", FILE, 0o600, cached=1, dirty=CONTENT)
+    os.close(content.create(inode.ino))
+    handles, engine, nobody = Handles(store, content), Nobody(), cast(Any, Nobody())
+    files = cast(Any, Nobody())
+    files.create = lambda ino: handles.open(ino, lambda: content.create(ino))
+    tree = Tree(store, handles, cast(Engine, engine), nobody, files)
+    monkeypatch.setattr(tree, "_modified", fails)
+    with pytest.raises(sqlite3.OperationalError):
+        trio.run(tree.unlink, pod, "f")
+    assert engine.told[-1] == ("touch", ("ino", inode.ino))
+    assert store.get(inode.ino) == inode
+    with pytest.raises(sqlite3.OperationalError):
+        trio.run(tree.create, pod, "new", 0o600)
+    assert handles.open_inos() == []
+    assert store.child(pod, "new") is None
