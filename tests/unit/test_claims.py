@@ -207,7 +207,7 @@ def test_a_file_that_format_1_knew_to_be_longer_is_not_taken_for_damaged(tmp_pat
             for index in ("remote_doubtful", "remote_unswarmed"):
                 database.execute(f"DROP INDEX IF EXISTS {index}")
             database.execute(f"ALTER TABLE {table} DROP COLUMN {column}")
-        database.executescript("DROP TABLE state; PRAGMA user_version = 1;")
+        database.executescript("DROP TABLE state; DROP TABLE sent; PRAGMA user_version = 1;")
         shutil.copytree(tmp_path / "c-live", tmp_path / "c")
         database.executescript(
             "CREATE TABLE state (starts, epoch, ended); INSERT INTO state VALUES (1, 1, 0)"
