@@ -611,9 +611,10 @@ class Engine:
             self._unsure[op.item] = op.dirs
             self._schedule(op.item, delay_s)
             return
-        absent = isinstance(error, NotFound | Doubtful) and not isinstance(op, Resolve)
+        absent = isinstance(error, NotFound | Doubtful)
         if absent and op.item[0] == "rid" and op.attempt >= BELIEVED_ATTEMPTS:
-            # To be deleted, and not there. Should it be shown again, it will be.
+            # To be deleted, and neither there nor where it was to go. Should it be shown again, it will be.
+            self._store.set_remote(op.item[1], to_parent=None, to_name=None)
             self._missing.suspect(op.item[1])
             self._unsure.pop(op.item, None)
             self._schedule(op.item, 0.0)

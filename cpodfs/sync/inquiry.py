@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from cpodfs.cache.schema import ROOT, UNKNOWN
+from cpodfs.cache.schema import DIR, ROOT, UNKNOWN
 from cpodfs.cache.store import Remote, Store
 from cpodfs.dfs import Client
 from cpodfs.errors import NotFound
@@ -20,7 +20,7 @@ from cpodfs.sync.doubt import Folder, Verdict, is_much
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
 from cpodfs.sync.missing import Missing
-from cpodfs.sync.ops import pod_and_path, pod_of
+from cpodfs.sync.ops import look_for, pod_and_path, pod_of
 
 log = logging.getLogger(__name__)
 
@@ -164,6 +164,19 @@ class Inquiry:
             pod = pod_of(self._store, remote)
             self._missing.confirm(remote.rid, self.opened_s(pod) if pod != remote.rid else None)
         return True
+
+    async def settle_alone(self, remote: Remote) -> None:
+        """Doubt an object whose directory nobody here has any more, so that no neighbour bears witness,
+        until that was confirmed. Raises a DfsError."""
+        self._missing.suspect(remote.rid)
+        pod, path = pod_and_path(self._store, remote.rid)
+        if await look_for(self._dfs, pod, path, is_dir=remote.kind == DIR) is not None:
+            return
+        alone = Folder(known=1, missing=1, unchanged=0, whole=True)
+        if not await self._confirm(remote):
+            return
+        if self._missing.judge(remote.rid, alone) is Verdict.DELETED:
+            self.believe_gone(remote.rid)
 
     async def is_absent(self, remote: Remote) -> bool:
         """Whether the server says, asked by name, that an object is not where it was."""

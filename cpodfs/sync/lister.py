@@ -334,7 +334,7 @@ class Lister:
         if remote.ino is None:
             self._inquiry.believe_gone(remote.rid)
         else:
-            self._missing.suspect(remote.rid)
+            await self._inquiry.settle_alone(remote)
 
     def _look_at_orphan(self, rid: int, entries: Iterable[Entry]) -> None:
         """A directory that is to be deleted comes back when somebody has changed what is in it."""

@@ -487,7 +487,12 @@ class History:
             return None
         if folder[1].count("/") > 1:
             return None  # the server's own way edits the wrong list
-        await self.other.raw_rmdir(*folder)
+        pod, path = folder
+        found = [p for p, data in self.server.contents(self.user).items() if data is None]
+        below = {p.rpartition("/")[2] for p in found if p.startswith(f"{pod}{path}/")}
+        if any(f"{pod}/{name}" in found for name in below):
+            return None  # for the directories in it, too
+        await self.other.raw_rmdir(pod, path)
         return folder
 
     async def _move(self) -> object:

@@ -95,3 +95,56 @@ def test_who_no_longer_has_to_wait_is_no_part_of_a_ring(tmp_path: Path) -> None:
     history = Stale(Simulated(tmp_path / "server"), tmp_path, 1)
     with virtual_time() as clock:
         trio.run(history.run, clock=clock)
+
+
+class Lost(History):
+    """A directory that was on its way is to be deleted, and is nowhere at the server, as little as the one
+    that it was to go to."""
+
+    async def run(self) -> None:
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            folders = [await self.tree.mkdir(pod.ino, name, 0o755) for name in ("c", "d")]
+            assert await drain(self.engine, STALL_S)
+            target, moving = (self.store.remote_of(folder.ino) for folder in folders)
+            assert target is not None
+            assert moving is not None
+            for name in ("c", "d"):
+                await self.other.raw_rmdir("p", f"/{name}")
+            self.store.set_remote(moving.rid, to_parent=target.rid, to_name="a")
+            for name in ("c", "d"):
+                await self.tree.rmdir(pod.ino, name)
+            await self.tree.rmdir(ROOT, "p")
+            assert await drain(self.engine, STALL_S)
+
+
+def test_a_lost_move_of_what_is_to_be_deleted_is_given_up(tmp_path: Path) -> None:
+    history = Lost(Simulated(tmp_path / "server"), tmp_path, 1)
+    with virtual_time() as clock:
+        trio.run(history.run, clock=clock)
+
+
+class Evicted(History):
+    """A file that is not cached here moves out of a directory that was removed; another session has
+    deleted it."""
+
+    async def run(self) -> None:
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            folder = await self.tree.mkdir(pod.ino, "d", 0o755)
+            inode, handle = await self.tree.create(folder.ino, "f", 0o644)
+            await self.tree.files.write(handle, 0, b"bytes")
+            self.tree.handles.release(handle)
+            assert await drain(self.engine, STALL_S)
+            self.store.set(inode.ino, cached=0)
+            await self.other.delete_file("p", "/d/f")
+            await self.tree.rename(folder.ino, "f", pod.ino, "f", 0)
+            await self.tree.rmdir(pod.ino, "d")
+            assert await drain(self.engine, STALL_S)
+            assert list(self._paths()) == ["p"]
+
+
+def test_a_file_that_was_deleted_elsewhere_leaves_a_removed_directory(tmp_path: Path) -> None:
+    history = Evicted(Simulated(tmp_path / "server"), tmp_path, 1)
+    with virtual_time() as clock:
+        trio.run(history.run, clock=clock)
