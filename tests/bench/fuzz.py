@@ -271,7 +271,7 @@ async def _carried_out(**_fields: Any) -> Any:
 def _request(data: bytes) -> None:
     """The value of an attribute of the mount's root, as the commands set it."""
     nothing: Any = None
-    requests = Requests(nothing, nothing, nothing, nothing, nothing)
+    requests = Requests(nothing, nothing, nothing, nothing, nothing, forgotten=nothing)
     requests._known = dict.fromkeys(requests._known, _carried_out)
     with contextlib.suppress(StopIteration):
         requests.ask(b"key", data).send(None)
