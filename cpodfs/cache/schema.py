@@ -87,7 +87,7 @@ CREATE TABLE sent (            -- uploads of which it is not known whether the s
     ino INTEGER NOT NULL,      -- still will: it goes on with a request whose client has died
     size INTEGER NOT NULL,     -- bytes
     crc INTEGER NOT NULL,      -- CRC-32 of them
-    sent_s REAL NOT NULL,      -- Unix time of the last byte
+    sent_s REAL NOT NULL,      -- Unix time of the server at the last byte; infinite: not known
     PRIMARY KEY (ino, size, crc)
 ) WITHOUT ROWID;
 

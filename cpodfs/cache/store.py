@@ -38,6 +38,8 @@ INODE_COLUMNS = (
     "listed_s, used_s, error, crc, epoch"
 )
 KNOWN_MAX = 10_000
+MARGIN_S = 5
+"""How far apart two clocks may be of which the difference is known."""
 LATE_S = 300.0
 """So long after its last byte was sent an upload may still appear at the server, clocks included."""
 WARN_EVERY_S = 60.0
@@ -559,11 +561,11 @@ class Store:
 
     # -- uploads with an outcome that is not known -------------------------------------------------
 
-    def note_sent(self, ino: int, size: int, crc: int) -> None:
-        """From now on the server may act on an upload of so many bytes with this CRC-32."""
-        self._db.execute(
-            "INSERT OR REPLACE INTO sent VALUES (?,?,?,?)", (ino, size, crc, time.time())
-        )
+    def note_sent(self, ino: int, size: int, crc: int, skew_s: float | None) -> None:
+        """From now on the server, whose clock is so much ahead, may act on an upload of so many bytes
+        with this CRC-32. Where its clock is not known, times tell nothing."""
+        sent_s = time.time() + skew_s if skew_s is not None else float("inf")
+        self._db.execute("INSERT OR REPLACE INTO sent VALUES (?,?,?,?)", (ino, size, crc, sent_s))
 
     def sent(self, ino: int, size: int) -> frozenset[int]:
         """The checksums of such uploads of so many bytes."""
@@ -577,6 +579,16 @@ class Store:
             (ino, size, mtime_s, LATE_S),
         ).fetchone()
         return row is not None
+
+    def is_foreign(self, ino: int, size: int, mtime_s: int) -> bool:
+        """Whether a version that the server shows is surely somebody else's, though an upload of ours
+        may have replaced what was known: it came after that, and has another size."""
+        (sent_s,) = self._db.execute(
+            "SELECT min(sent_s) FROM sent WHERE ino = ?", (ino,)
+        ).fetchone()
+        if sent_s is None or mtime_s <= sent_s + MARGIN_S:
+            return False
+        return not self.sent(ino, size)
 
     def forget_sent(self, ino: int) -> None:
         self._db.execute("DELETE FROM sent WHERE ino = ?", (ino,))

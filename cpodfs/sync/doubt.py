@@ -28,6 +28,9 @@ STUBBORN = 6
 that was wrong."""
 DISTRUST_S = 600.0
 """For so long after the server was last caught saying "not there" of what was, nothing is believed."""
+CAUTION_S = 45.0
+"""For so long after that no pod is opened anew unasked: a server that cannot read the list of pods may
+store it anew without some. Longer, and what it remembers wrongly would outlast its trouble."""
 PAUSES_S = (0.0, 0.5, 1.0, 4.0, 16.0, 60.0, 240.0, 900.0)
 """Before the first, the second, … confirmation, and from then on: one that comes sooner is none."""
 

@@ -250,7 +250,7 @@ class Lister:
         """Whether nobody is at work in a pod, and the server can be trusted to open it again: one that
         it has open is worth more than one that it cannot open."""
         remote = self._store.remote(pod)
-        if remote is None or remote.absent_s is not None or self._missing.distrusted:
+        if remote is None or remote.absent_s is not None or self._missing.is_fresh_lie:
             return False
         return self._locks.blocker((pod,), moving=pod) is None
 

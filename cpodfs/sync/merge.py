@@ -458,11 +458,13 @@ class Merger:
             # Not to_parent: a directory on its way, moved object by object, is in both places, and
             # forgotten here it would be a stranger's there. Whoever resolves the move looks at both.
         }
+        local = self._store.get(remote.ino) if remote.ino is not None else None
         same = entry.is_dir or remote.is_version(entry.size, entry.mtime_s)
+        if same and remote.size == UNKNOWN and local is not None and local.dirty & CONTENT:
+            same = not self._store.is_foreign(local.ino, entry.size, entry.mtime_s)
         if not same and remote.is_older(entry.mtime_s) and not self._is_settled_ghost(remote):
             outcome.outdated.append(remote)
             return
-        local = self._store.get(remote.ino) if remote.ino is not None else None
         if local is not None and remote.mode != entry.mode and not local.dirty & MODE:
             self._store.set(local.ino, mode=entry.mode)
         outcome.shown += local is not None

@@ -45,6 +45,11 @@ class Missing:
         """Whether the server was caught not long ago saying "not there" of what is."""
         return self._lied_s is not None and self._clock() - self._lied_s < doubt.DISTRUST_S
 
+    @property
+    def is_fresh_lie(self) -> bool:
+        """Whether that was so short a time ago that no pod should be opened anew."""
+        return self._lied_s is not None and self._clock() - self._lied_s < doubt.CAUTION_S
+
     # -- one object -------------------------------------------------------------------------------
 
     def said_absent(self, rid: int, error: Exception) -> None:

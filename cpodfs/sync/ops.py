@@ -486,7 +486,7 @@ class Upload(Op):
             self.size = os.fstat(fd).st_size
             await dfs.upload(
                 *(pod, directory, self.name),
-                lambda: self._body(store, fd),
+                lambda: self._body(store, fd, dfs.session.clock_skew_s),
                 self.size,
                 on_progress=self._progress,
             )
@@ -499,7 +499,9 @@ class Upload(Op):
             self.slack_s = round(time.time() - started) + 2
 
     async def _check_version(self, store: Store, dfs: Client, pod: str, path: str) -> None:
-        if self.known is None or self.known.mtime_s is None:
+        if self.known is None:
+            return
+        if self.known.mtime_s is None and self.known.size != UNKNOWN:
             return
         there: FileStat | Entry | None
         try:
@@ -511,7 +513,13 @@ class Upload(Op):
             if self.attempt >= BELIEVED_ATTEMPTS:
                 return
             there = await look_for(dfs, pod, path, is_dir=False)
-        if there is None or self.known.is_version(there.size, there.mtime_s):
+        if there is None:
+            return
+        if self.known.size == UNKNOWN:
+            if store.is_foreign(self.ino, there.size, there.mtime_s):
+                raise Conflict(f"{pod}{path}: changed at the server since it was sent first")
+            return
+        if self.known.is_version(there.size, there.mtime_s):
             return
         if self.known.is_older(there.mtime_s):
             error = Doubtful(f"{pod}{path}: the server shows an earlier version than it had")
@@ -537,14 +545,14 @@ class Upload(Op):
         store.forget_sent(self.ino)
         return False
 
-    async def _body(self, store: Store, fd: int) -> AsyncIterator[bytes]:
+    async def _body(self, store: Store, fd: int, skew_s: float | None) -> AsyncIterator[bytes]:
         offset = self.crc = 0
         while True:
             chunk = await data.read(fd, offset, min(UPLOAD_CHUNK, self.size - offset))
             if self.changed or (not chunk and offset < self.size):
                 raise ChangedDuringUpload(f"{self.name}: written to while it was being uploaded")
             if not chunk:  # the end of the form follows, upon which the server acts
-                store.note_sent(self.ino, self.size, self.crc)
+                store.note_sent(self.ino, self.size, self.crc, skew_s)
                 return
             offset += len(chunk)
             self.crc = zlib.crc32(chunk, self.crc)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from cpodfs.cache.store import MARGIN_S
 from tests.mount.harness import Mount, Server, mounted
 from tests.mount.hostile import Answer, Hostile, Request
-from tests.mount.test_conflicts import contents
+from tests.mount.test_conflicts import contents, put
 from tests.patience import PATIENCE_S, until
 
 QUICK = ("--writeback-delay", "0.1", "--timeout", "5", "--stall", "3", "--attr-ttl", "0.3")
+THEIRS = "their tales, told at length"
 FAILED = Answer(b'{"message": "file upload: broken", "code": 500}', 500)
 
 
@@ -31,7 +34,7 @@ class Slow:
         self.failed = 0
         self.hostile.answer("POST /v1/file/upload", self._upload)
 
-    def _upload(self, _request: Request, truth: Callable[[], Answer]) -> Answer | None:
+    def _upload(self, request: Request, truth: Callable[[], Answer]) -> Answer | None:
         if self.holding:
             self.holding = self.pass_ = False
             self.held.set()
@@ -39,7 +42,7 @@ class Slow:
             truth()
             self.arrived.set()
             return None
-        if self.pass_:
+        if self.pass_ or THEIRS.encode() in request.body:
             return truth()
         self.failed += 1
         return FAILED
@@ -80,6 +83,18 @@ def test_what_arrives_after_a_kill_is_ours(slow: tuple[Slow, Mount]) -> None:
     mount.sync()
     mount.remount(wipe=True)
     assert contents(mount.point / "pod") == {"f": "newest of all"}
+
+
+def test_what_somebody_else_wrote_meanwhile_is_not(slow: tuple[Slow, Mount]) -> None:
+    server, mount = slow
+    send_and_die(server, mount, "one, longer")
+    time.sleep(MARGIN_S + 2)  # clocks are known to a few seconds
+    put(mount, "/", "f", THEIRS.encode())
+    server.pass_ = True
+    mount.cli("sync", str(mount.point), "--stall", "60")
+    assert sorted(contents(mount.point / "pod").values()) == ["newest of all", THEIRS]
+    mount.remount(wipe=True)
+    assert sorted(contents(mount.point / "pod").values()) == ["newest of all", THEIRS]
 
 
 def test_what_was_given_up_and_arrives_after_its_successor_is_sent_over(
