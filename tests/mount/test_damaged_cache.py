@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import sqlite3
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.mount.harness import Mount, Server, mounted
+from cpodfs.cache.schema import CONTENT
+from tests.mount.harness import Child, Mount, Server, mounted
 from tests.mount.world import Api
 from tests.patience import PATIENCE_S, until
 
@@ -229,3 +234,47 @@ def _serves_or_says(mount: Mount, pod: Path) -> str:
     assert {path.read_bytes() for path in pod.iterdir()} == {b"content %d" % n for n in range(20)}
     assert mount.stop() == 0
     return ""
+
+
+def test_what_is_not_believed_does_not_become_pending_by_being_emptied(
+    tmp_path: Path, own_server: Server
+) -> None:
+    """Killed while it empties a file that was damaged, as it waits for the disk, the driver must not
+    upload the damage next time."""
+    slow = tmp_path / "sitecustomize.py"
+    slow.write_text(
+        "import os, time\n"
+        "def truncate(fd, size, _real=os.ftruncate):\n"
+        "    if size == 0 and '/content/' in os.readlink(f'/proc/self/fd/{fd}'):\n"
+        "        time.sleep(3600)\n"
+        "    _real(fd, size)\n"
+        "os.ftruncate = truncate\n"
+    )
+    with mounted(tmp_path, own_server, None, *LATER) as mount:
+        pod = mount.pod()
+        (pod / "f").write_bytes(OLD)
+        mount.sync()
+        file = data_file(mount, pod / "f")
+        mount.kill()
+        _zeros(file)
+        usual, mount.env = mount.env, mount.env | {"PYTHONPATH": str(tmp_path)}
+        mount.start()
+        with Child([sys.executable, "-c", f"open({str(pod / 'f')!r}, 'w')"]) as writer:
+            until(lambda: "dirty" in _state_of(mount, file))
+            mount.kill()
+            writer.wait()
+        mount.env = usual
+        mount.start()
+        mount.sync()
+        assert Api(own_server, mount).read("pod", "f") in (OLD, b"")
+
+
+def _state_of(mount: Mount, file: Path) -> str:
+    """ "dirty" once the journal of a running driver says so of a data file's inode."""
+    with tempfile.TemporaryDirectory() as copy:
+        for journal in next(mount.cache.iterdir()).glob("meta.db*"):
+            shutil.copy(journal, copy)
+        with contextlib.closing(sqlite3.connect(Path(copy) / "meta.db")) as database:
+            query = "SELECT dirty FROM inode WHERE ino = ?"
+            (dirty,) = database.execute(query, (int(file.name),)).fetchone()
+    return "dirty" if dirty & CONTENT else ""
