@@ -533,9 +533,11 @@ class Engine:
             if lost and op.attempt < BELIEVED_ATTEMPTS:
                 raise Doubtful("renamed, and shown neither under its old name nor its new one")
             self._store.set_remote(left.rid, to_parent=None, to_name=None)
+            self._unsure.pop(item, None)
             if lost:
                 self._missing.suspect(left.rid)
-            self._unsure.pop(item, None)
+                if left.rparent in dirs:  # a file may have its name by now
+                    await self._lister.list_locked(left.rparent)
             return
         self._unsure.pop(item, None)
         known = find(item[1])

@@ -177,7 +177,7 @@ class History:
         said += [
             f"{p}: {here[p]!r:.40} {there[p]!r:.40}"
             for p in here
-            if there.get(p, here[p]) != here[p]
+            if there.get(p, here[p]) != here[p] and not self._is_doubtful(p)
         ]
         return [line for line in said if not line.endswith("/.run")]
 
