@@ -32,6 +32,7 @@ SHORT = {
     "GET /v1/dir/ls": "dir/ls",
     "POST /v1/dir/mkdir": "mkdir",
     "GET /v1/file/stat": "stat",
+    "GET /v1/file/status": "file/status",
     "POST /v1/file/chmod": "chmod",
     "POST /v1/pod/open": "pod/open",
     "GET /v1/pod/ls": "pod/ls",
