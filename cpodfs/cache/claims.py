@@ -62,6 +62,7 @@ def settle(folder: Path, store: Store, content: Content) -> list[str]:
             )
     starts = max(counted, store.starts) + 1
     if older:
+        store.is_outdated = True
         store.doubt(starts)  # and it is said once
     _count(folder, starts)
     files, size = unclaimed(content)

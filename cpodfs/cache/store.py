@@ -143,12 +143,14 @@ class Store:
 
     ``starts``: how often it was opened before. ``epoch``: a data file that was right at an earlier
     one must be looked at before it is believed. ``was_cut``: the last driver did not end well.
-    ``lost_journal``: of what that one committed, some is gone.
+    ``lost_journal``: of what that one committed, some is gone. ``is_outdated``: contents, here and at
+    the server, may be newer than what is in here.
     """
 
     def __init__(self, path: Path) -> None:
         """Open or create the database. Raises CacheVersion or CacheError."""
         self._path = path
+        self.is_outdated = False
         self._depth = 0
         # Rows as read, until they change: most requests of the kernel ask for one again and again.
         self._known: dict[int, Inode] = {}
@@ -589,6 +591,13 @@ class Store:
         if sent_s is None or mtime_s <= sent_s + MARGIN_S:
             return False
         return not self.sent(ino, size)
+
+    def sent_before_a_move(self, rid: int) -> None:
+        """The server gives what it renames another time, so those of uploads tell nothing any more."""
+        self._db.execute(
+            "UPDATE sent SET sent_s = ? WHERE ino = (SELECT ino FROM remote WHERE rid = ?)",
+            (float("inf"), rid),
+        )
 
     def forget_sent(self, ino: int) -> None:
         self._db.execute("DELETE FROM sent WHERE ino = ?", (ino,))

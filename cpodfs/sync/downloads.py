@@ -338,7 +338,8 @@ class Downloads:
         """Raise Doubtful for content that is not the one which was here, or was sent from here, before
         it was evicted; unless the server sends it again and again."""
         inode = self._store.get(download.ino)
-        if inode is None or inode.crc is None or inode.crc == download.crc:
+        known = None if inode is None or self._store.is_outdated else inode.crc
+        if known is None or known == download.crc:
             self._others.pop(download.ino, None)
             return
         now_s = trio.current_time()

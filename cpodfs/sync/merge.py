@@ -465,7 +465,9 @@ class Merger:
         if not same and remote.is_older(entry.mtime_s) and not self._is_settled_ghost(remote):
             outcome.outdated.append(remote)
             return
-        if local is not None and remote.mode != entry.mode and not local.dirty & MODE:
+        if same and local is not None and local.dirty & SENT:
+            news["mode"] = remote.mode  # an upload of ours may have reset it, and gives it back
+        elif local is not None and remote.mode != entry.mode and not local.dirty & MODE:
             self._store.set(local.ino, mode=entry.mode)
         outcome.shown += local is not None
         outcome.unchanged += local is not None and same

@@ -312,6 +312,7 @@ def _mtimes_move(store: Store, rid: int) -> None:
     """The server gives what is renamed, and all below it, the present as modification time."""
     with store.transaction():
         store.set_remote(rid, mtime_s=None)
+        store.sent_before_a_move(rid)
         for child in store.remote_children(rid):
             _mtimes_move(store, child.rid)
 

@@ -16,7 +16,7 @@ from sync_helpers import World
 from cpodfs.cache import content as content_module
 from cpodfs.cache.content import Content
 from cpodfs.cache.durability import Durability
-from cpodfs.cache.schema import CONTENT, DIR, FILE, ROOT, SENT, VERSION
+from cpodfs.cache.schema import CONTENT, DIR, FILE, ROOT, SENT, UNKNOWN, VERSION
 from cpodfs.cache.store import Store
 from cpodfs.dfs import Entry
 from cpodfs.errors import CacheVersion, NotFound, QuotaExceeded, Unreachable
@@ -341,3 +341,26 @@ def test_a_directory_on_its_way_is_not_forgotten_where_it_came_from(tmp_path: Pa
     moved = world.store.remote(remote.rid)
     assert moved is not None
     assert moved.name == aside
+
+
+def test_an_upload_with_an_unknown_outcome_does_not_cost_the_mode(tmp_path: Path) -> None:
+    """The server gives what is uploaded the mode 0600; only the answer makes us give it back."""
+    world = World(tmp_path)
+    pod = world.pod("pod")
+    file = world.make(pod, "f", mode=0o755)
+    world.settle()
+    directory, home = world.store.get(pod), world.store.remote_of(pod)
+    before = world.store.remote_of(file)
+    assert directory is not None
+    assert home is not None
+    assert before is not None
+    assert before.mode == 0o755
+    world.store.mark(file, CONTENT | SENT)
+    world.store.set_remote(before.rid, size=UNKNOWN, mtime_s=None)
+    merger = Merger(world.store, world.content, lambda ino: None)
+    list(merger.listing(directory, home.rid, [Entry("f", False, 9, 0o600, 5, 5, 5)], set()))
+    world.settle()
+    inode, after = world.store.get(file), world.store.remote_of(file)
+    assert inode is not None
+    assert after is not None
+    assert inode.mode == after.mode == 0o755
