@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -34,10 +35,12 @@ def make_folder(mount: Mount, path: str) -> None:
     elsewhere(mount, lambda dfs: dfs.mkdir("pod", path))
 
 
-def refuse_an_upload(mount: Mount, server: Server) -> None:
-    """One that is tried, and of which it is not known whether the server has taken it."""
+@contextmanager
+def uploads_refused(mount: Mount, server: Server) -> Iterator[None]:
+    """One was tried, and it is not known whether the server has taken it; nor does it the next ones."""
     server.faults(error_rate=1.0, match="upload")
     mount.cli("sync", str(mount.point), "--stall", "1", check=False)
+    yield
     server.faults()
 
 
@@ -55,9 +58,8 @@ def test_a_file_here_and_a_directory_there(slow: Mount, own_server: Server, refu
     pod = slow.pod()
     slow.sync()
     (pod / "n").write_text("ours")
-    if refused:
-        refuse_an_upload(slow, own_server)
-    make_folder(slow, "/n")
+    with uploads_refused(slow, own_server) if refused else nullcontext():
+        make_folder(slow, "/n")
     put(slow, "/n", "f", b"theirs")
     for _ in range(2):  # it may have been tried again, and be there beside their directory
         slow.cli("refresh", str(pod))

@@ -15,6 +15,7 @@ from cpodfs.devnet.ledger import LEDGER_NAME, open_points
 from cpodfs.devnet.misbehave import Misbehaviour
 from cpodfs.devnet.provider import DEFAULT_PROVIDERS, numbered, parse_spec
 from tests.unit.market_tools import (
+from tests.patience import PATIENCE_S
     INIT,
     ONE,
     THREE,
@@ -82,7 +83,9 @@ async def test_a_provider_that_vanishes(market: Served) -> None:
         assert await market.call("POST", "/devnet/vanish", {}) == {"provider": "solo"}
         # No last event: the line just breaks off.
         assert b"finished" not in await asyncio.wait_for(response.content.read(), 10)
-    assert processes_with("sleep 4711") == []
+    async with asyncio.timeout(PATIENCE_S):  # what was killed takes a moment to be gone
+        while processes_with("sleep 4711"):
+            await asyncio.sleep(0.05)
     for method, rest in (("GET", "/state"), ("GET", "/usage"), ("GET", f"/exec/{batch}")):
         path = f"/activity-api/v1/activity/{activity}{rest}"
         found = await market.call(method, path, status=500)
