@@ -14,8 +14,8 @@ from cpodfs.devnet.cli import devnet
 from cpodfs.devnet.ledger import LEDGER_NAME, open_points
 from cpodfs.devnet.misbehave import Misbehaviour
 from cpodfs.devnet.provider import DEFAULT_PROVIDERS, numbered, parse_spec
-from tests.unit.market_tools import (
 from tests.patience import PATIENCE_S
+from tests.unit.market_tools import (
     INIT,
     ONE,
     THREE,
