@@ -78,6 +78,8 @@ class Retry:
             return MAX_S * _jitter()
         if isinstance(error, LOOK_FIRST) and attempt == 1:
             return self.gate_s()
+        if isinstance(error, Conflict):  # the server is well, however often it failed before
+            return max(self.gate_s(), FIRST_S * _jitter())
         return max(self.gate_s(), min(FIRST_S * 2.0 ** min(attempt - 1, 10), MAX_S) * _jitter())
 
 
