@@ -148,9 +148,9 @@ class Merger:
     ) -> Iterator[Outcome]:
         """Merge a listing of ``directory`` (remote ``rid``) slice by slice, each of which is one
         transaction; ``readonly`` names received pods. A directory that may have been renamed into this
-        one has arrived only for who is ``resolving`` that, and looks at its old place, too. Between two slices the trees may change, but
-        the directory must stay: if it does not, do not go on. Only what a ``complete`` listing does
-        not show is missing. Raises Held.
+        one has arrived only for who is ``resolving`` that, and looks at its old place, too. Between two
+        slices the trees may change, but the directory must stay: if it does not, do not go on. Only
+        what a ``complete`` listing does not show is missing. Raises Held.
         """
         moving = [r for r in self._store.moving() if r.to_parent == rid and r.kind == DIR]
         newest, seen = self._store.newest_rid(), _Ids()

@@ -31,7 +31,7 @@ AT_ONCE = 8
 POKE_S = 1.0
 ROUND_S = 4.0
 """Between two rounds, at least."""
-PAUSES_S = (10.0, 30.0, 120.0, 600.0)
+PAUSES_S = (3.0, 10.0, 30.0, 120.0, 600.0)
 """Before a file is asked for the first time, the second, … and from then on."""
 OLD_S = 900.0
 """An upload so old is taken to be in Swarm, if the server does not know any more."""

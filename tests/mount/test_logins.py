@@ -16,9 +16,9 @@ from tests.patience import until
 
 LOGIN = "POST /v2/user/login"
 PENDING = 31
-WATCHED_S = 12.0
+WATCHED_S = 6.0
 FEW = 12
-"""A pause that doubles from a second allows five in that time, and a repeat of the first or two."""
+"""A pause that doubles from a second allows four in that time, and a repeat of the first or two."""
 
 
 @pytest.fixture
