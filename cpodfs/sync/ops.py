@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from cpodfs.cache import content as data
 from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
-from cpodfs.cache.store import Remote, Store
+from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import DOOMED, Client, Entry, FileStat
 from cpodfs.errors import (
     AlreadyExists,
@@ -111,6 +111,18 @@ async def check_pods_shown(store: Store, dfs: Client) -> None:
             raise error
 
 
+def _bind(store: Store, ino: int, rparent: int, name: str) -> Inode:
+    """Journal that an inode is sent to its place: should it leave that before it is known to have
+    arrived, it is supposed to have (``Store.assume_sent``). Raises ChangedDuringUpload if it has left
+    already, since the call was planned: nobody would look for it there."""
+    inode = store.get(ino)
+    home = store.remote_of(inode.parent) if inode is not None and inode.parent is not None else None
+    if inode is None or home is None or (home.rid, inode.name) != (rparent, name):
+        raise ChangedDuringUpload(f"{name}: renamed or deleted before it was sent")
+    store.set(ino, dirty=inode.dirty | SENT)
+    return inode
+
+
 @dataclass(slots=True)
 class CreatePod(Op):
     ino: int
@@ -131,8 +143,7 @@ class Mkdir(Op):
     name: str
 
     def before(self, store: Store) -> None:
-        if (inode := store.get(self.ino)) is not None:
-            store.set(self.ino, dirty=inode.dirty | SENT)
+        _bind(store, self.ino, self.rparent, self.name)
 
     async def call(self, store: Store, dfs: Client) -> None:
         await _mkdir(store, dfs, self.rparent, self.name)
@@ -332,8 +343,7 @@ class Rehome(Op):
     to_name: str
 
     def before(self, store: Store) -> None:
-        if (inode := store.get(self.ino)) is not None:
-            store.set(self.ino, dirty=inode.dirty | SENT)
+        _bind(store, self.ino, self.to_parent, self.to_name)
 
     async def call(self, store: Store, dfs: Client) -> None:
         await _mkdir(store, dfs, self.to_parent, self.to_name)
@@ -441,15 +451,12 @@ class Upload(Op):
     def before(self, store: Store) -> None:
         self.changed = False
 
-    def _about_to_send(self, store: Store) -> None:
+    def about_to_send(self, store: Store) -> None:
         """Journal that from now on the server may have either version, and nobody else's doing."""
-        inode = store.get(self.ino)
-        if inode is None or inode.parent is None:
-            raise ChangedDuringUpload(f"{self.name}: deleted before it was uploaded")
-        self.begun = True
-        self.sent_before = bool(inode.dirty & SENT)
         with store.transaction():
-            store.set(self.ino, dirty=inode.dirty | SENT)
+            inode = _bind(store, self.ino, self.rparent, self.name)
+            self.begun = True
+            self.sent_before = bool(inode.dirty & SENT)
             there = store.remote_at(self.rparent, self.name)
             if there is not None:
                 store.set_remote(there.rid, size=UNKNOWN, mtime_s=None)
@@ -480,7 +487,7 @@ class Upload(Op):
         fd = self.durability.content.open_dirty(self.ino)
         started = time.time()
         try:
-            self._about_to_send(store)
+            self.about_to_send(store)
             await self.durability.both(self.ino, fd)
             if self.changed:
                 raise ChangedDuringUpload(f"{self.name}: written to before it was uploaded")

@@ -19,12 +19,13 @@ from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT, DIR, FILE, ROOT, SENT, UNKNOWN, VERSION
 from cpodfs.cache.store import Store
 from cpodfs.dfs import Entry
-from cpodfs.errors import CacheVersion, NotFound, QuotaExceeded, Unreachable
+from cpodfs.errors import CacheVersion, ChangedDuringUpload, NotFound, QuotaExceeded, Unreachable
 from cpodfs.fs.handles import Handles
 from cpodfs.paths import TEMP_PREFIX
 from cpodfs.sync import retry
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
+from cpodfs.sync.ops import Mkdir, Rehome, Upload
 from cpodfs.sync.retry import Retry
 from cpodfs.sync.schedule import Schedule
 from cpodfs.sync.waits import Waits
@@ -364,3 +365,34 @@ def test_an_upload_with_an_unknown_outcome_does_not_cost_the_mode(tmp_path: Path
     assert inode is not None
     assert after is not None
     assert inode.mode == after.mode == 0o755
+
+
+@pytest.mark.parametrize("kind", [FILE, DIR])
+def test_what_left_its_place_before_it_was_sent_there_is_not_sent(tmp_path: Path, kind: str) -> None:
+    """The journal would say that it was sent to its new name; what a kill leaves at the old one would
+    then be somebody else's."""
+    world = World(tmp_path)
+    pod = world.pod()
+    ino = world.make(pod, "old", kind)
+    op = world.planner.plan(("ino", ino))
+    assert isinstance(op, Upload | Mkdir)
+    world.move(ino, pod, "new")
+    with pytest.raises(ChangedDuringUpload, match="renamed"):
+        op.about_to_send(world.store) if isinstance(op, Upload) else op.before(world.store)
+    inode = world.store.get(ino)
+    assert inode is not None
+    assert not inode.dirty & SENT
+
+
+def test_a_directory_that_left_its_place_before_it_was_made_anew_is_not_made(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    pod = world.pod()
+    outer = world.make(pod, "d", DIR)
+    world.make(outer, "inner", DIR)
+    world.settle()
+    world.move(outer, pod, "e")
+    op = world.planner.plan(("ino", outer))
+    assert isinstance(op, Rehome)
+    world.move(outer, pod, "d")
+    with pytest.raises(ChangedDuringUpload, match="renamed"):
+        op.before(world.store)
