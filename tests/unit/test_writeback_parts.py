@@ -368,7 +368,9 @@ def test_an_upload_with_an_unknown_outcome_does_not_cost_the_mode(tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", [FILE, DIR])
-def test_what_left_its_place_before_it_was_sent_there_is_not_sent(tmp_path: Path, kind: str) -> None:
+def test_what_left_its_place_before_it_was_sent_there_is_not_sent(
+    tmp_path: Path, kind: str
+) -> None:
     """The journal would say that it was sent to its new name; what a kill leaves at the old one would
     then be somebody else's."""
     world = World(tmp_path)
@@ -384,7 +386,9 @@ def test_what_left_its_place_before_it_was_sent_there_is_not_sent(tmp_path: Path
     assert not inode.dirty & SENT
 
 
-def test_a_directory_that_left_its_place_before_it_was_made_anew_is_not_made(tmp_path: Path) -> None:
+def test_a_directory_that_left_its_place_before_it_was_made_anew_is_not_made(
+    tmp_path: Path,
+) -> None:
     world = World(tmp_path)
     pod = world.pod()
     outer = world.make(pod, "d", DIR)
