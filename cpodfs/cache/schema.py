@@ -67,7 +67,7 @@ CREATE TABLE remote (
     size INTEGER NOT NULL,     -- bytes; UNKNOWN (-1): we overwrote it, and never heard if it worked
     mtime_s INTEGER,           -- Unix time of the server; NULL: not known, the next listing tells
     slack_s INTEGER NOT NULL,  -- how far `mtime_s` may be off: 0 when the server has told it
-    mode INTEGER NOT NULL,     -- permission bits
+    mode INTEGER NOT NULL,     -- permission bits; UNKNOWN: a chmod was sent, and never answered
     readonly INTEGER NOT NULL, -- pod: 1 when received from somebody else
     ino INTEGER UNIQUE,        -- whose object this is; NULL: orphan, to be deleted at the server
     to_parent INTEGER,         -- a rename has been sent, its outcome is unknown: where it went

@@ -124,6 +124,10 @@ class Remote(NamedTuple):
         """What the engine calls it: by its inode or, an orphan, by itself."""
         return ("rid", self.rid) if self.ino is None else ("ino", self.ino)
 
+    def mode_or(self, other: int) -> int:
+        """Permission bits; ``other`` while a chmod has not been answered."""
+        return other if self.mode == UNKNOWN else self.mode
+
     def is_version(self, size: int, mtime_s: int) -> bool:
         """Whether what the server now says of a file can be the version that we know."""
         if self.size == UNKNOWN:

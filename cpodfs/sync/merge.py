@@ -23,7 +23,7 @@ from cpodfs.dfs import DOOMED, Entry
 from cpodfs.errors import Conflict, Held
 from cpodfs.paths import FILE_NAME_MAX, RUN_NAME, is_safe_remote_name
 from cpodfs.sync.hidden import Hidden
-from cpodfs.sync.ops import Item, left_behind, moved
+from cpodfs.sync.ops import SERVER_DIR_MODE, Item, left_behind, moved
 
 log = logging.getLogger(__name__)
 
@@ -306,7 +306,7 @@ class Merger:
                 return
             if occupant is not None:
                 name = self.free_name(home.ino, name)
-            inode = self._store.create(home.ino, name, DIR, remote.mode)
+            inode = self._store.create(home.ino, name, DIR, remote.mode_or(SERVER_DIR_MODE))
             self._store.set_remote(rid, ino=inode.ino)
             self._store.replace(inode.ino)
             outcome.changes.append(NameChange(home.ino, name, appeared=True))
@@ -324,7 +324,7 @@ class Merger:
                 self._store.set_remote(remote.rid, ino=None)
                 self._set_aside(inode, outcome, "damaged")
                 entry = Entry(
-                    *(remote.name, False, remote.size, remote.mode),
+                    *(remote.name, False, remote.size, remote.mode_or(inode.mode)),
                     *(remote.mtime_s or 0, remote.mtime_s or 0, remote.mtime_s or 0),
                 )
                 self._adopt(inode.parent, remote.rid, entry, outcome, inode.name)
@@ -343,7 +343,7 @@ class Merger:
         if elsewhere is not None:
             outcome.work += left_behind(self._store, elsewhere)
         self._store.set_remote(remote.rid, ino=local.ino)
-        if local.parent != ROOT and (local.mode ^ remote.mode) & 0o700:
+        if local.parent != ROOT and (local.mode ^ remote.mode_or(0)) & 0o700:
             self._store.mark(local.ino, MODE)
         self._store.set(local.ino, listed_s=0)  # nobody here knows yet what is in there
         self._store.replace(local.ino)

@@ -405,6 +405,9 @@ class Chmod(Op):
     is_dir: bool
     mode: int
 
+    def before(self, store: Store) -> None:
+        store.set_remote(self.rid, mode=UNKNOWN)
+
     async def call(self, store: Store, dfs: Client) -> None:
         pod, path = pod_and_path(store, self.rid)
         await (dfs.chmod_dir if self.is_dir else dfs.chmod_file)(pod, path, self.mode)

@@ -9,8 +9,8 @@ import pytest
 from sync_helpers import World
 
 from cpodfs.cache.durability import Durability
-from cpodfs.cache.schema import CONTENT, DIR, MODE, SENT
-from cpodfs.sync.ops import Look, Rehome
+from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, SENT
+from cpodfs.sync.ops import Chmod, Look, Rehome
 from cpodfs.sync.planner import Planner
 
 
@@ -122,6 +122,24 @@ def test_upload_resets_the_mode(world: World) -> None:
     world.calls.clear()
     world.store.mark(file, CONTENT)
     assert world.settle() == ["Upload f", "Chmod pod/f"]
+
+
+@pytest.mark.parametrize("kind", [FILE, DIR])
+def test_a_mode_taken_back_before_the_first_was_answered_is_sent(world: World, kind: str) -> None:
+    pod = world.pod()
+    ino = world.make(pod, "x", kind)
+    world.store.set(ino, mode=0o755)
+    world.store.mark(ino, MODE)
+    world.settle()
+    world.calls.clear()
+    world.store.set(ino, mode=0o600)
+    world.store.mark(ino, MODE)
+    op = world.planner.plan(("ino", ino))
+    assert isinstance(op, Chmod)
+    op.before(world.store)  # and the driver dies
+    world.store.set(ino, mode=0o755)
+    world.store.mark(ino, MODE)
+    assert world.settle() == ["Chmod pod/x"]
 
 
 def test_bits_of_a_umask_are_not_worth_a_call(world: World) -> None:
