@@ -369,7 +369,8 @@ class Engine:
             self._schedule(op.item, gate_s)
             return
         moving = op.rid if isinstance(op, Move) and op.is_dir else None
-        verify = self._unsure.get(op.item)
+        # A look changes nothing, and may find why an earlier attempt failed.
+        verify = None if isinstance(op, Look) else self._unsure.get(op.item)
         dirs = tuple({*op.dirs, *(verify or ())})
         kind = "uploads" if isinstance(op, Upload) else "changes"
         if self._count(kind) >= getattr(self._limits, kind):

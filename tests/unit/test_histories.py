@@ -14,6 +14,8 @@ from tests.bench.histories import STALL_S, History, play
 from tests.simulated import Simulated, virtual_time
 
 AT_ONCE = 20
+FOUND = (72202, 90053, 90349)
+"""Others in which something went wrong once."""
 
 
 @pytest.mark.parametrize("first", range(0, 200, AT_ONCE))
@@ -21,6 +23,12 @@ def test_nothing_is_stranded_in_any_history(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + AT_ONCE):
         trouble = play(seed, tmp_path)
         assert trouble is None, trouble
+
+
+@pytest.mark.parametrize("seed", FOUND)
+def test_nothing_is_stranded_where_it_once_was(seed: int, tmp_path: Path) -> None:
+    trouble = play(seed, tmp_path)
+    assert trouble is None, trouble
 
 
 class BrokenOff(History):
