@@ -127,10 +127,12 @@ class DfsError(CpodfsError):
     ``sent`` is False only when the request surely never reached the server. ``remedy``: what the
     user can do about a refusal that repeating will not mend; ``{path}`` is where it happened.
     ``retry_after_s``: no call is worth making before, whatever it is about, if that is known.
+    ``half_done``: what was asked for takes several calls, and some of them had changed something.
     """
 
     remedy: str = ""
     retry_after_s: float | None = None
+    half_done: bool = False
 
     def __init__(
         self, message: str, *, endpoint: str = "", status: int | None = None, sent: bool = True

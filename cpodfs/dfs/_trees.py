@@ -14,7 +14,7 @@ import re
 import secrets
 from typing import TYPE_CHECKING
 
-from cpodfs.errors import AlreadyExists, NameRefused, NotEmpty, NotFound
+from cpodfs.errors import AlreadyExists, DfsError, NameRefused, NotEmpty, NotFound
 
 if TYPE_CHECKING:
     from cpodfs.dfs.client import Client
@@ -65,6 +65,17 @@ async def _move(
         return
     await _refuse_taken(client, pod, new)
     await client.mkdir(pod, new)
+    try:
+        await _move_children(client, pod, old, new, tree)
+        mode = (await client.stat_dir(pod, old)).mode
+        await client.chmod_dir(pod, new, mode)
+        await remove_dir(client, pod, old, check=True)
+    except DfsError as error:
+        error.half_done = True
+        raise
+
+
+async def _move_children(client: Client, pod: str, old: str, new: str, tree: _Tree) -> None:
     dirs = {entry.name for entry in tree[old] if entry.is_dir}
     children = {entry.name: entry for entry in tree[old]}  # a name can be listed twice
     for entry in children.values():
@@ -74,9 +85,6 @@ async def _move(
             dirs.discard(entry.name)
         else:
             await client.rename_file(pod, source, target)
-    mode = (await client.stat_dir(pod, old)).mode
-    await client.chmod_dir(pod, new, mode)
-    await remove_dir(client, pod, old, check=True)
 
 
 def _would_lose(tree: _Tree, old: str, siblings: set[str]) -> bool:

@@ -259,7 +259,7 @@ class Client:
         Never atomic: the server moves child by child, and where its own way would lose
         directories (see ``_trees``) we do. Lists the whole sub-tree first. Raises AlreadyExists
         for a taken name, NotFound also when ``new``'s parent is missing, NameRefused for a move
-        into itself. After an error look what is where.
+        into itself. After an error that is ``half_done`` look what is where.
         """
         await _trees.rename_dir(self, pod, old, new)
 

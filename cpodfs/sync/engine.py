@@ -603,7 +603,8 @@ class Engine:
             self._schedule(op.item, min(self._delay_s, BUSY_S) if self._draining else self._delay_s)
             return
         delay_s = self._retry.failed(op.item, error)
-        if isinstance(error, DfsError) and error.sent and not isinstance(op, Upload | Look):
+        may_be_done = isinstance(error, DfsError) and (error.sent or error.half_done)
+        if may_be_done and not isinstance(op, Upload | Look):
             self._unsure[op.item] = op.dirs
             if isinstance(error, UNANSWERED):
                 self._unanswered.add(op.item)
@@ -625,7 +626,7 @@ class Engine:
         self.counters.failed += 1
         self._have_failed = True
         self.counters.recent.append(f"{time.strftime('%H:%M:%S')} {error}")
-        if isinstance(op, Move) and isinstance(error, MOVE_REFUSED):
+        if isinstance(op, Move) and isinstance(error, MOVE_REFUSED) and not error.half_done:
             # It has not moved, and no earlier attempt can have: those are resolved before another.
             self._store.set_remote(op.rid, to_parent=None, to_name=None)
         if isinstance(op, RemoveDir) and isinstance(error, NotEmpty):
