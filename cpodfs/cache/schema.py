@@ -26,6 +26,9 @@ had been acknowledged; it is kept as it is and never uploaded, until somebody wr
 UNKNOWN = -1
 """``remote.size`` of a file that is either the old version or the one that we sent."""
 
+OUTDATED_S = 1.0
+"""``inode.listed_s`` of a directory that was listed, and of which the next listing shows more."""
+
 SCHEMA = f"""
 CREATE TABLE inode (
     ino INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used twice, so its FUSE generation is always 0

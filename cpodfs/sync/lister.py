@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from cpodfs.cache.schema import DIR, ROOT
+from cpodfs.cache.schema import DIR, OUTDATED_S, ROOT
 from cpodfs.cache.store import Inode, Remote, Store, level, trouble
 from cpodfs.dfs import Client, Entry
 from cpodfs.errors import (
@@ -362,7 +362,7 @@ class Lister:
         new = self._merger.free_name(directory.ino, name)
         log.warning("conflict: %s%s is a file and a directory; the file is now %r", pod, old, new)
         await self._dfs.rename_file(pod, old, child_path(self._store, rid, new)[1])
-        self._store.set(directory.ino, listed_s=0)
+        self._store.set(directory.ino, listed_s=OUTDATED_S)
 
     async def look_behind(self, before: Remote) -> None:
         """A directory, known as ``before``, may have arrived where it was moved to, and be at its old

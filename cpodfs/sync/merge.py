@@ -17,7 +17,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cpodfs.cache.content import Content
-from cpodfs.cache.schema import CONTENT, DAMAGED, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
+from cpodfs.cache.schema import (
+    CONTENT,
+    DAMAGED,
+    DIR,
+    FILE,
+    MODE,
+    OUTDATED_S,
+    PLACE,
+    ROOT,
+    SENT,
+    UNKNOWN,
+)
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.dfs import DOOMED, Entry
 from cpodfs.errors import Conflict, Held
@@ -365,7 +376,7 @@ class Merger:
                     continue  # nobody here can give one of them another name
                 if entry.is_dir and rid in seen:
                     # Theirs is shown by a listing after ours has left the name at the server.
-                    self._store.set(directory.ino, listed_s=0)
+                    self._store.set(directory.ino, listed_s=OUTDATED_S)
                     if remote.rparent is not None:
                         self._store.looked[remote.rparent] = time.time()
                     local = self._store.child(directory.ino, entry.name)

@@ -12,7 +12,19 @@ import time
 from dataclasses import dataclass
 
 from cpodfs.cache.durability import Durability
-from cpodfs.cache.schema import CONTENT, DAMAGED, DIR, FILE, LINK, MODE, PLACE, ROOT, SENT, UNKNOWN
+from cpodfs.cache.schema import (
+    CONTENT,
+    DAMAGED,
+    DIR,
+    FILE,
+    LINK,
+    MODE,
+    OUTDATED_S,
+    PLACE,
+    ROOT,
+    SENT,
+    UNKNOWN,
+)
 from cpodfs.cache.store import Inode, Remote, Store
 from cpodfs.sync.ops import (
     Chmod,
@@ -146,9 +158,9 @@ class Planner:
         if not inode.listed_s and mine.rid not in self._store.looked:
             return Look(item, (mine.rid,), mine.rid)
         name = inode.name or ""
-        # What was looked at and does not count as listed has a directory that is not shown yet.
+        # What is outdated has a directory that is not shown yet, or may have.
         children = self._store.remote_children(mine.rid)
-        has_dirs = not inode.listed_s or any(child.kind == DIR for child in children)
+        has_dirs = inode.listed_s <= OUTDATED_S or any(child.kind == DIR for child in children)
         if has_dirs or self._is_doubtful(mine):
             return Rehome(item, (home.rid,), inode.ino, mine.rid, home.rid, name)
         return self._move(mine, home, name)
@@ -196,7 +208,11 @@ class Planner:
     def _is_fresh(self, directory: int | None) -> bool:
         """Whether the last listing of a directory is recent enough to overwrite what it lacks."""
         inode = self._store.get(directory) if directory is not None else None
-        return inode is not None and 0 <= time.time() - inode.listed_s < self._fresh_s
+        remote = self._store.remote_of(inode.ino) if inode is not None else None
+        if inode is None or remote is None:
+            return False
+        seen_s = max(inode.listed_s, self._store.looked.get(remote.rid, 0.0))
+        return 0 <= time.time() - seen_s < self._fresh_s
 
     def _unseen_above(self, orphan: Remote) -> int | None:
         """The topmost directory above an orphan that should be listed before the orphan is deleted:

@@ -27,7 +27,7 @@ class World:
         mode = 0o700 if kind == DIR else mode
         inode = self.store.create(parent, name, kind, mode, cached=1, dirty=dirty)
         if kind == DIR:
-            self.store.set(inode.ino, listed_s=1.0)
+            self.store.set(inode.ino, listed_s=2.0)
         return inode.ino
 
     def pod(self, name: str = "pod") -> int:
@@ -68,7 +68,7 @@ class World:
             path = "/".join(self.store.remote_path(op.rid))
         self.calls.append(" ".join(filter(None, [type(op).__name__, path, target])))
         if isinstance(op, Look):
-            self.store.set(op.item[1], listed_s=1.0)
+            self.store.set(op.item[1], listed_s=2.0)
             return
         op.before(self.store)
         op.done(self.store)
