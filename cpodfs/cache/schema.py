@@ -89,7 +89,7 @@ CREATE INDEX remote_unswarmed ON remote (rid) WHERE in_swarm = 0;
 CREATE TABLE sent (            -- uploads of which it is not known whether the server acted on them, or
     ino INTEGER NOT NULL,      -- still will: it goes on with a request whose client has died
     size INTEGER NOT NULL,     -- bytes
-    crc INTEGER NOT NULL,      -- CRC-32 of them
+    crc INTEGER NOT NULL,      -- CRC-32 of them; UNKNOWN: not all of them had been read
     sent_s REAL NOT NULL,      -- Unix time of the server at the last byte; infinite: not known
     PRIMARY KEY (ino, size, crc)
 ) WITHOUT ROWID;

@@ -463,6 +463,7 @@ class Upload(Op):
             there = store.remote_at(self.rparent, self.name)
             if there is not None:
                 store.set_remote(there.rid, size=UNKNOWN, mtime_s=None)
+            store.note_sending(self.ino, self.size)
 
     @property
     def all_sent(self) -> bool:
@@ -471,6 +472,7 @@ class Upload(Op):
 
     def not_done(self, store: Store) -> None:
         """The server surely did nothing: what we knew of it still holds."""
+        store.note_not_sent(self.ino)
         if self.sent_before:
             return
         with store.transaction():
@@ -490,11 +492,11 @@ class Upload(Op):
         fd = self.durability.content.open_dirty(self.ino)
         started = time.time()
         try:
+            self.size = os.fstat(fd).st_size
             self.about_to_send(store)
             await self.durability.both(self.ino, fd)
             if self.changed:
                 raise ChangedDuringUpload(f"{self.name}: written to before it was uploaded")
-            self.size = os.fstat(fd).st_size
             await dfs.upload(
                 *(pod, directory, self.name),
                 lambda: self._body(store, fd, dfs.session.clock_skew_s),

@@ -6,6 +6,7 @@ import errno
 import os
 import sqlite3
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -400,3 +401,23 @@ def test_a_directory_that_left_its_place_before_it_was_made_anew_is_not_made(
     world.move(outer, pod, "d")
     with pytest.raises(ChangedDuringUpload, match="renamed"):
         op.before(world.store)
+
+
+def test_an_upload_whose_end_was_not_journaled_is_not_somebody_elses(tmp_path: Path) -> None:
+    """The journal is on the disk before an upload begins; what it says of the last byte, which the
+    server may have acted on, may be lost with the power."""
+    world = World(tmp_path)
+    pod = world.pod()
+    file = world.make(pod, "f")
+    world.settle()
+    world.store.note_sent(file, 3, 1234, 0.0)  # an earlier one, whose answer never came
+    world.store.mark(file, CONTENT | SENT)
+    op = world.planner.plan(("ino", file))
+    assert isinstance(op, Upload)
+    op.size = 5
+    op.about_to_send(world.store)
+    later_s = round(time.time()) + 100
+    assert not world.store.is_foreign(file, 5, later_s)
+    assert world.store.is_foreign(file, 7, later_s)
+    op.not_done(world.store)
+    assert world.store.is_foreign(file, 5, later_s)
