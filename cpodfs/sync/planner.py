@@ -95,6 +95,9 @@ class Planner:
             there = None
             if inode.dirty & PLACE:
                 self._store.unmark(ino, PLACE)
+        arriving = self._store.remote_moving_to(home.rid, inode.name)
+        if arriving is not None:
+            return Blocked(arriving.item)  # else nobody could tell which of the two is there
         there = self._without_ghost(inode, there)
         if inode.is_dir:
             return self._plan_dir(inode, mine, home, there)

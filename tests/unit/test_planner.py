@@ -11,7 +11,7 @@ from sync_helpers import World
 from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, SENT
 from cpodfs.sync.ops import Chmod, Look, Rehome
-from cpodfs.sync.planner import Planner
+from cpodfs.sync.planner import Blocked, Planner
 
 
 @pytest.fixture
@@ -140,6 +140,17 @@ def test_a_mode_taken_back_before_the_first_was_answered_is_sent(world: World, k
     world.store.set(ino, mode=0o755)
     world.store.mark(ino, MODE)
     assert world.settle() == ["Chmod pod/x"]
+
+
+def test_a_name_to_which_something_may_have_been_renamed_waits(world: World) -> None:
+    pod = world.pod()
+    file = world.make(pod, "f")
+    world.settle()
+    remote = world.store.remote_of(file)
+    assert remote is not None
+    world.store.set_remote(remote.rid, to_parent=remote.rparent, to_name="g")  # no answer
+    other = world.make(pod, "g")
+    assert world.planner.plan(("ino", other)) == Blocked(("ino", file))
 
 
 def test_bits_of_a_umask_are_not_worth_a_call(world: World) -> None:
