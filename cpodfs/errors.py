@@ -23,6 +23,7 @@ CpodfsError                     EIO
     ├── NotFound                ENOENT
     │   └── PodNotFound         ENOENT      so whatever was asked of what is in it was not looked for
     ├── Doubtful                EIO         the server does not show what it had: no proof of a deletion
+    │   └── Unseen              EIO         it was renamed, and is shown at neither place yet
     ├── AlreadyExists           EEXIST
     ├── Conflict                ESTALE      the server's copy is not the one that we read
     ├── NotEmpty                ENOTEMPTY   a directory that still has children
@@ -155,6 +156,10 @@ class PodNotFound(NotFound):
 
 class Doubtful(DfsError):
     remedy = "if it was deleted elsewhere: cpodfs refresh --accept-deletions {path}"
+
+
+class Unseen(Doubtful):
+    pass
 
 
 class AlreadyExists(DfsError):

@@ -35,6 +35,7 @@ from cpodfs.errors import (
     Refused,
     ServerError,
     Unreachable,
+    Unseen,
 )
 from cpodfs.paths import TEMP_PREFIX
 from cpodfs.sync import retry
@@ -532,7 +533,7 @@ class Engine:
         if left is not None and left.to_parent is not None:  # not where it was to go
             lost = await self._lister.is_absent(left)
             if lost and op.attempt < BELIEVED_ATTEMPTS:
-                raise Doubtful("renamed, and shown neither under its old name nor its new one")
+                raise Unseen("renamed, and shown neither under its old name nor its new one")
             self._store.set_remote(left.rid, to_parent=None, to_name=None)
             self._unsure.pop(item, None)
             if lost:
@@ -610,8 +611,8 @@ class Engine:
                 self._unanswered.add(op.item)
         if isinstance(error, NotFound | Doubtful):
             self._lister.said_absent(op.dirs, error)
-        if isinstance(error, Conflict):
-            log.info("conflict item=%s: %s", op.item, error)
+        if isinstance(error, Conflict | Unseen):  # to be looked into, and soon settled
+            log.info("%s item=%s: %s", type(error).__name__.lower(), op.item, error)
             self._unsure[op.item] = op.dirs
             self._schedule(op.item, delay_s)
             return

@@ -156,3 +156,40 @@ def test_a_file_that_was_deleted_elsewhere_leaves_a_removed_directory(tmp_path: 
     history = Evicted(Simulated(tmp_path / "server"), tmp_path, 1)
     with virtual_time() as clock:
         trio.run(history.run, clock=clock)
+
+
+class NeverMade(History):
+    """A directory was renamed before it was known whether it had been made, and the driver died while it
+    was renamed at the server, which has never seen it."""
+
+    async def run(self) -> None:
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            assert await drain(self.engine, STALL_S)
+            self.fate.broken = 1.0
+            folder = await self.tree.mkdir(pod.ino, "d", 0o755)
+            await trio.sleep(4)
+            await self.tree.rename(pod.ino, "d", pod.ino, "e", 0)
+            home, supposed = self.store.remote_of(pod.ino), self.store.remote_of(folder.ino)
+            assert home is not None
+            assert supposed is not None
+            self.store.set_remote(supposed.rid, to_parent=home.rid, to_name="e")
+        self.fate.calm()
+        async with self._driver():
+            self.store.set(folder.ino, error=None)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch)
+                assert await drain(self.engine, 30)
+                nursery.cancel_scope.cancel()
+
+    async def _watch(self) -> None:
+        """``cpodfs sync`` gives up when all that is left has failed."""
+        while True:
+            assert self.store.failed(1) == []
+            await trio.sleep(0.1)
+
+
+def test_a_move_of_what_was_never_made_does_not_fail(tmp_path: Path) -> None:
+    history = NeverMade(Simulated(tmp_path / "server"), tmp_path, 1)
+    with virtual_time() as clock:
+        trio.run(history.run, clock=clock)
