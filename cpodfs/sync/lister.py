@@ -272,6 +272,10 @@ class Lister:
                 raise
             self._missing.said_absent(rid, error)
             raise Doubtful(f"{error.message}, though it was there") from error
+        except Unreachable as error:
+            if not await self._is_file_instead(rid, error):
+                raise
+            raise Doubtful("a file has the name of this directory at the server") from error
         if self._store.remote_path(rid) != started:
             return  # moved while we asked
         self._missing.seen(rid)
@@ -281,6 +285,25 @@ class Lister:
         if known is not None and not known.listed_s and not await self._is_whole(rid, found):
             raise Doubtful("the server leaves out names that are there")
         await self._merge(rid, started, found, resolving)
+
+    async def _is_file_instead(self, rid: int, error: Unreachable) -> bool:
+        """Whether a file has the name of a directory, or of one above it, by now: asked to list that,
+        the server breaks the connection. The directory above tells, and is then listed anew."""
+        while error.sent and not isinstance(error, TimedOut):
+            remote = self._store.remote(rid)
+            if remote is None or remote.rparent in (None, ROOT):
+                return False
+            rid = remote.rparent
+            try:
+                entries = await self._dfs.list_dir(*pod_and_path(self._store, rid))
+            except Unreachable as above:
+                error = above
+                continue
+            kinds = {entry.is_dir for entry in entries if entry.name == remote.name}
+            if kinds == {False}:
+                self._missing.look(rid)
+            return kinds == {False}
+        return False
 
     async def _merge(
         self, rid: int, started: list[str], found: _Found, resolving: int | None
