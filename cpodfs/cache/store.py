@@ -400,7 +400,8 @@ class Store:
             return
         there = self.remote_at(home.rid, inode.name)
         mode = 0o700 if inode.is_dir else 0o600
-        owner = ino if self.remote_of(ino) is None else None
+        # A pod cannot be renamed there: it is made anew, and this one is to be deleted.
+        owner = ino if self.remote_of(ino) is None and home.rid != ROOT else None
         if there is None:
             self.add_remote(
                 *(home.rid, inode.name, inode.kind),

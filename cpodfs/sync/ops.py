@@ -128,6 +128,9 @@ class CreatePod(Op):
     ino: int
     name: str
 
+    def before(self, store: Store) -> None:
+        _bind(store, self.ino, ROOT, self.name)
+
     async def call(self, store: Store, dfs: Client) -> None:
         await check_pods_shown(store, dfs)
         await dfs.create_pod(self.name)
@@ -252,6 +255,8 @@ async def _believe_gone(store: Store, dfs: Client, op: Op, rid: int, error: NotF
         raise error
     if op.may_be_done:
         return
+    if remote.rparent == ROOT and remote.size == UNKNOWN and not await dfs.pod_present(remote.name):
+        return  # it was only supposed to have arrived
     if remote.rparent == ROOT or isinstance(error, PodNotFound):
         raise error
     pod, path = pod_and_path(store, rid)

@@ -186,6 +186,8 @@ class History:
         that is not sure."""
         if "--accept-deletions" in one.reason:
             return True
+        if one.failed and "delete pod: file not found" in one.reason:
+            return True  # the server has lost a file that it lists, and cannot delete such a pod
         return (one.failed or "(" in one.reason) and self._is_doubtful(one.path)
 
     def _is_doubtful(self, path: str) -> bool:
