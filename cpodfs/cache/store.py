@@ -48,6 +48,11 @@ REMOTE_COLUMNS = (
     "rid, rparent, name, kind, size, mtime_s, slack_s, mode, readonly, ino, to_parent, to_name, "
     "absent_s, absences, in_swarm"
 )
+BELOW = (
+    "WITH RECURSIVE below(rid) AS "
+    "(VALUES (?) UNION ALL SELECT r.rid FROM remote r JOIN below ON r.rparent = below.rid)"
+)
+"""A remote object and all that is in it."""
 
 
 def trouble(error: Exception) -> str | None:
@@ -608,12 +613,19 @@ class Store:
             return False
         return not self.sent(ino, size)
 
-    def sent_before_a_move(self, rid: int) -> None:
-        """The server gives what it renames another time, so those of uploads tell nothing any more."""
-        self._db.execute(
-            "UPDATE sent SET sent_s = ? WHERE ino = (SELECT ino FROM remote WHERE rid = ?)",
-            (float("inf"), rid),
-        )
+    def times_move(self, rid: int) -> None:
+        """The server gives what it renames, and all below that, the present as modification time; those
+        of uploads tell nothing any more."""
+        with self.transaction():
+            self._db.execute(
+                f"{BELOW} UPDATE remote SET mtime_s = NULL WHERE rid IN (SELECT rid FROM below)",
+                (rid,),
+            )
+            self._db.execute(
+                f"{BELOW} UPDATE sent SET sent_s = ? WHERE ino IN "
+                "(SELECT ino FROM remote WHERE rid IN (SELECT rid FROM below) AND ino IS NOT NULL)",
+                (rid, float("inf")),
+            )
 
     def forget_sent(self, ino: int) -> None:
         self._db.execute("DELETE FROM sent WHERE ino = ?", (ino,))
@@ -640,6 +652,16 @@ class Store:
             (rid, after, limit),
         )
         return [Remote._make(row) for row in rows]
+
+    def unfinished_child(self, rid: int) -> Remote | None:
+        """Something in a remote directory that is shown here, or has still to be deleted."""
+        return self._remote(
+            "rparent = ? AND (ino IS NOT NULL OR absent_s IS NULL) ORDER BY name LIMIT 1", (rid,)
+        )
+
+    def has_remote_dirs(self, rid: int) -> bool:
+        query = "SELECT 1 FROM remote WHERE rparent = ? AND kind = ? LIMIT 1"
+        return self._db.execute(query, (rid, DIR)).fetchone() is not None
 
     def newest_rid(self) -> int:
         """The highest remote id so far; none is used twice."""
@@ -768,11 +790,11 @@ class Store:
 
     def drop_remote(self, rid: int) -> None:
         """Forget a remote object and, for a directory, all that it held."""
-        with self.transaction():
-            for child in self.remote_children(rid):
-                self.drop_remote(child.rid)
-            self._db.execute("DELETE FROM remote WHERE rid = ?", (rid,))
-            self.looked.pop(rid, None)
+        rows = self._db.execute(
+            f"{BELOW} DELETE FROM remote WHERE rid IN (SELECT rid FROM below) RETURNING rid", (rid,)
+        )
+        for (dropped,) in rows.fetchall():
+            self.looked.pop(dropped, None)
 
     def remote_path(self, rid: int) -> list[str]:
         """Components from the pod's name on down of where the server has this object; none for the

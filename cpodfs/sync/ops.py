@@ -289,7 +289,7 @@ class Move(Op):
 
     def before(self, store: Store) -> None:
         store.set_remote(self.rid, to_parent=self.to_parent, to_name=self.to_name)
-        _mtimes_move(store, self.rid)
+        store.times_move(self.rid)
 
     async def call(self, store: Store, dfs: Client) -> None:
         pod, old = pod_and_path(store, self.rid)
@@ -322,15 +322,6 @@ def moved(store: Store, rid: int, to_parent: int, to_name: str) -> list[Item]:
             return [("rid", rid)]
         store.replace(remote.ino)
     return []
-
-
-def _mtimes_move(store: Store, rid: int) -> None:
-    """The server gives what is renamed, and all below it, the present as modification time."""
-    with store.transaction():
-        store.set_remote(rid, mtime_s=None)
-        store.sent_before_a_move(rid)
-        for child in store.remote_children(rid):
-            _mtimes_move(store, child.rid)
 
 
 @dataclass(slots=True)

@@ -162,8 +162,7 @@ class Planner:
             return Look(item, (mine.rid,), mine.rid)
         name = inode.name or ""
         # What is outdated has a directory that is not shown yet, or may have.
-        children = self._store.remote_children(mine.rid)
-        has_dirs = inode.listed_s <= OUTDATED_S or any(child.kind == DIR for child in children)
+        has_dirs = inode.listed_s <= OUTDATED_S or self._store.has_remote_dirs(mine.rid)
         if has_dirs or self._is_doubtful(mine):
             return Rehome(item, (home.rid,), inode.ino, mine.rid, home.rid, name)
         return self._move(mine, home, name)
@@ -273,9 +272,9 @@ class Planner:
             if unseen is not None:
                 return Look(("rid", rid), (unseen,), unseen)  # did somebody change it since?
             return RemoveFile(("rid", rid), (remote.rparent,), rid)
-        for child in self._store.remote_children(rid):
-            if child.ino is not None or child.absent_s is None:
-                return Blocked(child.item)
+        child = self._store.unfinished_child(rid)
+        if child is not None:
+            return Blocked(child.item)
         if remote.absent_s is not None:
             return None
         arriving = self._store.moving_into(rid)
