@@ -96,8 +96,9 @@ class Planner:
             if inode.dirty & PLACE:
                 self._store.unmark(ino, PLACE)
         arriving = self._store.remote_moving_to(home.rid, inode.name)
-        if arriving is not None:
-            return Blocked(arriving.item)  # else nobody could tell which of the two is there
+        leaving = there if there is not None and there.to_parent is not None else None
+        if (other := arriving or leaving) is not None:
+            return Blocked(other.item)  # else nobody could tell which of the two is there
         there = self._without_ghost(inode, there)
         if inode.is_dir:
             return self._plan_dir(inode, mine, home, there)

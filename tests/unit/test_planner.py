@@ -142,7 +142,7 @@ def test_a_mode_taken_back_before_the_first_was_answered_is_sent(world: World, k
     assert world.settle() == ["Chmod pod/x"]
 
 
-def test_a_name_to_which_something_may_have_been_renamed_waits(world: World) -> None:
+def test_names_between_which_something_may_have_been_renamed_wait(world: World) -> None:
     pod = world.pod()
     file = world.make(pod, "f")
     world.settle()
@@ -151,6 +151,10 @@ def test_a_name_to_which_something_may_have_been_renamed_waits(world: World) -> 
     world.store.set_remote(remote.rid, to_parent=remote.rparent, to_name="g")  # no answer
     other = world.make(pod, "g")
     assert world.planner.plan(("ino", other)) == Blocked(("ino", file))
+    world.remove(file)
+    third = world.make(pod, "f")
+    for ino in (other, third):
+        assert world.planner.plan(("ino", ino)) == Blocked(("rid", remote.rid))
 
 
 def test_bits_of_a_umask_are_not_worth_a_call(world: World) -> None:
