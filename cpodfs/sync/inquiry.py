@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 200
 """Objects that are marked before others get in between."""
+PAUSE_S = 0.001
+"""Between two slices of a long merge."""
 
 
 @dataclass(slots=True)
@@ -87,7 +89,7 @@ class Inquiry:
             return
         whole = await self.is_whole(rid, entries)
         absent = [remote for remote in missing if await self._confirm(remote)]
-        self._carry_out(rid, replace(folder, missing=len(absent), whole=whole), absent)
+        await self._carry_out(rid, replace(folder, missing=len(absent), whole=whole), absent)
 
     async def _mark(self, missing: list[Remote]) -> None:
         for start in range(0, len(missing), AT_ONCE):
@@ -96,11 +98,11 @@ class Inquiry:
                     self._missing.suspect(remote.rid)
             await trio.lowlevel.checkpoint()
 
-    def _carry_out(self, rid: int, folder: Folder, absent: list[Remote]) -> None:
+    async def _carry_out(self, rid: int, folder: Folder, absent: list[Remote]) -> None:
         verdicts = [self._missing.judge(remote.rid, folder) for remote in absent]
         for remote, verdict in zip(absent, verdicts, strict=True):
             if verdict is Verdict.DELETED:
-                self.believe_gone(remote.rid)
+                await self.give_up(remote.rid)
         if Verdict.ALARM in verdicts:
             self._missing.alarm(rid, folder)
         elif Verdict.DOUBTFUL in verdicts:
@@ -118,6 +120,16 @@ class Inquiry:
             self._merger.gone(remote, outcome)
             self._on_outcome(outcome)
 
+    async def give_up(self, rid: int) -> None:
+        """As ``believe_gone``; of a large directory slice by slice."""
+        remote = self._store.remote(rid)
+        if remote is not None and rid not in self._missing.outdated:
+            for outcome in self._merger.gone_by_slices(remote):
+                self._on_outcome(outcome)
+                await trio.sleep(PAUSE_S)
+        else:
+            self.believe_gone(rid)
+
     async def _settle(self, rid: int, missing: list[Remote], entries: int) -> list[Remote]:
         """What there is to doubt of what is missing: not an object that was to be deleted, nor one that
         was only supposed to have arrived and is sent again."""
@@ -131,7 +143,7 @@ class Inquiry:
         sure = bool(spare) and await self.is_whole(rid, entries)
         for remote in spare:
             if sure and await self.is_absent(remote):
-                self.believe_gone(remote.rid)
+                await self.give_up(remote.rid)
             else:
                 self._missing.suspect(remote.rid)
         return doubtful
@@ -176,7 +188,7 @@ class Inquiry:
         if not await self._confirm(remote):
             return
         if self._missing.judge(remote.rid, alone) is Verdict.DELETED:
-            self.believe_gone(remote.rid)
+            await self.give_up(remote.rid)
 
     async def is_absent(self, remote: Remote) -> bool:
         """Whether the server says, asked by name, that an object is not where it was."""

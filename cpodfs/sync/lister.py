@@ -31,7 +31,7 @@ from cpodfs.errors import (
     Unreachable,
 )
 from cpodfs.sync.doubt import pause_s
-from cpodfs.sync.inquiry import Inquiry, Tally
+from cpodfs.sync.inquiry import PAUSE_S, Inquiry, Tally
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.lookahead import Lookahead
 from cpodfs.sync.merge import Merger, Outcome
@@ -41,8 +41,6 @@ from cpodfs.sync.ops import child_path, pod_and_path, pod_of
 log = logging.getLogger(__name__)
 
 POD_MODE = 0o700
-PAUSE_S = 0.001
-"""Between two slices of a long merge."""
 ATTEMPTS = 3
 RESOLVE_S = 10.0
 QUIET_S = 60.0
@@ -355,7 +353,7 @@ class Lister:
         if self._store.moving_above(remote.rid) or not await self._inquiry.is_absent(remote):
             return
         if remote.ino is None:
-            self._inquiry.believe_gone(remote.rid)
+            await self._inquiry.give_up(remote.rid)
         else:
             await self._inquiry.settle_alone(remote)
 
@@ -542,7 +540,7 @@ class Lister:
             folder = self._store.remote(rid)
             if folder is not None and folder.rparent is not None:
                 self._missing.settled(folder.rparent)
-            self._inquiry.believe_gone(rid)
+            await self._inquiry.give_up(rid)
         return len(accepted)
 
     def _is_below(self, rid: int, top: int) -> bool:

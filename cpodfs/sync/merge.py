@@ -45,7 +45,7 @@ SLICE_S = 0.002
 GHOST_S = 600.0
 """For so long an earlier version of a file that was to be deleted is taken for a lie."""
 PAGE = 200
-"""Rows looked at in one slice for what a listing did not show."""
+"""Rows looked at in one slice for what a listing did not show, or given up in one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,11 +227,16 @@ class Merger:
     def _unseen(self, rid: int, newest: int, seen: _Ids) -> Iterator[list[Remote]]:
         """What is known to be in a directory, was so before the listing was merged, and is not in
         it; page by page."""
+        for page in self._pages(rid):
+            yield [r for r in page if r.rid <= newest and r.rid not in seen and r.to_parent is None]
+
+    def _pages(self, rid: int) -> Iterator[list[Remote]]:
+        """What is in a remote directory, in the order of names."""
         after: str | None = ""
         while after is not None:
             page = self._store.remote_children(rid, after=after, limit=PAGE)
             after = page[-1].name if len(page) == PAGE else None
-            yield [r for r in page if r.rid <= newest and r.rid not in seen and r.to_parent is None]
+            yield page
 
     def check_free(self, directory: Inode) -> None:
         """Raise Held for a directory that stays as it is for now."""
@@ -264,6 +269,25 @@ class Merger:
                 outcome.work.append(("ino", inode.ino))
             else:
                 self._unname(inode, outcome)
+
+    def gone_by_slices(self, remote: Remote) -> Iterator[Outcome]:
+        """As ``gone``, of what is in a directory first: between two slices others get in."""
+        if remote.ino is not None and self.is_held(remote.ino):
+            return
+        for page in self._pages(remote.rid):
+            for child in page:
+                if child.kind == DIR:
+                    yield from self.gone_by_slices(child)
+            outcome = Outcome()
+            with self._store.transaction():
+                for child in page:
+                    if child.kind == FILE and self._store.remote(child.rid) is not None:
+                        self.gone(child, outcome)
+            yield outcome
+        now, outcome = self._store.remote(remote.rid), Outcome()
+        if now is not None:
+            self.gone(now, outcome)
+        yield outcome
 
     def is_sent_again(self, remote: Remote) -> bool:
         """Whether nothing is lost here by believing that an object is gone."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import trio
 
-from cpodfs.cache.schema import ROOT
+from cpodfs.cache.schema import DIR, ROOT
 from cpodfs.dfs import Entry
 from cpodfs.fs.operations import Operations
 from cpodfs.sync import merge
@@ -160,3 +160,29 @@ def test_others_get_in_between_while_the_kernel_forgets() -> None:
     trio.run(main)
     assert forgotten == list(range(ROOT + 1, ROOT + 1001))
     assert turns > 10
+
+
+def test_a_tree_that_is_gone_goes_by_slices_and_what_is_changed_in_between_stays(
+    tmp_path: Path,
+) -> None:
+    world = World(tmp_path)
+    pod = world.pod()
+    folder = world.make(pod, "d", DIR)
+    inner = world.make(folder, "inner", DIR)
+    for parent in (folder, inner):
+        for name in "ab":
+            world.make(parent, name)
+    world.settle()
+    remote = world.store.remote_of(folder)
+    assert remote is not None
+    merger = Merger(world.store, world.content, lambda ino: None)
+    slices = merger.gone_by_slices(remote)
+    next(slices)
+    assert names(world, folder) == ["b", "inner"]
+    mine = world.make(inner, "mine")
+    assert len(list(slices)) >= 4
+    assert names(world, folder) == ["inner"]
+    assert names(world, inner) == ["mine"]
+    world.settle()
+    assert world.remote_tree() == world.local_tree()
+    assert world.store.remote_of(mine) is not None
