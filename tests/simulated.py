@@ -50,7 +50,7 @@ class Fate:
     """What goes wrong with a session's calls: shares of them, and the longest latency in seconds.
 
     ``away``: nobody answers. Calls of the class ``reads`` (listings, stats) fail as well, unless
-    they are spared.
+    they are spared. ``torn``: the connection breaks before the last byte of an upload.
     """
 
     dice: random.Random
@@ -59,10 +59,11 @@ class Fate:
     lost: float = 0.0
     latency_s: float = 0.0
     away: bool = False
+    torn: bool = False
 
     def calm(self) -> None:
         self.refused = self.broken = self.lost = 0.0
-        self.away = False
+        self.away = self.torn = False
 
 
 @dataclass
@@ -157,6 +158,8 @@ class Wire:
         async for chunk in body.stream():
             if not head:
                 head = chunk
+            elif self._fate.torn:
+                raise Unreachable("the connection was lost", endpoint=endpoint)
             else:
                 sent += chunk
                 await self._pause()

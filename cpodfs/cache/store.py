@@ -579,15 +579,16 @@ class Store:
         row = (ino, size, UNKNOWN, float("inf"))
         self._db.execute("INSERT OR REPLACE INTO sent VALUES (?,?,?,?)", row)
 
-    def note_not_sent(self, ino: int) -> None:
-        """The upload that had begun has surely done nothing."""
-        self._db.execute("DELETE FROM sent WHERE ino = ? AND crc = ?", (ino, UNKNOWN))
+    def note_not_sent(self, ino: int, size: int) -> None:
+        """The upload of so many bytes that had begun has surely done nothing."""
+        row = (ino, size, UNKNOWN)
+        self._db.execute("DELETE FROM sent WHERE ino = ? AND size = ? AND crc = ?", row)
 
     def note_sent(self, ino: int, size: int, crc: int, skew_s: float | None) -> None:
         """From now on the server, whose clock is so much ahead, may act on an upload of so many bytes
         with this CRC-32. Where its clock is not known, times tell nothing."""
         sent_s = time.time() + skew_s if skew_s is not None else float("inf")
-        self.note_not_sent(ino)  # it has a checksum now
+        self.note_not_sent(ino, size)  # it has a checksum now
         self._db.execute("INSERT OR REPLACE INTO sent VALUES (?,?,?,?)", (ino, size, crc, sent_s))
 
     def sent(self, ino: int, size: int) -> frozenset[int]:

@@ -291,11 +291,15 @@ class Downloads:
 
     async def _into_part(self, download: Download) -> None:
         fd = self._content.open_part(download.ino)
+        started = self._store.remote_path(download.rid)
         try:
             await self._stream(download, fd)
         except NotFound as error:
             if not error.endpoint:  # our own word: it is deleted here
                 raise
+            now = self._store.remote_path(download.rid)
+            if now != started or self._store.moving_above(download.rid):
+                raise Doubtful(f"{error.message}, while we rename it") from error
             # That the server does not find what it had is no proof of a deletion.
             self.on_absent(download.rid, error)
             raise Doubtful(f"{error.message}, though it was there") from error

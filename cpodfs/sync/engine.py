@@ -598,7 +598,7 @@ class Engine:
         return f"{error}; {remedy.format(path=path)}" if remedy else str(error)
 
     def _fail(self, op: Op, error: Exception) -> None:
-        if isinstance(op, Upload) and retry.surely_not_done(error):
+        if retry.surely_not_done(error) or not op.may_have_acted:
             op.not_done(self._store)
         if isinstance(error, ChangedDuringUpload):
             self._schedule(op.item, min(self._delay_s, BUSY_S) if self._draining else self._delay_s)

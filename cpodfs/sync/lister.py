@@ -297,6 +297,8 @@ class Lister:
             except Unreachable as above:
                 error = above
                 continue
+            except NotFound:
+                return False  # nothing is sure
             kinds = {entry.is_dir for entry in entries if entry.name == remote.name}
             if kinds == {False}:
                 self._missing.look(rid)

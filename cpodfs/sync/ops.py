@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from cpodfs.cache import content as data
 from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
-from cpodfs.cache.store import Inode, Remote, Store
+from cpodfs.cache.store import Remote, Store
 from cpodfs.dfs import DOOMED, Client, Entry, FileStat
 from cpodfs.errors import (
     AlreadyExists,
@@ -72,17 +72,23 @@ def _split(parts: list[str]) -> tuple[str, str]:
 @dataclass(slots=True)
 class Op:
     """One call. ``attempt``: how often it has failed before; ``may_be_done``: in one of these the
-    server may have done it, without an answer."""
+    server may have done it, without an answer. ``begun``: whether the call was made."""
 
     item: Item
     dirs: tuple[int, ...]
     attempt: int = field(default=0, init=False)
     may_be_done: bool = field(default=False, init=False)
+    begun: bool = field(default=False, init=False)
 
     @property
     def replaces(self) -> int | None:
         """The remote id of an orphan whose content this call destroys."""
         return None
+
+    @property
+    def may_have_acted(self) -> bool:
+        """Whether the server has heard all of it."""
+        return self.begun
 
     def before(self, store: Store) -> None:
         """Journal what must be known if the outcome of the call never is. The engine calls the
@@ -90,6 +96,9 @@ class Op:
 
     async def call(self, store: Store, dfs: Client) -> None:
         raise NotImplementedError
+
+    def not_done(self, store: Store) -> None:
+        """The server surely did nothing: take back what ``before`` supposed."""
 
     def done(self, store: Store) -> list[Item]:
         """Bring the trees up to date; returns objects that now need work."""
@@ -111,28 +120,41 @@ async def check_pods_shown(store: Store, dfs: Client) -> None:
             raise error
 
 
-def _bind(store: Store, ino: int, rparent: int, name: str) -> Inode:
+def _bind(store: Store, ino: int, rparent: int, name: str) -> bool:
     """Journal that an inode is sent to its place: should it leave that before it is known to have
-    arrived, it is supposed to have (``Store.assume_sent``). Raises ChangedDuringUpload if it has left
-    already, since the call was planned: nobody would look for it there."""
+    arrived, it is supposed to have (``Store.assume_sent``). Returns whether it may have been sent there
+    before. Raises ChangedDuringUpload if it has left already, since the call was planned: nobody
+    would look for it there."""
     inode = store.get(ino)
     home = store.remote_of(inode.parent) if inode is not None and inode.parent is not None else None
     if inode is None or home is None or (home.rid, inode.name) != (rparent, name):
         raise ChangedDuringUpload(f"{name}: renamed or deleted before it was sent")
     store.set(ino, dirty=inode.dirty | SENT)
-    return inode
+    return bool(inode.dirty & SENT)
 
 
 @dataclass(slots=True)
-class CreatePod(Op):
+class _Make(Op):
+    """A directory or pod is made. ``sent_before``: an earlier call may have done it."""
+
     ino: int
+    sent_before: bool = field(default=True, init=False)
+
+    def not_done(self, store: Store) -> None:
+        if not self.sent_before:
+            store.unmark(self.ino, SENT)
+
+
+@dataclass(slots=True)
+class CreatePod(_Make):
     name: str
 
     def before(self, store: Store) -> None:
-        _bind(store, self.ino, ROOT, self.name)
+        self.sent_before = _bind(store, self.ino, ROOT, self.name)
 
     async def call(self, store: Store, dfs: Client) -> None:
         await check_pods_shown(store, dfs)
+        self.begun = True
         await dfs.create_pod(self.name)
 
     def done(self, store: Store) -> list[Item]:
@@ -140,27 +162,27 @@ class CreatePod(Op):
 
 
 @dataclass(slots=True)
-class Mkdir(Op):
-    ino: int
+class Mkdir(_Make):
     rparent: int
     name: str
 
     def before(self, store: Store) -> None:
-        _bind(store, self.ino, self.rparent, self.name)
+        self.sent_before = _bind(store, self.ino, self.rparent, self.name)
 
     async def call(self, store: Store, dfs: Client) -> None:
-        await _mkdir(store, dfs, self.rparent, self.name)
+        await _mkdir(self, store, dfs, self.rparent, self.name)
 
     def done(self, store: Store) -> list[Item]:
         return _made_dir(store, self.ino, self.rparent, self.name)
 
 
-async def _mkdir(store: Store, dfs: Client, rparent: int, name: str) -> None:
+async def _mkdir(op: Op, store: Store, dfs: Client, rparent: int, name: str) -> None:
     """Make a directory; where the server does not show all, after a closer look: it would empty one
     that it cannot read just then."""
     pod, path = child_path(store, rparent, name)
     if store.has_doubtful(rparent) and await look_for(dfs, pod, path, is_dir=True) is not None:
         raise AlreadyExists(f"{pod}{path}: there is a directory of that name")
+    op.begun = True
     await dfs.mkdir(pod, path)
 
 
@@ -168,6 +190,8 @@ def _made_dir(store: Store, ino: int, rparent: int, name: str) -> list[Item]:
     with store.transaction():
         inode = store.get(ino)
         alive = inode is not None and inode.parent is not None
+        if rparent == ROOT and inode is not None and inode.name != name:
+            alive = False  # renamed meanwhile, which a pod cannot be at the server
         if store.remote(rparent) is None:  # found to be gone meanwhile, with all that was in it
             return []
         there = store.remote_at(rparent, name)
@@ -325,7 +349,7 @@ def moved(store: Store, rid: int, to_parent: int, to_name: str) -> list[Item]:
 
 
 @dataclass(slots=True)
-class Rehome(Op):
+class Rehome(_Make):
     """Move a directory that has sub-directories: make it anew; then its children move one by one.
 
     The server's own rename of such a tree edits the wrong lists (see ``dfs._trees``) and is not
@@ -333,16 +357,15 @@ class Rehome(Op):
     the last child has left it.
     """
 
-    ino: int
     rid: int
     to_parent: int
     to_name: str
 
     def before(self, store: Store) -> None:
-        _bind(store, self.ino, self.to_parent, self.to_name)
+        self.sent_before = _bind(store, self.ino, self.to_parent, self.to_name)
 
     async def call(self, store: Store, dfs: Client) -> None:
-        await _mkdir(store, dfs, self.to_parent, self.to_name)
+        await _mkdir(self, store, dfs, self.to_parent, self.to_name)
 
     def done(self, store: Store) -> list[Item]:
         with store.transaction():
@@ -438,10 +461,14 @@ class Upload(Op):
     stored_s: int | None = field(default=None, init=False)
     slack_s: int = field(default=0, init=False)
     sent_before: bool = field(default=True, init=False)
-    begun: bool = field(default=False, init=False)
     size: int = field(default=0, init=False)
     crc: int = field(default=0, init=False)
     sent: int = field(default=0, init=False)
+    ended: bool = field(default=False, init=False)
+
+    @property
+    def may_have_acted(self) -> bool:
+        return self.ended
 
     @property
     def replaces(self) -> int | None:
@@ -453,9 +480,8 @@ class Upload(Op):
     def about_to_send(self, store: Store) -> None:
         """Journal that from now on the server may have either version, and nobody else's doing."""
         with store.transaction():
-            inode = _bind(store, self.ino, self.rparent, self.name)
+            self.sent_before = _bind(store, self.ino, self.rparent, self.name)
             self.begun = True
-            self.sent_before = bool(inode.dirty & SENT)
             there = store.remote_at(self.rparent, self.name)
             if there is not None:
                 store.set_remote(there.rid, size=UNKNOWN, mtime_s=None)
@@ -468,7 +494,9 @@ class Upload(Op):
 
     def not_done(self, store: Store) -> None:
         """The server surely did nothing: what we knew of it still holds."""
-        store.note_not_sent(self.ino)
+        if not self.begun:
+            return
+        store.note_not_sent(self.ino, self.size)
         if self.sent_before:
             return
         with store.transaction():
@@ -561,6 +589,7 @@ class Upload(Op):
             if self.changed or (not chunk and offset < self.size):
                 raise ChangedDuringUpload(f"{self.name}: written to while it was being uploaded")
             if not chunk:  # the end of the form follows, upon which the server acts
+                self.ended = True
                 store.note_sent(self.ino, self.size, self.crc, skew_s)
                 return
             offset += len(chunk)

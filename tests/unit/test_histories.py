@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import trio
 
 from cpodfs.cache.schema import ROOT
+from cpodfs.errors import CpodfsError
 from cpodfs.paths import TEMP_PREFIX
 from cpodfs.sync.drain import drain
 from tests.bench.histories import STALL_S, History, play
@@ -191,5 +194,133 @@ class NeverMade(History):
 
 def test_a_move_of_what_was_never_made_does_not_fail(tmp_path: Path) -> None:
     history = NeverMade(Simulated(tmp_path / "server"), tmp_path, 1)
+    with virtual_time() as clock:
+        trio.run(history.run, clock=clock)
+
+
+class Renamed(History):
+    """A pod is renamed while the server makes it, which cannot rename one."""
+
+    async def run(self) -> None:
+        self.fate.latency_s = 3.0
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            _, handle = await self.tree.create(pod.ino, "f", 0o644)
+            await self.tree.files.write(handle, 0, self._bytes())
+            self.tree.handles.release(handle)
+            while ("ino", pod.ino) not in self.engine._flights:
+                await trio.sleep(0.1)
+            await trio.sleep(0.2)
+            await self.tree.rename(ROOT, "p", ROOT, "q", 0)
+            assert await drain(self.engine, STALL_S)
+            assert list(self.server.contents(self.user)) == ["q", "q/f"]
+
+
+def test_a_pod_renamed_while_it_is_made_is_made_anew(tmp_path: Path) -> None:
+    history = Renamed(Simulated(tmp_path / "server"), tmp_path, 1)
+    with virtual_time() as clock:
+        trio.run(history.run, clock=clock)
+
+
+class NeverSent(History):
+    """Something new here was removed or renamed before the server could hear of it; then somebody else
+    makes it. ``pod``: a pod, else a folder."""
+
+    pod = True
+    remove = True
+
+    async def run(self) -> None:
+        self.fate.latency_s = 0.0
+        async with self._driver():
+            above = await self.tree.mkdir(ROOT, "p", 0o755)
+            assert await drain(self.engine, STALL_S)
+            self.fate.away = True
+            where = ROOT if self.pod else above.ino
+            await self.tree.mkdir(where, "new", 0o755)
+            await trio.sleep(10)
+            if self.remove:
+                await self.tree.rmdir(where, "new")
+            else:
+                await self.tree.rename(where, "new", where, "newer", 0)
+            await (self.other.create_pod("new") if self.pod else self.other.mkdir("p", "/new"))
+            self.fate.away = False
+            assert await drain(self.engine, STALL_S)
+            await trio.sleep(60)
+            assert ("new" if self.pod else "p/new") in self.server.contents(self.user)
+
+
+@pytest.mark.parametrize("pod", [True, False])
+@pytest.mark.parametrize("remove", [True, False])
+def test_what_was_never_sent_is_not_deleted_there(tmp_path: Path, pod: bool, remove: bool) -> None:
+    history = NeverSent(Simulated(tmp_path / "server"), tmp_path, 1)
+    history.pod, history.remove = pod, remove
+    with virtual_time() as clock:
+        trio.run(history.run, clock=clock)
+
+
+class Underway(History):
+    """Somebody reads a file that is not here, while the server renames it for us."""
+
+    async def run(self) -> None:
+        self.fate.latency_s = 0.0
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            inode, handle = await self.tree.create(pod.ino, "f", 0o644)
+            await self.tree.files.write(handle, 0, self._bytes())
+            self.tree.handles.release(handle)
+            assert await drain(self.engine, STALL_S)
+            await trio.sleep(30)  # until Swarm has it
+            self.parts._evictor._evict(inode.ino)
+            home, file = self.store.remote_of(pod.ino), self.store.remote_of(inode.ino)
+            assert home is not None
+            assert file is not None
+            self.store.set_remote(file.rid, to_parent=home.rid, to_name="g")
+            await self.other.rename_file("p", "/f", "/g")
+            with trio.move_on_after(1), contextlib.suppress(CpodfsError, OSError):
+                await self.tree.files.read(self.tree.files.open(inode.ino), 0, 100)
+            now = self.store.remote(file.rid)
+            assert now is not None
+            assert now.absent_s is None
+            assert not self.parts.missing.distrusted
+
+
+def test_what_is_being_renamed_is_not_doubted(tmp_path: Path) -> None:
+    history = Underway(Simulated(tmp_path / "server"), tmp_path, 1)
+    with virtual_time() as clock:
+        trio.run(history.run, clock=clock)
+
+
+class Torn(History):
+    """The connection breaks in the middle of an upload, and somebody else saves the file."""
+
+    async def run(self) -> None:
+        self.fate.latency_s = 0.0
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            inode, handle = await self.tree.create(pod.ino, "f", 0o644)
+            await self.tree.files.write(handle, 0, b"one")
+            self.tree.handles.release(handle)
+            assert await drain(self.engine, STALL_S)
+            await trio.sleep(100)
+            self.fate.torn = True
+            handle = self.tree.files.open(inode.ino)
+            await self.tree.files.write(handle, 0, b"ours!")
+            self.tree.handles.release(handle)
+            await trio.sleep(10)
+            theirs = b"somebody else's work"
+
+            async def body() -> AsyncIterator[bytes]:
+                yield theirs
+
+            await self.other.upload("p", "/", "f", body, len(theirs))
+            self.fate.torn = False
+            assert await drain(self.engine, STALL_S)
+            found = self.server.contents(self.user)
+            assert found["p/f"] == theirs
+            assert sorted(map(str, found.values())) == sorted(map(str, [None, theirs, b"ours!"]))
+
+
+def test_an_upload_broken_off_in_the_middle_is_none(tmp_path: Path) -> None:
+    history = Torn(Simulated(tmp_path / "server"), tmp_path, 1)
     with virtual_time() as clock:
         trio.run(history.run, clock=clock)
