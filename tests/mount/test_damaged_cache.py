@@ -278,3 +278,22 @@ def _state_of(mount: Mount, file: Path) -> str:
             query = "SELECT dirty FROM inode WHERE ino = ?"
             (dirty,) = database.execute(query, (int(file.name),)).fetchone()
     return "dirty" if dirty & CONTENT else ""
+
+
+def test_a_data_file_that_cannot_be_looked_at_is_named_and_sent_when_it_can(
+    tmp_path: Path, own_server: Server
+) -> None:
+    with mounted(tmp_path, own_server, None, *LATER) as mount:
+        pod = mount.pod()
+        (pod / "f").write_bytes(OLD)
+        shard = data_file(mount, pod / "f").parent
+        shard.rename(tmp_path / "shard")
+        shard.touch()  # so that each look at what is in it is an error, as on a disk that fails
+        done = mount.cli("sync", str(mount.point), check=False)
+        assert done.returncode == 1
+        assert "pod/f: [Errno 20] Not a directory" in done.stderr
+        assert "Traceback" not in mount.logged()
+        shard.unlink()
+        (tmp_path / "shard").rename(shard)
+        mount.sync()
+        assert Api(own_server, mount).read("pod", "f") == OLD
