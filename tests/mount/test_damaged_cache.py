@@ -297,3 +297,49 @@ def test_a_data_file_that_cannot_be_looked_at_is_named_and_sent_when_it_can(
         (tmp_path / "shard").rename(shard)
         mount.sync()
         assert Api(own_server, mount).read("pod", "f") == OLD
+
+
+@pytest.mark.parametrize("damage", [_zeros, _one_byte, _longer, _shorter, _gone])
+def test_a_clean_file_that_was_damaged_is_not_sent_over_another(
+    tmp_path: Path, own_server: Server, damage: Callable[[Path], None]
+) -> None:
+    """The server renames nothing over a file, so the bytes are sent: if they are the right ones."""
+    with mounted(tmp_path, own_server, None, *LATER) as mount:
+        pod = mount.pod()
+        (pod / "f").write_bytes(OLD)
+        (pod / "g").write_bytes(b"older")
+        mount.sync()
+        (pod / "f").rename(pod / "g")
+        file = data_file(mount, pod / "g")
+        mount.kill()
+        damage(file)
+        mount.start()
+        mount.sync()
+        api = Api(own_server, mount)
+        assert {name: api.read("pod", name) for name in api.sizes("pod")} == {"g": OLD}
+        assert (pod / "g").read_bytes() == OLD
+
+
+def test_a_clean_file_that_was_damaged_is_not_sent_where_the_server_has_it_no_more(
+    tmp_path: Path, own_server: Server
+) -> None:
+    with mounted(tmp_path, own_server, None, *LATER) as mount:
+        pod = mount.pod()
+        (pod / "f").write_bytes(OLD)
+        mount.sync()
+        (pod / "f").rename(pod / "g")
+        file = data_file(mount, pod / "g")
+        mount.kill()
+        _one_byte(file)
+        api = Api(own_server, mount)
+        api.sizes("pod")
+        api.call("DELETE", "/v1/file/delete", podName="pod", filePath="/f")
+        mount.start()
+        mount.cli("refresh", "--accept-deletions", str(pod))
+        mount.sync()
+        assert not api.sizes("pod")
+        assert not list(pod.iterdir())
+        assert "another content than it had" in mount.logged()
+        (kept,) = next(mount.cache.iterdir()).glob("unclaimed/*")
+        assert len(kept.read_bytes()) == len(OLD)
+        assert "Traceback" not in mount.logged()
