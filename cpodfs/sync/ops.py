@@ -487,11 +487,11 @@ class Upload(Op):
 
     async def call(self, store: Store, dfs: Client) -> None:
         pod, directory = pod_and_path(store, self.rparent)
-        await self._check_version(store, dfs, *child_path(store, self.rparent, self.name))
         fd = self.durability.content.open_dirty(self.ino)
-        started = time.time()
         try:
             await self._look(store, fd)
+            await self._check_version(store, dfs, *child_path(store, self.rparent, self.name))
+            started = time.time()
             self.size = os.fstat(fd).st_size
             self.about_to_send(store)
             await self.durability.both(self.ino, fd)

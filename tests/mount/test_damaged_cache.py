@@ -343,3 +343,24 @@ def test_a_clean_file_that_was_damaged_is_not_sent_where_the_server_has_it_no_mo
         (kept,) = next(mount.cache.iterdir()).glob("unclaimed/*")
         assert len(kept.read_bytes()) == len(OLD)
         assert "Traceback" not in mount.logged()
+
+
+def test_a_clean_file_that_was_damaged_is_not_read_while_it_waits_to_be_sent(
+    tmp_path: Path, own_server: Server
+) -> None:
+    with mounted(tmp_path, own_server, None, *LATER) as mount:
+        pod = mount.pod()
+        (pod / "f").write_bytes(OLD)
+        (pod / "g").write_bytes(b"older")
+        mount.sync()
+        (pod / "f").rename(pod / "g")
+        file = data_file(mount, pod / "g")
+        mount.kill()
+        _one_byte(file)
+        own_server.faults(drop_rate=1.0, match="/v1/file/(stat|upload|delete|rename)")
+        mount.start()
+        until(lambda: mount.status()["errors"])
+        assert (pod / "g").read_bytes() == OLD
+        own_server.faults()
+        mount.sync()
+        assert (pod / "g").read_bytes() == OLD
