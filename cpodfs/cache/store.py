@@ -270,6 +270,10 @@ class Store:
         known = self._known.get(ino)
         return self._inode("ino = ?", (ino,)) if known is None else known
 
+    def is_doubted(self, inode: Inode) -> bool:
+        """Whether the content was right before an end that was none, and nobody has looked since."""
+        return inode.crc is not None and inode.epoch < self.epoch
+
     def child(self, parent: int, name: str) -> Inode | None:
         return self._inode("parent = ? AND name = ?", (parent, name))
 

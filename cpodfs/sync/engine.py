@@ -341,7 +341,10 @@ class Engine:
     def _try(self, item: Item) -> None:
         """Start the next operation for an object, or note what it waits for."""
         try:
-            self._try_once(item)
+            try:
+                self._try_once(item)
+            except OSError as error:  # of the cache's disk, which may answer again
+                self._failed(item, error, self._retry.failed(item, error))
         except Exception as error:  # noqa: BLE001
             # Our own mistake, or a full disk: one object must not end the mount.
             _log_broken("cannot plan", item, error)
@@ -624,9 +627,6 @@ class Engine:
             self._unsure.pop(op.item, None)
             self._schedule(op.item, 0.0)
             return
-        self.counters.failed += 1
-        self._have_failed = True
-        self.counters.recent.append(f"{time.strftime('%H:%M:%S')} {error}")
         if isinstance(op, Move) and isinstance(error, MOVE_REFUSED) and not error.half_done:
             # It has not moved, and no earlier attempt can have: those are resolved before another.
             self._store.set_remote(op.rid, to_parent=None, to_name=None)
@@ -634,11 +634,18 @@ class Engine:
             outcome = Outcome()
             self._merger.resurrect(op.rid, outcome)
             self._on_outcome(outcome)
-        if op.item[0] == "ino":
-            self._store.set(op.item[1], error=self._explained(op.item[1], error))
-        elif self._store.remote(op.item[1]) is not None:
-            self.failures[op.item[1]] = f"not deleted: {error}"
+        self._failed(op.item, error, delay_s)
+
+    def _failed(self, item: Item, error: Exception, delay_s: float) -> None:
+        """It is told of, and tried again after ``delay_s``."""
+        self.counters.failed += 1
+        self._have_failed = True
+        self.counters.recent.append(f"{time.strftime('%H:%M:%S')} {error}")
+        if item[0] == "ino":
+            self._store.set(item[1], error=self._explained(item[1], error))
+        elif self._store.remote(item[1]) is not None:
+            self.failures[item[1]] = f"not deleted: {error}"
         why = trouble(error)
         how = logging.WARNING if why is None else level(why)
-        log.log(how, "writeback failed item=%s retry_s=%.1f: %s", op.item, delay_s, why or error)
-        self._schedule(op.item, delay_s)
+        log.log(how, "writeback failed item=%s retry_s=%.1f: %s", item, delay_s, why or error)
+        self._schedule(item, delay_s)

@@ -15,13 +15,16 @@ import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+import trio
+
 from cpodfs.cache import content as data
 from cpodfs.cache.durability import Durability
-from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
+from cpodfs.cache.schema import CONTENT, DAMAGED, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
 from cpodfs.cache.store import Remote, Store
 from cpodfs.dfs import DOOMED, Client, Entry, FileStat
 from cpodfs.errors import (
     AlreadyExists,
+    CacheDamaged,
     ChangedDuringUpload,
     Conflict,
     Doubtful,
@@ -512,10 +515,11 @@ class Upload(Op):
 
     async def call(self, store: Store, dfs: Client) -> None:
         pod, directory = pod_and_path(store, self.rparent)
-        await self._check_version(store, dfs, *child_path(store, self.rparent, self.name))
         fd = self.durability.content.open_dirty(self.ino)
-        started = time.time()
         try:
+            await self._look(store, fd)
+            await self._check_version(store, dfs, *child_path(store, self.rparent, self.name))
+            started = time.time()
             self.size = os.fstat(fd).st_size
             self.about_to_send(store)
             await self.durability.both(self.ino, fd)
@@ -534,6 +538,29 @@ class Upload(Op):
             # Somewhere in between, and both clocks are only known to about a second.
             self.stored_s = round(time.time() + skew_s)
             self.slack_s = round(time.time() - started) + 2
+
+    async def _look(self, store: Store, fd: int) -> None:
+        """What was clean is sent where the server cannot rename, or has lost it. It must be what it
+        was; else the server's content counts, if it has any."""
+        inode = store.get(self.ino)
+        if inode is None or not store.is_doubted(inode):
+            return
+        found = os.fstat(fd).st_size, await trio.to_thread.run_sync(data.checksum, fd)
+        now = store.get(self.ino)
+        if now is None or not now.cached or (now.size, now.crc) != (inode.size, inode.crc):
+            raise ChangedDuringUpload(f"{self.name}: written to before it was uploaded")
+        if found == (now.size, now.crc):
+            store.set(self.ino, epoch=store.epoch)
+            return
+        reason = f"{store.path(self.ino)}: the cache has another content than it had"
+        if store.remote_of(self.ino) is None:
+            store.mark(self.ino, DAMAGED)
+            store.set(self.ino, size=found[0])
+            raise CacheDamaged(f"{reason}; it is not uploaded; write the file anew, or remove it")
+        aside = self.durability.content.set_aside(self.ino)
+        store.unmark(self.ino, CONTENT)
+        store.set(self.ino, cached=0)
+        raise CacheDamaged(f"{reason}; the server's counts, and this one is kept as {aside}")
 
     async def _check_version(self, store: Store, dfs: Client, pod: str, path: str) -> None:
         if self.known is None:

@@ -193,7 +193,8 @@ class Planner:
     def _upload(self, inode: Inode, home: Remote, known: Remote | None) -> Plan:
         item: Item = ("ino", inode.ino)
         assert inode.cached, "an upload needs the whole content"
-        if self._durability.content.size_or_0(inode.ino) < inode.size:
+        is_short = self._durability.content.size_or_0(inode.ino) < inode.size
+        if is_short and not self._store.is_doubted(inode):
             in_doubt = known is not None and known.size == UNKNOWN
             if in_doubt and not self._is_fresh(inode.parent):
                 return Look(item, (home.rid,), home.rid)  # which version has the server?

@@ -278,3 +278,89 @@ def _state_of(mount: Mount, file: Path) -> str:
             query = "SELECT dirty FROM inode WHERE ino = ?"
             (dirty,) = database.execute(query, (int(file.name),)).fetchone()
     return "dirty" if dirty & CONTENT else ""
+
+
+def test_a_data_file_that_cannot_be_looked_at_is_named_and_sent_when_it_can(
+    tmp_path: Path, own_server: Server
+) -> None:
+    with mounted(tmp_path, own_server, None, *LATER) as mount:
+        pod = mount.pod()
+        (pod / "f").write_bytes(OLD)
+        shard = data_file(mount, pod / "f").parent
+        shard.rename(tmp_path / "shard")
+        shard.touch()  # so that each look at what is in it is an error, as on a disk that fails
+        done = mount.cli("sync", str(mount.point), check=False)
+        assert done.returncode == 1
+        assert "pod/f: [Errno 20] Not a directory" in done.stderr
+        assert "Traceback" not in mount.logged()
+        shard.unlink()
+        (tmp_path / "shard").rename(shard)
+        mount.sync()
+        assert Api(own_server, mount).read("pod", "f") == OLD
+
+
+@pytest.mark.parametrize("damage", [_zeros, _one_byte, _longer, _shorter, _gone])
+def test_a_clean_file_that_was_damaged_is_not_sent_over_another(
+    tmp_path: Path, own_server: Server, damage: Callable[[Path], None]
+) -> None:
+    """The server renames nothing over a file, so the bytes are sent: if they are the right ones."""
+    with mounted(tmp_path, own_server, None, *LATER) as mount:
+        pod = mount.pod()
+        (pod / "f").write_bytes(OLD)
+        (pod / "g").write_bytes(b"older")
+        mount.sync()
+        (pod / "f").rename(pod / "g")
+        file = data_file(mount, pod / "g")
+        mount.kill()
+        damage(file)
+        mount.start()
+        mount.sync()
+        api = Api(own_server, mount)
+        assert {name: api.read("pod", name) for name in api.sizes("pod")} == {"g": OLD}
+        assert (pod / "g").read_bytes() == OLD
+
+
+def test_a_clean_file_that_was_damaged_is_not_sent_where_the_server_has_it_no_more(
+    tmp_path: Path, own_server: Server
+) -> None:
+    with mounted(tmp_path, own_server, None, *LATER) as mount:
+        pod = mount.pod()
+        (pod / "f").write_bytes(OLD)
+        mount.sync()
+        (pod / "f").rename(pod / "g")
+        file = data_file(mount, pod / "g")
+        mount.kill()
+        _one_byte(file)
+        api = Api(own_server, mount)
+        api.sizes("pod")
+        api.call("DELETE", "/v1/file/delete", podName="pod", filePath="/f")
+        mount.start()
+        mount.cli("refresh", "--accept-deletions", str(pod))
+        mount.sync()
+        assert not api.sizes("pod")
+        assert not list(pod.iterdir())
+        assert "another content than it had" in mount.logged()
+        (kept,) = next(mount.cache.iterdir()).glob("unclaimed/*")
+        assert len(kept.read_bytes()) == len(OLD)
+        assert "Traceback" not in mount.logged()
+
+
+def test_a_clean_file_that_was_damaged_is_not_read_while_it_waits_to_be_sent(
+    tmp_path: Path, own_server: Server
+) -> None:
+    with mounted(tmp_path, own_server, None, *LATER) as mount:
+        pod = mount.pod()
+        (pod / "f").write_bytes(OLD)
+        (pod / "g").write_bytes(b"older")
+        mount.sync()
+        (pod / "f").rename(pod / "g")
+        file = data_file(mount, pod / "g")
+        mount.kill()
+        _one_byte(file)
+        own_server.faults(drop_rate=1.0, match="/v1/file/(stat|upload|delete|rename)")
+        mount.start()
+        until(lambda: mount.status()["errors"])
+        assert (pod / "g").read_bytes() == OLD
+        own_server.faults()
+        mount.sync()
+        assert (pod / "g").read_bytes() == OLD
