@@ -1,6 +1,6 @@
-"""What tests need of the machine: those that need a sandbox say so by ``@pytest.mark.sandbox``.
+"""What tests need of the machine, and in which order they come.
 
-Where bwrap cannot make one they are skipped, which the last lines of the test run say, with the
+Those that need a sandbox say so by ``@pytest.mark.sandbox``. Where bwrap cannot make one they are skipped, which the last lines of the test run say, with the
 reason. With CI set they fail instead, unless CPODFS_TEST_WITHOUT_SANDBOX is set as well.
 """
 
@@ -15,6 +15,20 @@ import pytest
 from cpodfs.errors import NotNow
 from cpodfs.runs import sandbox
 from tests.patience import PATIENCE_S
+
+LONGEST = (
+    *("provider_runs", "run_commands", "cli", "fault_matrix", "writeback", "demo", "power"),
+    *("damaged_cache", "kinds", "model", "elsewhere", "absence", "hostile_listings", "conflicts"),
+    *("runs_deaths", "timeouts", "trust_listing", "histories", "logins", "namespaces", "crash"),
+    *("cache", "runs", "provider_script", "trust_own", "open_files"),
+)
+"""Files that take a minute, each on one worker: begun last, they would keep the others waiting."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,30 +1,43 @@
-"""The command line: ``cpodfs COMMAND``. Each module holds one group of commands and no logic."""
+"""The command line: ``cpodfs COMMAND``. Each module holds one group of commands and no logic.
+
+A command's module is imported when it is asked for: a command need not wait for what others import.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
 import click
 
 from cpodfs import __version__
-from cpodfs.cli.cache import cache
-from cpodfs.cli.demo import demo
-from cpodfs.cli.doctor import doctor
-from cpodfs.cli.forget import forget
-from cpodfs.cli.inspect import refresh, sync
-from cpodfs.cli.mount import mount
-from cpodfs.cli.run import cancel, logs, run, runs
 from cpodfs.cli.shown import say, say_lines
-from cpodfs.cli.status import status
-from cpodfs.cli.trust import fork, receive, share, trust
-from cpodfs.cli.umount import umount
-from cpodfs.devnet.cli import devnet
 from cpodfs.errors import CpodfsError
+
+_MODULES = {
+    **dict.fromkeys(("sync", "refresh"), "cpodfs.cli.inspect"),
+    **dict.fromkeys(("run", "runs", "logs", "cancel"), "cpodfs.cli.run"),
+    **dict.fromkeys(("trust", "fork", "share", "receive"), "cpodfs.cli.trust"),
+    "devnet": "cpodfs.devnet.cli",
+    **{
+        name: f"cpodfs.cli.{name}"
+        for name in ("mount", "umount", "status", "forget", "doctor", "cache", "demo")
+    },
+}
 
 
 class _Cli(click.Group):
     """Errors that are ours become one line on stderr and exit code 1."""
+
+    def list_commands(self, _ctx: click.Context) -> list[str]:
+        return sorted(_MODULES)
+
+    def get_command(self, _ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _MODULES:
+            return None
+        command: click.Command = getattr(importlib.import_module(_MODULES[name]), name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -47,12 +60,3 @@ def main() -> None:
 
     New here? `cpodfs demo` shows all of it, with no account and no network.
     """
-
-
-for command in (
-    *(mount, umount, status, sync, refresh),
-    *(run, runs, logs, cancel),
-    *(trust, fork, share, receive, forget),
-    *(doctor, cache, demo, devnet),
-):
-    main.add_command(command)

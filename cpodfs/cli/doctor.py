@@ -16,6 +16,7 @@ from rich.text import Text
 
 from cpodfs.cli import shown
 from cpodfs.cli.options import Configured, configured_option, password_source, subject_options
+from cpodfs.cli.tables import Table
 from cpodfs.config import account_cache
 from cpodfs.devnet import launch
 from cpodfs.devnet.state import default_state
@@ -70,8 +71,8 @@ def doctor(ctx: click.Context, /, as_json: bool, **_options: Any) -> None:
     sys.exit(1 if any(f.state == BAD for f in findings) else 0)
 
 
-def _table(findings: list[Finding]) -> shown.Table:
-    table = shown.Table(box=None, show_header=False)
+def _table(findings: list[Finding]) -> Table:
+    table = Table(box=None, show_header=False)
     for finding in findings:
         table.add_row(
             Text(finding.state, style=_COLOURS[finding.state]), finding.name, finding.text

@@ -7,65 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-
-from cpodfs.words import count, size
-
-
-class _Speed(ProgressColumn):
-    """In the units that everything else has."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{size(int(speed))}/s", style="progress.data.speed")
-
 
 @contextmanager
 def drain_progress() -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that takes ``status`` reports and shows changes and bytes left, rate and ETA."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        _Speed(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
-    task = bar.add_task("uploading", total=None)
-    most = 0
-    started = False
+    if not sys.stderr.isatty():
+        yield lambda _status: None
+        return
+    from cpodfs.cli.bar import Bar  # here: with rich, for which nobody waits who does not see it
 
-    def show(status: dict[str, Any]) -> None:
-        nonlocal most, started
-        left = max(0, status["bytes"] - sum(u["sent"] for u in status["uploads"]))
-        most = max(most, left)
-        changes = status["pending"] + status["deletions"]
-        if not changes:
-            return
-        if not started:
-            started = True
-            bar.start()
-        bar.update(
-            task,
-            description=f"{count(changes, 'change')} left",
-            total=most or None,
-            completed=most - left,
-        )
-
+    bar = Bar()
     try:
-        yield show
+        yield bar.show
     finally:
-        if started:
-            bar.stop()
+        bar.stop()

@@ -27,7 +27,8 @@ from cpodfs.cli.control import mount_of
 from cpodfs.cli.follow import POLL_S, Logs, follow, in_progress, log_folder, read_record, run_ids
 from cpodfs.cli.options import WholeNumber
 from cpodfs.cli.pods import Pod, find_pod
-from cpodfs.cli.shown import Table, as_json, say
+from cpodfs.cli.shown import as_json, say
+from cpodfs.cli.tables import Table
 from cpodfs.errors import ConfigError, CpodfsError, RunError, RunInProgress
 
 CANCELLED_EXIT = 130

@@ -1,9 +1,9 @@
 """What commands print: all text that is not ours goes through here.
 
-Imports words, click and rich. Names, what servers say and what programs write could draw over what
-is on a terminal, forge lines, or make links. In our own sentences and tables they are shown with
-escapes, wherever these go; for programs there is ``--json``. A program's output (`Passed`) is made
-harmless on a terminal only: a file or a pipe gets its bytes.
+Imports words and click. Names, what servers say and what programs write could draw over what is on
+a terminal, forge lines, or make links. In our own sentences and tables (`tables`) they are shown
+with escapes, wherever these go; for programs there is ``--json``. A program's output (`Passed`) is
+made harmless on a terminal only: a file or a pipe gets its bytes.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import re
 from typing import Any, TextIO
 
 import click
-import rich.table
-from rich.text import Text
 
 from cpodfs import words
 
@@ -39,14 +37,6 @@ def say_lines(text: str, *, err: bool = False, nl: bool = True) -> None:
 def as_json(value: Any, indent: int | None = None) -> str:
     """For programs, and harmless all the same: of the controls JSON leaves only DEL as it is."""
     return json.dumps(value, indent=indent).replace("\x7f", "\\u007f")
-
-
-class Table(rich.table.Table):
-    """A table whose cells are text, each in its line, and never markup."""
-
-    def add_row(self, *cells: Any, **options: Any) -> None:
-        texts = (Text(words.line(cell)) if isinstance(cell, str) else cell for cell in cells)
-        super().add_row(*texts, **options)
 
 
 class Passed:

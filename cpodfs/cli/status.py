@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.live import Live
 
 from cpodfs.cli.control import ask, mount_of
-from cpodfs.cli.shown import Table, as_json, say
+from cpodfs.cli.shown import as_json, say
+from cpodfs.cli.tables import Table
 from cpodfs.words import count, size
 
 WATCH_S = 1.0

@@ -12,8 +12,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
-import httpx
-
+from cpodfs.dfs._httpx import httpx
 from cpodfs.errors import BadReply, ConfigError, TimedOut, Unreachable
 
 _MAX_JSON = 64 * 2**20
@@ -26,9 +25,12 @@ def http_client(
     base_url: str, max_connections: int, transport: httpx.AsyncBaseTransport | None
 ) -> httpx.AsyncClient:
     """Raises ConfigError for an address that cannot be used."""
+    url = _checked_url(base_url)
     return httpx.AsyncClient(
-        base_url=_checked_url(base_url),
+        base_url=url,
         transport=transport,
+        # Without TLS there are no certificates to compare with, and loading those takes 0.1 s.
+        verify=url.startswith("https:"),
         trust_env=False,
         follow_redirects=False,
         # The token is our only credential: a kept cookie would outlive a logout.

@@ -14,11 +14,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Self, TypeVar
 
-import httpx
-
 from cpodfs.dfs import _trees, models
 from cpodfs.dfs._errors import StatusUnknown, upload_refusal
 from cpodfs.dfs._flight import SingleFlight
+from cpodfs.dfs._httpx import httpx
 from cpodfs.dfs._multipart import MultipartFile, Source
 from cpodfs.dfs.session import Session
 from cpodfs.errors import BadReply, NameRefused, NotFound, PodNotFound, PodNotOpen

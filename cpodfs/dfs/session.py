@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self, TypeVar
 
-import httpx
 import tenacity
 import trio
 
@@ -32,6 +31,7 @@ from cpodfs.dfs._http import (
     transport_error,
     unix_time,
 )
+from cpodfs.dfs._httpx import httpx
 from cpodfs.dfs._life import Silent, while_alive
 from cpodfs.dfs._login import Login
 from cpodfs.dfs._multipart import MultipartFile

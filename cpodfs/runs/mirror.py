@@ -23,6 +23,8 @@ RETRY_S = 1.0
 _CHUNK_BYTES = 256 * 1024
 _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_REFUSED = (errno.ELOOP, errno.ENOTDIR)
+"""A link where the copy should be, or on the way to it."""
 
 
 class PodGone(Exception):
@@ -190,7 +192,8 @@ class Follower(threading.Thread):
             except OSError as error:
                 self.problem = str(error)
                 self._mirror.drop()
-                if not self._pause():
+                # What took the copy's place stays there: whoever put it there has ended.
+                if (last and error.errno in _REFUSED) or not self._pause():
                     return
 
     def _pause(self) -> bool:

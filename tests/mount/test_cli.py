@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -27,6 +28,9 @@ from cpodfs.cli.umount import _verdict
 from tests.mount.harness import CPODFS, Child, Mount, Server, mounted
 from tests.mount.refusals import NOWHERE, refused
 from tests.patience import PATIENCE_S
+
+CONTEXT = click.Context(main)
+COMMANDS = main.list_commands(CONTEXT)
 
 
 @pytest.fixture
@@ -469,16 +473,17 @@ def test_every_option_of_mount_has_its_variable() -> None:
         assert option.envvar[0] == f"CPODFS_{option.name.upper()}"
 
 
-@pytest.mark.parametrize("command", ["", *main.commands])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help(command: str) -> None:
     shown = CliRunner().invoke(main, [command, "--help"] if command else ["-h"])
     assert shown.exit_code == 0
     assert shown.output.startswith(f"Usage: main {command}".rstrip())
-    known = main.commands[command].params if command else main.params
-    for param in known:
+    asked = main.get_command(CONTEXT, command) if command else main
+    assert asked is not None
+    for param in asked.params:
         if param.param_type_name == "option":
             assert f"{param.opts[0]} " in shown.output
             assert getattr(param, "help", None)
     if not command:
-        for name in main.commands:
+        for name in COMMANDS:
             assert f"\n  {name} " in shown.output

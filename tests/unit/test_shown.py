@@ -8,7 +8,8 @@ import logging
 from rich.console import Console
 
 from cpodfs.cli.mount import LOG_FORMAT, _Lines
-from cpodfs.cli.shown import Passed, Table, as_json
+from cpodfs.cli.shown import Passed, as_json
+from cpodfs.cli.tables import Table
 from cpodfs.words import line, printable
 
 HOSTILE = "\x1b[2J\x07\x9b31m\x7f\u202e\u2066\u2028\udc80\r\x00"
