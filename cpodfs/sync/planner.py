@@ -42,6 +42,9 @@ from cpodfs.sync.ops import (
     pod_of,
 )
 
+LOOKS_S = 120.0
+"""For so long the looks that precede a deletion count, however long a slow server takes for each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
@@ -67,6 +70,7 @@ class Planner:
         self._store = store
         self._durability = durability
         self._fresh_s = fresh_s
+        self._began_s: dict[int, float] = {}
 
     def plan(self, item: Item) -> Plan:
         """The next operation for an object, what it waits for, or None when it is as it should be."""
@@ -221,13 +225,18 @@ class Planner:
     def _unseen_above(self, orphan: Remote) -> int | None:
         """The topmost directory above an orphan that should be listed before the orphan is deleted:
         its own, and with ``rm -r`` those above that are to be deleted, too, and the one that they
-        are in: where a file has their name by now, the server breaks the connection."""
+        are in: where a file has their name by now, the server breaks the connection. Each once: before
+        the last one was listed, the first may be outdated."""
+        now_s = time.time()
+        if not 0 <= now_s - self._began_s.get(orphan.rid, -LOOKS_S) < LOOKS_S:
+            self._began_s[orphan.rid] = now_s
+        since_s = min(self._began_s[orphan.rid], now_s - self._fresh_s)
         found, directory = None, self._remote_above(orphan)
         while directory is not None and directory.rid != ROOT:
             inode = self._store.get(directory.ino) if directory.ino is not None else None
             looked_s = self._store.looked.get(directory.rid, 0.0)
             seen_s = max(looked_s, inode.listed_s) if inode is not None else looked_s
-            if not 0 <= time.time() - seen_s < self._fresh_s:
+            if not since_s <= seen_s <= now_s:
                 found = directory.rid
             if directory.ino is not None:
                 break
@@ -258,6 +267,7 @@ class Planner:
     def _plan_orphan(self, rid: int) -> Plan:
         remote = self._store.remote(rid)
         if remote is None or remote.ino is not None or remote.rparent is None:
+            self._began_s.pop(rid, None)
             return None
         if remote.to_parent is not None:
             return self._resolve(("rid", rid), remote)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.bench.histories import STALL_S, History, play
 from tests.simulated import Simulated, virtual_time
 
 AT_ONCE = 20
-FOUND = (72202, 90053, 90349, 200642, 203601, 205024, 205867, 208675, 209813, 302927)
+FOUND = (72202, 90053, 90349, 200642, 203601, 205024, 205867, 208675, 209813, 302927, 400241)
 """Others in which something went wrong once."""
 
 
@@ -322,5 +323,34 @@ class Torn(History):
 
 def test_an_upload_broken_off_in_the_middle_is_none(tmp_path: Path) -> None:
     history = Torn(Simulated(tmp_path / "server"), tmp_path, 1)
+    with virtual_time() as clock:
+        trio.run(history.run, clock=clock)
+
+
+class Slow(History):
+    """A tree is removed at a server that takes longer for each look than a look counts."""
+
+    async def run(self) -> None:
+        self.fate.latency_s = 0.0
+        self.settings = dataclasses.replace(self.settings, attr_ttl_s=0.5)
+        async with self._driver():
+            parent = (await self.tree.mkdir(ROOT, "p", 0o755)).ino
+            for name in "abc":
+                parent = (await self.tree.mkdir(parent, name, 0o755)).ino
+            _, handle = await self.tree.create(parent, "f", 0o644)
+            self.tree.handles.release(handle)
+            assert await drain(self.engine, STALL_S)
+            await trio.sleep(100)
+            self.fate.latency_s = 5.0
+            top = self.store.child(self.store.children(ROOT)[0].ino, "a")
+            assert top is not None
+            assert top.parent is not None
+            await self._empty(top.ino)
+            await self.tree.rmdir(top.parent, "a")
+            assert await drain(self.engine, 60)
+
+
+def test_a_tree_is_removed_at_a_slow_server(tmp_path: Path) -> None:
+    history = Slow(Simulated(tmp_path / "server"), tmp_path, 1)
     with virtual_time() as clock:
         trio.run(history.run, clock=clock)
