@@ -788,9 +788,10 @@ class Store:
             f"UPDATE remote SET {names} WHERE rid = ?",
             (*columns.values(), rid),
         )
-        if columns.get("ino", rid) is None or columns.get("to_parent") is not None:
+        is_moving = columns.get("to_parent") is not None
+        if is_moving or columns.get("ino", rid) is None or columns.get("absent_s", rid) is None:
             remote = self.remote(rid)
-            if remote is not None:
+            if remote is not None and (is_moving or remote.ino is None):
                 self.on_unsettled(remote.item)
 
     def drop_remote(self, rid: int) -> None:
