@@ -90,8 +90,12 @@ def find(path: Path) -> MountEntry | None:
 def places(device: str) -> list[Path]:
     """Where in our namespace a mount can be unmounted by its path: all its copies, the uppermost
     first, without those that something else is mounted over."""
+    return [entry.mountpoint for entry in _topmost(device)]
+
+
+def _topmost(device: str) -> list[MountEntry]:
     topmost = {entry.mountpoint: entry for entry in mounts()}
-    return [path for path, entry in reversed(topmost.items()) if entry.is_on(device)]
+    return [entry for entry in reversed(topmost.values()) if entry.is_on(device)]
 
 
 def resolved(path: Path) -> Path:
@@ -243,8 +247,11 @@ def unmount(path: Path, *, lazy: bool = False) -> None:
 def unmount_device(device: str, *, lazy: bool = False) -> None:
     """Take down a mount and its copies, wherever in our namespace they are by now, and nothing else.
     Raises MountError (EBUSY: in use)."""
-    while paths := places(device):
-        unmount(paths[0], lazy=lazy)
+    # With the last of them its device's number and theirs are free, and the next mount has them.
+    ids = {entry.mount_id for entry in mounts() if entry.is_on(device)}
+    while ours := [entry for entry in _topmost(device) if entry.mount_id in ids]:
+        unmount(ours[0].mountpoint, lazy=lazy)
+        ids.discard(ours[0].mount_id)
 
 
 def is_in_our_namespace(pid: int) -> bool:

@@ -193,3 +193,23 @@ def test_of_several_mounts_the_working_directory_decides(
     (two / "pod").rmdir()
     with pytest.raises(MountError, match="which mount"):
         control.mount_of(None)
+
+
+def test_who_gets_the_device_of_a_mount_that_is_gone_is_not_unmounted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel gives the next mount the number that has just become free, at once."""
+    ours, theirs = (
+        mountpoint.MountEntry(Path(path), mountpoint.FSTYPE, "cpodfs", None, "0:57", 31)
+        for path in ("/ours", "/theirs")
+    )
+    there, unmounted = [ours], []
+
+    def unmount(path: Path, *, lazy: bool = False) -> None:
+        unmounted.append(path)
+        there[:] = [theirs]
+
+    monkeypatch.setattr(mountpoint, "mounts", lambda: list(there))
+    monkeypatch.setattr(mountpoint, "unmount", unmount)
+    mountpoint.unmount_device("0:57")
+    assert unmounted == [Path("/ours")]
