@@ -271,23 +271,33 @@ class Merger:
                 self._unname(inode, outcome)
 
     def gone_by_slices(self, remote: Remote) -> Iterator[Outcome]:
-        """As ``gone``, of what is in a directory first: between two slices others get in."""
+        """As ``gone``, of what is in a directory first: between two slices others get in. What is
+        renamed or shown again meanwhile stays."""
         if remote.ino is not None and self.is_held(remote.ino):
             return
         for page in self._pages(remote.rid):
             for child in page:
-                if child.kind == DIR:
+                if child.kind == DIR and self._still(child) is not None:
                     yield from self.gone_by_slices(child)
+            if self._still(remote) is None:
+                return
             outcome = Outcome()
             with self._store.transaction():
                 for child in page:
-                    if child.kind == FILE and self._store.remote(child.rid) is not None:
-                        self.gone(child, outcome)
+                    if child.kind == FILE and (now := self._still(child)) is not None:
+                        self.gone(now, outcome)
             yield outcome
-        now, outcome = self._store.remote(remote.rid), Outcome()
-        if now is not None:
+        outcome = Outcome()
+        if (now := self._still(remote)) is not None:
             self.gone(now, outcome)
         yield outcome
+
+    def _still(self, before: Remote) -> Remote | None:
+        """An object that is where it was, and has not been shown since."""
+        now = self._store.remote(before.rid)
+        if now is None or (now.rparent, now.name) != (before.rparent, before.name):
+            return None
+        return None if before.absent_s is not None and now.absent_s is None else now
 
     def is_sent_again(self, remote: Remote) -> bool:
         """Whether nothing is lost here by believing that an object is gone."""

@@ -48,6 +48,15 @@ def test_nothing_is_stranded_where_it_once_was(seed: int, tmp_path: Path) -> Non
     assert trouble is None, trouble
 
 
+def live(kind: type[History], folder: Path, **how: bool) -> None:
+    """Play a history of one's own making. ``how``: its attributes."""
+    history = kind(Simulated(folder / "server"), folder, 1)
+    for name, value in how.items():
+        setattr(history, name, value)
+    with virtual_time() as clock:
+        trio.run(history.run, clock=clock)
+
+
 class BrokenOff(History):
     """A directory is moved object by object by a driver that dies half-way. ``listed_first``: the next
     one is asked for a listing before it could find that out."""
@@ -90,10 +99,7 @@ class BrokenOff(History):
 @pytest.mark.parametrize("listed_first", [False, True])
 def test_a_move_that_was_broken_off_goes_on(tmp_path: Path, listed_first: bool) -> None:
     """The directory is at both places, and must not be shown twice."""
-    history = BrokenOff(Simulated(tmp_path / "server"), tmp_path, 1)
-    history.listed_first = listed_first
-    with virtual_time() as clock:
-        trio.run(history.run, clock=clock)
+    live(BrokenOff, tmp_path, listed_first=listed_first)
 
 
 class Stale(History):
@@ -117,9 +123,7 @@ class Stale(History):
 
 
 def test_who_no_longer_has_to_wait_is_no_part_of_a_ring(tmp_path: Path) -> None:
-    history = Stale(Simulated(tmp_path / "server"), tmp_path, 1)
-    with virtual_time() as clock:
-        trio.run(history.run, clock=clock)
+    live(Stale, tmp_path)
 
 
 class Lost(History):
@@ -144,9 +148,7 @@ class Lost(History):
 
 
 def test_a_lost_move_of_what_is_to_be_deleted_is_given_up(tmp_path: Path) -> None:
-    history = Lost(Simulated(tmp_path / "server"), tmp_path, 1)
-    with virtual_time() as clock:
-        trio.run(history.run, clock=clock)
+    live(Lost, tmp_path)
 
 
 class Evicted(History):
@@ -170,9 +172,7 @@ class Evicted(History):
 
 
 def test_a_file_that_was_deleted_elsewhere_leaves_a_removed_directory(tmp_path: Path) -> None:
-    history = Evicted(Simulated(tmp_path / "server"), tmp_path, 1)
-    with virtual_time() as clock:
-        trio.run(history.run, clock=clock)
+    live(Evicted, tmp_path)
 
 
 class NeverMade(History):
@@ -207,9 +207,7 @@ class NeverMade(History):
 
 
 def test_a_move_of_what_was_never_made_does_not_fail(tmp_path: Path) -> None:
-    history = NeverMade(Simulated(tmp_path / "server"), tmp_path, 1)
-    with virtual_time() as clock:
-        trio.run(history.run, clock=clock)
+    live(NeverMade, tmp_path)
 
 
 class Renamed(History):
@@ -231,9 +229,7 @@ class Renamed(History):
 
 
 def test_a_pod_renamed_while_it_is_made_is_made_anew(tmp_path: Path) -> None:
-    history = Renamed(Simulated(tmp_path / "server"), tmp_path, 1)
-    with virtual_time() as clock:
-        trio.run(history.run, clock=clock)
+    live(Renamed, tmp_path)
 
 
 class NeverSent(History):
@@ -266,10 +262,7 @@ class NeverSent(History):
 @pytest.mark.parametrize("pod", [True, False])
 @pytest.mark.parametrize("remove", [True, False])
 def test_what_was_never_sent_is_not_deleted_there(tmp_path: Path, pod: bool, remove: bool) -> None:
-    history = NeverSent(Simulated(tmp_path / "server"), tmp_path, 1)
-    history.pod, history.remove = pod, remove
-    with virtual_time() as clock:
-        trio.run(history.run, clock=clock)
+    live(NeverSent, tmp_path, pod=pod, remove=remove)
 
 
 class Underway(History):
@@ -299,9 +292,7 @@ class Underway(History):
 
 
 def test_what_is_being_renamed_is_not_doubted(tmp_path: Path) -> None:
-    history = Underway(Simulated(tmp_path / "server"), tmp_path, 1)
-    with virtual_time() as clock:
-        trio.run(history.run, clock=clock)
+    live(Underway, tmp_path)
 
 
 class Torn(History):
@@ -335,9 +326,7 @@ class Torn(History):
 
 
 def test_an_upload_broken_off_in_the_middle_is_none(tmp_path: Path) -> None:
-    history = Torn(Simulated(tmp_path / "server"), tmp_path, 1)
-    with virtual_time() as clock:
-        trio.run(history.run, clock=clock)
+    live(Torn, tmp_path)
 
 
 class Slow(History):
@@ -364,6 +353,4 @@ class Slow(History):
 
 
 def test_a_tree_is_removed_at_a_slow_server(tmp_path: Path) -> None:
-    history = Slow(Simulated(tmp_path / "server"), tmp_path, 1)
-    with virtual_time() as clock:
-        trio.run(history.run, clock=clock)
+    live(Slow, tmp_path)

@@ -186,3 +186,36 @@ def test_a_tree_that_is_gone_goes_by_slices_and_what_is_changed_in_between_stays
     world.settle()
     assert world.remote_tree() == world.local_tree()
     assert world.store.remote_of(mine) is not None
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_renamed_or_shown_again_while_its_tree_goes_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    monkeypatch.setattr(merge, "PAGE", 10)
+    world = World(tmp_path)
+    pod = world.pod()
+    folder = world.make(pod, "d", DIR)
+    inner = world.make(folder, "a", DIR)
+    for parent in (folder, inner):
+        world.make(parent, "f")
+    world.settle()
+    remote, home = world.store.remote_of(folder), world.store.remote_of(pod)
+    file = world.store.child(folder, "f")
+    assert remote is not None
+    assert home is not None
+    assert file is not None
+    moved = world.store.remote_of(file.ino)
+    assert moved is not None
+    world.store.set_remote(remote.rid, absent_s=1.0)
+    remote = remote._replace(absent_s=1.0)
+    slices = Merger(world.store, world.content, lambda ino: None).gone_by_slices(remote)
+    next(slices)  # what is in d/a
+    if again:
+        world.store.set_remote(remote.rid, absent_s=None)
+    else:
+        world.move(file.ino, pod, "f")
+        world.store.set_remote(moved.rid, rparent=home.rid)
+    list(slices)
+    assert names(world, pod) == (["d"] if again else ["f"])
+    assert world.store.remote_of(file.ino) is not None
