@@ -172,6 +172,9 @@ class Inquiry:
         elif not await self.is_absent(remote):
             self._missing.seen(remote.rid)
             return False
+        elif await self._lists(remote):
+            self._missing.unconfirmed(remote.rid)
+            return False
         if self._store.remote(remote.rid) is not None:
             pod = pod_of(self._store, remote)
             self._missing.confirm(remote.rid, self.opened_s(pod) if pod != remote.rid else None)
@@ -203,6 +206,16 @@ class Inquiry:
             return True
         return False
 
+    async def _lists(self, remote: Remote) -> bool:
+        """Whether the server lists a directory that it does not show; see ``Missing.answered``."""
+        if remote.kind != DIR or remote.rparent == ROOT or self._store.remote(remote.rid) is None:
+            return False
+        try:
+            await self._dfs.list_dir(*pod_and_path(self._store, remote.rid))
+        except NotFound:
+            return False
+        return True
+
     async def _is_outdated(self, remote: Remote) -> bool:
         """Whether the server shows an earlier version of a file, asked by name, too."""
         if self._store.remote(remote.rid) is None:
@@ -228,16 +241,33 @@ class Inquiry:
             return True
         return False
 
-    async def is_whole(self, rid: int, entries: int) -> bool:
-        """Whether a listing of so many entries left none out: the server counts a directory's names
-        without fetching what they are names of."""
-        if rid == ROOT:
+    async def may_show(self, rid: int, entries: int, malformed: int) -> bool:
+        """Whether a first listing, which nothing known can be compared with, may be taken as it is: it
+        is looked into where it shows nothing, or the server leaves things out."""
+        if entries and not self._missing.distrusted and not self._store.doubtful(limit=1):
             return True
+        left_out = await self._left_out(rid, entries + malformed)
+        if not left_out:
+            return True
+        remote = self._store.remote(rid)
+        pod = pod_of(self._store, remote) if remote is not None else rid
+        return self._missing.are_lost(rid, left_out, self.opened_s(pod))
+
+    async def is_whole(self, rid: int, entries: int) -> bool:
+        """Whether a listing of so many entries left none out."""
+        return await self._left_out(rid, entries) == 0
+
+    async def _left_out(self, rid: int, entries: int) -> int:
+        """How many names a listing of so many entries left out: the server counts a directory's names
+        without fetching what they are names of. At least one where it does not say."""
+        if rid == ROOT:
+            return 0
         pod, path = pod_and_path(self._store, rid)
         try:
             stat = await self._dfs.stat_dir(pod, path)
         except NotFound:
-            return False
-        if stat.dirs + stat.files > entries:
-            log.info("a listing leaves out %d: %s%s", stat.dirs + stat.files - entries, pod, path)
-        return stat.dirs + stat.files <= entries
+            return 1
+        left_out = max(0, stat.dirs + stat.files - entries)
+        if left_out:
+            log.info("a listing leaves out %d: %s%s", left_out, pod, path)
+        return left_out

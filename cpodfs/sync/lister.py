@@ -276,11 +276,13 @@ class Lister:
             raise Doubtful("a file has the name of this directory at the server") from error
         if self._store.remote_path(rid) != started:
             return  # moved while we asked
-        self._missing.seen(rid)
+        self._missing.answered(rid)
         if (now := self._store.remote(rid)) is not None and now.ino is None:
             self._look_at_orphan(rid, found.entries)
         known = self._named(rid)
-        if known is not None and not known.listed_s and not await self._is_whole(rid, found):
+        first = known is not None and not known.listed_s
+        if first and not await self._inquiry.may_show(rid, found.count, found.malformed):
+            self._missing.look(rid)
             raise Doubtful("the server leaves out names that are there")
         await self._merge(rid, started, found, resolving)
 
@@ -338,13 +340,6 @@ class Lister:
             await self._inquiry.judge(rid, tally, found.count)
         for name in clashing:
             await self._separate(rid, name)
-
-    async def _is_whole(self, rid: int, found: _Found) -> bool:
-        """Whether a first listing, which nothing known can be compared with, may be taken as it is: it
-        is looked into where it shows nothing, or the server leaves things out."""
-        if found.count and not self._missing.distrusted and not self._store.doubtful(limit=1):
-            return True
-        return await self._inquiry.is_whole(rid, found.count + found.malformed)
 
     async def is_absent(self, remote: Remote) -> bool:
         """Whether the server says that an object is not where it was."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import trio
 
@@ -23,6 +24,8 @@ from cpodfs.sync.ops import pod_of
 
 log = logging.getLogger(__name__)
 
+_NO_LOOK = Absence(holds=True, confirmed=0)
+
 
 class Missing:
     """``clock``: seconds that only grow. ``alarms``: by the remote id of the folder, what is not shown
@@ -34,6 +37,7 @@ class Missing:
         self._confirmed_s: dict[int, float] = {}
         self._looks: dict[int, int] = {}
         self._due: dict[int, float] = {}
+        self._left_out: dict[int, tuple[int, Absence]] = {}
         self._lied_s: float | None = None
         self._changed = trio.Event()
         self.alarms: dict[int, Folder] = {}
@@ -104,8 +108,7 @@ class Missing:
         of one says nothing of the other."""
         if outdated != (rid in self.outdated):
             (self.outdated.add if outdated else self.outdated.discard)(rid)
-            self._confirmed_s.pop(rid, None)
-            self._store.set_remote(rid, absences=0)
+            self.unconfirmed(rid)
 
     def accept_older(self, rid: int) -> None:
         """From now on whatever version the server shows of a file is the newest."""
@@ -130,6 +133,26 @@ class Missing:
             self._store.set_remote(remote.rid, absent_s=None, absences=0)
             self.returned(remote)
             remote = self._store.doubtful_above(remote.rid)
+
+    def answered(self, rid: int) -> None:
+        """The server lists a directory: it is there, and so are those above it. But the server goes on
+        to list one that has lost its entry in the directory above (as one does when a namesake below
+        a neighbour is removed), and nobody else sees that: the doubt ends where that shows it again.
+        """
+        remote = self._store.doubtful_above(rid)
+        while remote is not None and remote.rparent not in (ROOT, None):
+            above = self._store.remote(remote.rparent)
+            if above is None or above.ino is None:  # its listing shows nothing here
+                self.seen(remote.rid)
+                return
+            self.unconfirmed(remote.rid)
+            self.look(above.rid)
+            remote = self._store.doubtful_above(above.rid)
+
+    def unconfirmed(self, rid: int) -> None:
+        """A doubtful object may be there after all: what was confirmed counts no more."""
+        self._confirmed_s.pop(rid, None)
+        self._store.set_remote(rid, absences=0)
 
     def returned(self, remote: Remote) -> None:
         """It was doubtful, and is shown again as it was: the server lied."""
@@ -170,6 +193,27 @@ class Missing:
 
     def _name(self, rid: int) -> str:
         return repr("/".join(self._store.remote_path(rid))) if rid != ROOT else "the list of pods"
+
+    def are_lost(self, rid: int, left_out: int, opened_s: float) -> bool:
+        """Whether names that a first listing left out, though the server counts them, are lost there: a
+        rename that failed half-way leaves such a name for ever, and what else is in the directory is
+        to be seen. They are when as many were left out each time, ever later, by a pod opened anew
+        and a server that was not caught in a lie. ``opened_s``: see ``confirm``."""
+        now_s = self._clock()
+        before, looks = self._left_out.get(rid, (0, _NO_LOOK))
+        if before != left_out:
+            looks = _NO_LOOK
+        if looks.counts(now_s) and (looks.last_s is None or opened_s > looks.last_s):
+            looks = replace(looks, confirmed=looks.confirmed + 1, last_s=now_s)
+        self._left_out[rid] = left_out, looks
+        if looks.confirmed < doubt.MANY or self.distrusted:
+            return False
+        del self._left_out[rid]
+        log.warning(
+            "the server has lost what %d of the names in %s name; what it shows is shown",
+            *(left_out, self._name(rid)),
+        )
+        return True
 
     # -- when to ask again ------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from cpodfs.config import Settings
 from cpodfs.errors import CpodfsError
 from cpodfs.fs.tree import RENAME_EXCHANGE, Times, Tree
 from cpodfs.parts import Parts
+from cpodfs.sync.doubt import DISTRUST_S
 from cpodfs.sync.drain import drain
 from cpodfs.sync.left import Left, left
 from tests.simulated import Fate, Simulated, virtual_time
@@ -155,6 +156,7 @@ class History:
             if self.engine.is_idle() and not self._difference():
                 return
             self.say(f"round {number}: {self._difference()}")
+            await trio.sleep(DISTRUST_S / 2)
         raise Differ(str(self._difference()))
 
     async def _look_everywhere(self) -> None:
@@ -460,14 +462,17 @@ class History:
     async def _put(self) -> object:
         if (folder := self._their_folder()) is None:
             return None
+        name = self.dice.choice(NAMES)
+        await self._put_as(*folder, name)
+        return f"{folder} {name} {self.written}"
+
+    async def _put_as(self, pod: str, folder: str, name: str) -> None:
         data = self._bytes()
 
         async def body() -> AsyncIterator[bytes]:
             yield data
 
-        name = self.dice.choice(NAMES)
-        await self.other.upload(*folder, name, body, len(data))
-        return f"{folder} {name} {self.written}"
+        await self.other.upload(pod, folder, name, body, len(data))
 
     async def _make(self) -> object:
         if (folder := self._their_folder()) is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import pytest
 import trio
 
 from cpodfs.cache.schema import ROOT
-from cpodfs.errors import CpodfsError
+from cpodfs.errors import CpodfsError, Doubtful
 from cpodfs.paths import TEMP_PREFIX
+from cpodfs.sync.doubt import DISTRUST_S
 from cpodfs.sync.drain import drain
 from tests.bench.histories import STALL_S, History, play
 from tests.simulated import Simulated, virtual_time
@@ -31,6 +33,9 @@ FOUND = (
     302927,
     400241,
     409960,
+    601321,
+    608311,
+    609105,
 )
 """Others in which something went wrong once."""
 
@@ -354,3 +359,101 @@ class Slow(History):
 
 def test_a_tree_is_removed_at_a_slow_server(tmp_path: Path) -> None:
     live(Slow, tmp_path)
+
+
+class SlowLook(History):
+    """A server that takes long for each call leaves out what was there, so that a look takes longer than
+    it is fresh; meanwhile something new is to be uploaded."""
+
+    async def run(self) -> None:
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            for name in "abc":
+                _, handle = await self.tree.create(pod.ino, name, 0o644)
+                self.tree.handles.release(handle)
+            assert await drain(self.engine, STALL_S)
+            await self.other.open_pod("p")
+            for name in "abc":
+                await self.other.delete_file("p", f"/{name}")
+            await trio.sleep(100)
+            self.fate.latency_s = 5.0
+            _, handle = await self.tree.create(pod.ino, "new", 0o644)
+            self.tree.handles.release(handle)
+            assert await drain(self.engine, 100)
+            assert "p/new" in self.server.contents(self.user)
+
+
+def test_a_file_is_uploaded_where_a_look_takes_long(tmp_path: Path) -> None:
+    live(SlowLook, tmp_path)
+
+
+class Unlisted(History):
+    """Somebody's rmdir of ``b/a`` takes the entry of ``a`` out of the directory above ``b``, as the real
+    server does; asked for ``a``, it goes on to list that."""
+
+    async def run(self) -> None:
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            folder = await self.tree.mkdir(pod.ino, "a", 0o755)
+            for parent in (pod.ino, folder.ino):
+                _, handle = await self.tree.create(parent, "f", 0o644)
+                await self.tree.files.write(handle, 0, b"of a")
+                self.tree.handles.release(handle)
+            assert await drain(self.engine, STALL_S)
+            await self.other.open_pod("p")
+            await self.other.mkdir("p", "/b")
+            await self.other.mkdir("p", "/b/a")
+            await self.other.raw_rmdir("p", "/b/a")
+            assert "p/a" not in self.server.contents(self.user)
+            seen = []
+            for _ in range(20):
+                await trio.sleep(DISTRUST_S / 4)
+                await self._look_everywhere()
+                seen.append(("p/a/f" in self._paths(), self._is_doubtful("p/a")))
+            assert set(seen) == {(True, True)}, "neither gone nor shown again at each other look"
+            await self.tree.rename(pod.ino, "a", pod.ino, "c", 0)
+            assert await drain(self.engine, STALL_S)
+            assert self.server.contents(self.user)["p/c/f"] == b"of a"
+
+
+def test_a_directory_that_has_lost_its_entry_stays_doubtful_until_it_is_moved(
+    tmp_path: Path,
+) -> None:
+    live(Unlisted, tmp_path)
+
+
+class Nameless(History):
+    """Somebody's rename into a missing directory has lost a file and left its name, as the real server
+    does, in a directory that is listed for the first time. ``alone``: nothing else is in there."""
+
+    alone = False
+
+    async def run(self) -> None:
+        async with self._driver():
+            await self.tree.mkdir(ROOT, "p", 0o755)
+            assert await drain(self.engine, STALL_S)
+            await self.other.open_pod("p")
+            await self.other.mkdir("p", "/d")
+            await self._put_as("p", "/d", "lost")
+            if not self.alone:
+                await self._put_as("p", "/d", "kept")
+            with contextlib.suppress(CpodfsError):
+                paths = {"oldPath": "/d/lost", "newPath": "/nowhere/lost"}
+                await self.other._change("p", "POST", "/v1/file/rename", **paths)
+            self.parts.missing._lied_s = time.monotonic()  # what is first seen now is looked into
+            await self.parts.lister.refresh_from_others(self.store.children(ROOT)[0].ino)
+            folder = self.store.child(self.store.children(ROOT)[0].ino, "d")
+            assert folder is not None
+            with pytest.raises(Doubtful):
+                await self.tree.directory(folder.ino)
+            await trio.sleep(2 * DISTRUST_S)
+            await self.tree.directory(folder.ino)
+            shown = [child.name for child in self.store.children(folder.ino)]
+            assert shown == ([] if self.alone else ["kept"])
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_name_that_names_nothing_does_not_hide_its_neighbours(
+    alone: bool, tmp_path: Path
+) -> None:
+    live(Nameless, tmp_path, alone=alone)
