@@ -88,6 +88,7 @@ class Parts:
             parallel=settings.changes,
             patience_s=settings.timeout_s,
             on_outcome=self._on_outcome,
+            room=self._durability.room,
         )
         self.engine = Engine(
             *(store, self._durability, dfs, self.lister, self._merger, locks, self.missing),
@@ -158,7 +159,7 @@ class Parts:
 
     async def run(self, nursery: trio.Nursery) -> None:
         """Begin the tasks of all parts but of the runs, which need a mount that answers."""
-        storing = (self.downloads, self._evictor, self._swarm, self._files)
+        storing = (self._durability, self.downloads, self._evictor, self._swarm, self._files)
         for part in (self.lister, *storing, self.engine):
             await nursery.start(part.run)
 

@@ -10,12 +10,16 @@ power leaves no more to find out than the death of the process does.
 
 from __future__ import annotations
 
+import logging
 import os
+import sqlite3
 
 import trio
 
 from cpodfs.cache.content import Content
-from cpodfs.cache.store import Store
+from cpodfs.cache.store import Store, level, trouble
+
+log = logging.getLogger(__name__)
 
 AT_ONCE = 32
 """Data files synced at once; each takes two descriptors besides its own."""
@@ -34,6 +38,10 @@ class Durability:
         self._running = False
         self._round = trio.Event()
         self._descriptors = trio.CapacityLimiter(AT_ONCE)
+        self._grown = trio.Event()
+        self._is_long = False
+        self._short = trio.Event()
+        store.on_grown = lambda: self._grown.set()
 
     def wrote(self, ino: int) -> None:
         self._unsynced.add(ino)
@@ -102,3 +110,31 @@ class Durability:
             self._running = False
             self._round.set()
             self._round = trio.Event()
+
+    # -- the journal's length ---------------------------------------------------------------------
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Move the journal into the database in the background, until cancelled: a commit that did it
+        would keep all others waiting for the disk."""
+        task_status.started()
+        while True:
+            await self._grown.wait()
+            self._grown = trio.Event()
+            self._is_long = not await self._checkpoint()
+            self._short.set()
+            self._short = trio.Event()
+
+    async def _checkpoint(self) -> bool:
+        """Whether the journal begins anew."""
+        try:
+            return await trio.to_thread.run_sync(self._store.checkpoint)
+        except sqlite3.Error as error:  # a full disk: whoever commits is told
+            why = trouble(error) or str(error)
+            log.log(level(why), "the journal cannot be moved into the database: %s", why)
+            return True
+
+    async def room(self) -> None:
+        """Whoever writes much waits here, so that the journal can begin anew."""
+        while self._is_long:
+            self._grown.set()
+            await self._short.wait()

@@ -38,6 +38,12 @@ INODE_COLUMNS = (
     "listed_s, used_s, error, crc, epoch"
 )
 KNOWN_MAX = 10_000
+GROWN_ROWS = 10_000
+COMMIT_ROWS = 5
+"""Of so many rows written the journal should be moved into the database; a commit counts as some more,
+for the pages that even the smallest takes."""
+JOURNAL_PAGES = 50_000
+"""Of 4 KiB: a journal as long as that is moved by whoever commits, who waits for it."""
 MARGIN_S = 5
 """How far apart two clocks may be of which the difference is known."""
 LATE_S = 300.0
@@ -169,15 +175,20 @@ class Store:
         # Unix time of the last look at directories that are to be deleted at the server, which have
         # no inode any more that would know; by remote id. Not kept: the next driver looks again.
         self.looked: dict[int, float] = {}
+        # Called when so much was written that ``checkpoint()`` is due.
+        self.on_grown: Callable[[], None] = lambda: None
+        self._commits = self._grown_at = 0
         had_journal = os.path.exists(f"{path}-wal")
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, cached_statements=256)
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db = self._connect()
             self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.execute(f"PRAGMA wal_autocheckpoint = {JOURNAL_PAGES}")
             self._check_version(had_journal)
             self._check_pages()
             self._start(had_journal)
+            # For checkpoint(), which runs in a thread while the loop goes on with the other one.
+            self._checkpointer = self._connect()
+            self._checkpointer.execute("SELECT 1 FROM state")
             # For sync(). Open for as long as the database: closing any descriptor of a file drops
             # the process's POSIX locks on it, and others could then clear the journal away.
             self._files = [os.open(f"{path}{end}", os.O_RDONLY) for end in ("-wal", "")]
@@ -185,6 +196,13 @@ class Store:
             if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL:
                 raise CacheError(f"{path}: its disk is full; make room and try again") from error
             raise self._unusable(str(error)) from error
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(
+            self._path, isolation_level=None, cached_statements=256, check_same_thread=False
+        )
+        db.execute("PRAGMA synchronous = NORMAL")
+        return db
 
     def _unusable(self, reason: str) -> CacheError:
         return CacheError(
@@ -236,6 +254,7 @@ class Store:
         """Close it as what it is: complete, and on the disk."""
         with suppress(sqlite3.Error):  # on a full disk it counts as cut off, which costs a look
             self._db.execute("UPDATE state SET ended = 1")
+        self._checkpointer.close()
         self._db.close()
         for fd in self._files:
             os.close(fd)
@@ -244,6 +263,21 @@ class Store:
         """Make every commit so far survive a loss of power. Blocks: run it in a thread."""
         for fd in self._files:
             os.fdatasync(fd)
+
+    def checkpoint(self) -> bool:
+        """Move the journal into the database; returns whether nothing is left to move, so that the
+        journal begins anew. Blocks: run it in a thread, once at a time. The loop goes on meanwhile.
+        Raises sqlite3.Error."""
+        query = "PRAGMA wal_checkpoint(PASSIVE)"
+        busy, pages, moved = self._checkpointer.execute(query).fetchone()
+        return not busy and pages == moved
+
+    def _note_growth(self) -> None:
+        self._commits += 1
+        written = self._db.total_changes + COMMIT_ROWS * self._commits
+        if written - self._grown_at > GROWN_ROWS:
+            self._grown_at = written
+            self.on_grown()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -256,6 +290,7 @@ class Store:
         try:
             yield
             self._db.execute("COMMIT")
+            self._note_growth()
         except BaseException:
             self._known.clear()
             if self._db.in_transaction:  # on a full disk SQLite has rolled back by itself
@@ -332,6 +367,8 @@ class Store:
         )
         if columns.get("dirty"):
             self.on_unsettled(("ino", ino))
+        if not self._depth:
+            self._note_growth()
 
     def mark(self, ino: int, bits: int) -> None:
         """Set ``dirty`` bits; an earlier error no longer counts, but that the file is damaged."""
@@ -436,7 +473,7 @@ class Store:
 
     def pending_inodes(self, after: int = 0, limit: int = -1) -> list[Inode]:
         rows = self._db.execute(
-            f"SELECT {INODE_COLUMNS} FROM inode WHERE dirty != 0 AND parent IS NOT NULL AND ino > ? "
+            f"SELECT {INODE_COLUMNS} FROM inode WHERE dirty != 0 AND +parent IS NOT NULL AND ino > ? "
             "ORDER BY ino LIMIT ?",
             (after, limit),
         )
@@ -452,15 +489,15 @@ class Store:
 
     def is_settled(self) -> bool:
         """Whether the server knows all."""
-        pending = "SELECT 1 FROM inode WHERE dirty != 0 AND parent IS NOT NULL LIMIT 1"
+        pending = "SELECT 1 FROM inode WHERE dirty != 0 AND +parent IS NOT NULL LIMIT 1"
         orphan = "SELECT 1 FROM remote WHERE ino IS NULL AND absent_s IS NULL LIMIT 1"
         return not any(self._db.execute(query).fetchone() for query in (pending, orphan))
 
     def failed(self, limit: int) -> list[Inode]:
         """Pending inodes whose writeback has failed."""
         rows = self._db.execute(
-            f"SELECT {INODE_COLUMNS} FROM inode WHERE dirty != 0 AND parent IS NOT NULL "
-            "AND error IS NOT NULL LIMIT ?",
+            f"SELECT {INODE_COLUMNS} FROM inode WHERE dirty != 0 AND +parent IS NOT NULL "
+            "AND +error IS NOT NULL LIMIT ?",
             (limit,),
         )
         return [Inode._make(row) for row in rows]
@@ -511,7 +548,7 @@ class Store:
         pending, files, size, errors = self._db.execute(
             f"SELECT count(*), coalesce(sum(dirty & {CONTENT}), 0), "
             f"coalesce(sum(size) FILTER (WHERE dirty & {CONTENT}), 0), count(error) "
-            "FROM inode WHERE dirty != 0 AND parent IS NOT NULL"
+            "FROM inode WHERE dirty != 0 AND +parent IS NOT NULL"
         ).fetchone()
         orphans = "SELECT count(*) FROM remote WHERE ino IS NULL AND absent_s IS NULL"
         deletions = self._db.execute(orphans).fetchone()[0]
@@ -700,14 +737,14 @@ class Store:
 
     def unswarmed(self) -> list[int]:
         """Remote ids of files of which only FairOS is known to have the content."""
-        query = "SELECT rid FROM remote WHERE in_swarm = 0 AND ino IS NOT NULL"
+        query = "SELECT rid FROM remote WHERE in_swarm = 0 AND +ino IS NOT NULL"
         return [rid for (rid,) in self._db.execute(query)]
 
     def unswarmed_totals(self) -> dict[str, int]:
         """Their number and bytes."""
         files, size = self._db.execute(
             "SELECT count(*), coalesce(sum(max(size, 0)), 0) FROM remote "
-            "WHERE in_swarm = 0 AND ino IS NOT NULL"
+            "WHERE in_swarm = 0 AND +ino IS NOT NULL"
         ).fetchone()
         return {"files": files, "bytes": size}
 
@@ -718,12 +755,12 @@ class Store:
 
     def doubtful_count(self) -> int:
         """How many objects that are shown here the server does not show."""
-        query = "SELECT count(*) FROM remote WHERE absent_s IS NOT NULL AND ino IS NOT NULL"
+        query = "SELECT count(*) FROM remote WHERE absent_s IS NOT NULL AND +ino IS NOT NULL"
         return int(self._db.execute(query).fetchone()[0])
 
     def ghost_count(self) -> int:
         """How many objects the server does not show any more, and are deleted when it does."""
-        query = "SELECT count(*) FROM remote WHERE absent_s IS NOT NULL AND ino IS NULL"
+        query = "SELECT count(*) FROM remote WHERE absent_s IS NOT NULL AND +ino IS NULL"
         return int(self._db.execute(query).fetchone()[0])
 
     def doubtful_above(self, rid: int) -> Remote | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import trio
@@ -185,8 +186,11 @@ class Inquiry:
         until that was confirmed. Raises a DfsError."""
         self._missing.suspect(remote.rid)
         pod, path = pod_and_path(self._store, remote.rid)
-        if await look_for(self._dfs, pod, path, is_dir=remote.kind == DIR) is not None:
-            return
+        # Step 1: its directory's listing; that may be gone, too.
+        with suppress(NotFound):
+            if await look_for(self._dfs, pod, path, is_dir=remote.kind == DIR) is not None:
+                return
+        # Step 2: by name, again and again.
         alone = Folder(known=1, missing=1, unchanged=0, whole=True)
         if not await self._confirm(remote):
             return

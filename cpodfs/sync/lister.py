@@ -12,7 +12,7 @@ import logging
 import math
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -76,7 +76,8 @@ class _Run:
 
 
 class Lister:
-    """``on_outcome`` passes what a merge found to the engine and the kernel."""
+    """``on_outcome`` passes what a merge found to the engine and the kernel. Between two slices of a
+    merge ``room`` is awaited, for the cache's disk."""
 
     def __init__(
         self,
@@ -91,6 +92,7 @@ class Lister:
         parallel: int,
         patience_s: float = 30.0,
         on_outcome: Callable[[Outcome], None],
+        room: Callable[[], Awaitable[None]],
     ) -> None:
         self._store = store
         self._dfs = dfs
@@ -103,6 +105,7 @@ class Lister:
         self._patience_s = patience_s
         self._listed_s = -math.inf
         self._on_outcome = on_outcome
+        self._room = room
         self._limit = trio.CapacityLimiter(parallel)
         self._running: dict[int, _Run] = {}
         self._retry_at: dict[int, float] = {}
@@ -333,6 +336,7 @@ class Lister:
             self._listed_s = trio.current_time()  # whoever waits sees that it goes on
             # What others ask takes several turns of the loop: not each is to wait for a slice.
             await trio.sleep(PAUSE_S if number > 1 else 0)
+            await self._room()
             now = self._named(rid)
             if now is None or now.ino != directory.ino or self._store.remote_path(rid) != started:
                 return

@@ -41,6 +41,8 @@ from tests.simulated import Fate, Simulated, virtual_time
 
 NAMES = ("a", "b", "c", "d")
 PODS = ("p", "q")
+HIDDEN = b"hid"
+"""Of no size that another version has."""
 STEPS = 40
 STALL_S = 900.0
 ROUNDS = 8
@@ -127,6 +129,7 @@ class History:
                 yield
                 nursery.cancel_scope.cancel()
         finally:
+            store._checkpointer.close()
             store._db.close()  # nothing says that this was the end
             for fd in store._files:
                 os.close(fd)
@@ -532,9 +535,9 @@ class History:
         pod = self.dice.choice(pods)
 
         async def body() -> AsyncIterator[bytes]:
-            yield b"hidden"
+            yield HIDDEN
 
-        await self.other.upload(pod, "/", ".run", body, 6)
+        await self.other.upload(pod, "/", ".run", body, len(HIDDEN))
         return pod
 
     # -- the world --------------------------------------------------------------------------------

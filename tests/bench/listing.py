@@ -11,9 +11,10 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from tests.bench.report import machine, table
@@ -22,45 +23,49 @@ from tests.mount.hostile import Answer, Hostile, Lie, listing
 
 ENTRIES = (10_000, 100_000, 1_000_000)
 CALM = ("--attr-ttl", "1000000", "--timeout", "600", "--stall", "600")
+CACHED = "cached"
 PACE_S = 0.02
 
 
 class Neighbour:
-    """Somebody else who uses the mount, and notes how long each call took, in seconds."""
+    """Somebody else who uses the mount, and notes how long each call took, in seconds. In a process of
+    its own: the one that plays the server is busy while it sends a long listing."""
 
     def __init__(self, pod: Path) -> None:
-        self._file = pod / "cached"
-        self._file.write_text("content")
-        self._absent = pod
-        self._stop = threading.Event()
+        self._pod = pod
+        (pod / CACHED).write_text("content")
         self.stats: list[float] = []
         self.cats: list[float] = []
 
-    def _work(self) -> None:
-        number = 0
-        while not self._stop.is_set():
-            number += 1
-            begun = time.perf_counter()
-            (self._absent / f"absent{number}").exists()
-            self.stats.append(time.perf_counter() - begun)
-            begun = time.perf_counter()
-            self._file.read_text()
-            self.cats.append(time.perf_counter() - begun)
-            self._stop.wait(PACE_S)
-
     def during(self, act: Callable[[], object]) -> float:
         """Work while somebody does something; returns how long that took, in seconds."""
-        self.stats, self.cats = [], []
-        self._stop.clear()
-        worker = threading.Thread(target=self._work)
+        context = get_context("spawn")
+        here, there = context.Pipe()
+        worker = context.Process(target=_work, args=(self._pod, there))
         worker.start()
+        here.recv()  # it has begun
         begun = time.perf_counter()
         try:
             act()
             return time.perf_counter() - begun
         finally:
-            self._stop.set()
+            here.send("stop")
+            self.stats, self.cats = here.recv()
             worker.join()
+
+
+def _work(pod: Path, line: Connection) -> None:
+    stats: list[float] = []
+    cats: list[float] = []
+    line.send("begun")
+    while not line.poll(PACE_S):
+        begun = time.perf_counter()
+        (pod / f"absent{len(stats)}").exists()
+        stats.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+        (pod / CACHED).read_text()
+        cats.append(time.perf_counter() - begun)
+    line.send((stats, cats))
 
 
 def _ms(waits: list[float]) -> tuple[str, str]:

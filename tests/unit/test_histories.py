@@ -36,6 +36,7 @@ FOUND = (
     601321,
     608311,
     609105,
+    701755,
 )
 """Others in which something went wrong once."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sqlite3
 import threading
 import time
@@ -18,7 +19,7 @@ from cpodfs.cache import content as content_module
 from cpodfs.cache.content import Content
 from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT, DIR, FILE, ROOT, SENT, UNKNOWN, VERSION
-from cpodfs.cache.store import Store
+from cpodfs.cache.store import GROWN_ROWS, Store
 from cpodfs.dfs import Entry
 from cpodfs.errors import CacheVersion, ChangedDuringUpload, NotFound, QuotaExceeded, Unreachable
 from cpodfs.fs.handles import Handles
@@ -31,6 +32,12 @@ from cpodfs.sync.retry import Retry
 from cpodfs.sync.schedule import Schedule
 from cpodfs.sync.waits import Waits
 from tests.patience import PATIENCE_S
+
+PARTIAL_OR_EQUAL = re.compile(
+    r" INDEX (inode_cached|inode_dirty|remote_unswarmed|remote_doubtful|remote_moving)\b"
+    r"|\((ino|parent|rowid)=\?\)"
+)
+"""What a query's plan says when it does not look at all rows."""
 
 A, B, C = ("ino", 1), ("ino", 2), ("rid", 3)
 
@@ -204,20 +211,87 @@ def test_a_failed_transaction_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_others_cannot_clear_the_journal_away(tmp_path: Path) -> None:
-    """Closing any descriptor of a database drops SQLite's locks on it: sync() must not."""
+    """Whoever closes a database last clears its journal away. Closing any descriptor of it drops the
+    locks that tell others that somebody still has it open: sync() and checkpoint() must not."""
     store = Store(tmp_path / "meta.db")
     store.create(ROOT, "pod", DIR, 0o700)
     store.sync()
+    assert store.checkpoint()
+    journal = (tmp_path / "meta.db-wal").stat()
     other = os.fork()
     if other == 0:
-        try:
-            sqlite3.connect(tmp_path / "meta.db", timeout=0).execute(
-                "SELECT * FROM inode"
-            ).fetchall()
-        except sqlite3.OperationalError:
-            os._exit(0)
-        os._exit(1)
-    assert os.waitpid(other, 0)[1] == 0, "the database was not locked"
+        others = sqlite3.connect(tmp_path / "meta.db", timeout=0)
+        others.execute("SELECT * FROM inode").fetchall()
+        others.close()
+        os._exit(0)
+    assert os.waitpid(other, 0)[1] == 0
+    assert (tmp_path / "meta.db-wal").stat().st_ino == journal.st_ino
+    store.create(ROOT, "later", DIR, 0o700)
+    assert (tmp_path / "meta.db-wal").stat().st_size >= journal.st_size > 0
+
+
+def test_the_journal_is_moved_while_others_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by a commit, which would keep the loop from all else until the disk has it; and whoever
+    writes much waits until it begins anew, so that it does not grow for ever."""
+    store, content = Store(tmp_path / "meta.db"), Content(tmp_path / "content")
+    durability = Durability(store, content)
+    database, checkpoint = tmp_path / "meta.db", store.checkpoint
+    begun, gate, passes = threading.Event(), threading.Event(), []
+
+    def slow() -> bool:
+        begun.set()
+        gate.wait(PATIENCE_S)
+        passes.append(1)
+        return len(passes) > 1 and checkpoint()  # somebody committed during the first
+
+    monkeypatch.setattr(store, "checkpoint", slow)
+
+    def write(first: int) -> None:
+        with store.transaction():
+            for number in range(first, first + GROWN_ROWS):
+                store.create(ROOT, f"pod{number}", DIR, 0o700)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(durability.run)
+            before = database.stat().st_size
+            write(0)
+            await trio.to_thread.run_sync(begun.wait, PATIENCE_S)
+            write(GROWN_ROWS)
+            assert database.stat().st_size == before, "no commit has moved it"
+            gate.set()
+            while not passes:
+                await trio.sleep(0)
+            await trio.testing.wait_all_tasks_blocked()
+            await durability.room()
+            assert len(passes) > 1
+            assert database.stat().st_size > before
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    store.close()
+
+
+def test_what_is_asked_often_does_not_walk_the_tree(tmp_path: Path) -> None:
+    """``df`` and ``cpodfs status`` ask on the event loop; a tree may have a million objects."""
+    store = Store(tmp_path / "meta.db")
+    asked: list[str] = []
+    store._db.set_trace_callback(asked.append)
+    for ask in (
+        *(store.totals, store.cached_bytes, store.evictable_bytes, store.is_settled),
+        *(store.unswarmed, store.unswarmed_totals, store.doubtful, store.doubtful_count),
+        *(store.ghost_count, store.pending_inodes, store.orphans, store.moving, store.unlinked),
+    ):
+        ask()
+    store.failed(1)
+    store.has_doubtful(ROOT)
+    store._db.set_trace_callback(None)
+    assert len(asked) > 15
+    for query in asked:
+        for *_, step in store._db.execute(f"EXPLAIN QUERY PLAN {query}"):
+            assert PARTIAL_OR_EQUAL.search(step), f"{step}: {query}"
 
 
 def test_the_last_of_the_disk_is_kept_for_the_journal(
