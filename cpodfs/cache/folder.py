@@ -1,7 +1,7 @@
 """One account's cache folder: its lock, its metadata and its contents.
 
-Imports the cache. Layout: ``lock``, ``meta.db`` (+ ``-wal``), ``starts``, ``content/``,
-``unclaimed/``, ``runs/``, and ``last-unmount.json``. The lock is the kernel's (flock), so a dead
+Imports the cache. Layout: ``lock``, ``meta.db`` (+ ``-wal``, ``-shm``), ``starts``,
+``content/``, ``unclaimed/``, ``runs/``, and ``last-unmount.json``. The lock is the kernel's (flock), so a dead
 driver's is free by itself.
 """
 
