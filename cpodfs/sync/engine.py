@@ -645,7 +645,7 @@ class Engine:
         self.counters.recent.append(f"{time.strftime('%H:%M:%S')} {error}")
         if item[0] == "ino":
             self._store.set(item[1], error=self._explained(item[1], error))
-        elif self._store.remote(item[1]) is not None:
+        elif self._planner.plan(item) is not None:  # else it has turned out to be gone
             self.failures[item[1]] = f"not deleted: {error}"
         why = trouble(error)
         how = logging.WARNING if why is None else level(why)

@@ -261,7 +261,12 @@ class Merger:
             for child in self._store.remote_children(remote.rid):
                 self.gone(child, outcome)
             self._store.drop_remote(remote.rid)
-            inode = self._store.get(remote.ino) if remote.ino is not None else None
+            if remote.ino is None:
+                outcome.work.append(
+                    remote.item
+                )  # its deletion may have failed, and need no more be tried
+                return
+            inode = self._store.get(remote.ino)
             if inode is None or inode.parent is None:
                 return
             if self._is_ours(inode, remote):

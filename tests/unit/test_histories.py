@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from cpodfs.cache.schema import ROOT
 from cpodfs.errors import CpodfsError, Doubtful
 from cpodfs.paths import TEMP_PREFIX
 from cpodfs.sync.doubt import DISTRUST_S
 from cpodfs.sync.drain import drain
+from cpodfs.sync.left import left
 from tests.bench.histories import STALL_S, History, play
 from tests.simulated import Simulated, virtual_time
 
@@ -458,3 +460,26 @@ def test_a_name_that_names_nothing_does_not_hide_its_neighbours(
     alone: bool, tmp_path: Path
 ) -> None:
     live(Nameless, tmp_path, alone=alone)
+
+
+class InVain(History):
+    """A deletion fails; then the server is found to have no such directory any more."""
+
+    async def run(self) -> None:
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            folder = await self.tree.mkdir(pod.ino, "d", 0o755)
+            assert await drain(self.engine, STALL_S)
+            remote = self.store.remote_of(folder.ino)
+            assert remote is not None
+            self.fate.refused = 1.0
+            await self.tree.rmdir(pod.ino, "d")
+            await trio.sleep(60)
+            assert list(self.engine.failures) == [remote.rid]
+            self.parts._inquiry.believe_gone(remote.rid)
+            await trio.testing.wait_all_tasks_blocked()
+            assert left(self.engine, self.store, 10) == []
+
+
+def test_a_failed_deletion_of_what_is_gone_is_told_of_no_more(tmp_path: Path) -> None:
+    live(InVain, tmp_path)
