@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 AT_ONCE = 32
 """Data files synced at once; each takes two descriptors besides its own."""
 
+ROOM_S = 2.0
+
 
 class Durability:
     """``wrote`` marks what a later ``flush`` must make durable."""
@@ -134,7 +136,9 @@ class Durability:
             return True
 
     async def room(self) -> None:
-        """Whoever writes much waits here, so that the journal can begin anew."""
-        while self._is_long:
-            self._grown.set()
-            await self._short.wait()
+        """Whoever writes much waits here, so that the journal can begin anew; not for long, as somebody
+        else may read the database."""
+        with trio.move_on_after(ROOM_S):
+            while self._is_long:
+                self._grown.set()
+                await self._short.wait()

@@ -274,6 +274,33 @@ def test_the_journal_is_moved_while_others_commit(
     store.close()
 
 
+def test_whoever_reads_the_database_holds_nobody_up(tmp_path: Path) -> None:
+    """The journal cannot begin anew while somebody reads an older version of what is in it."""
+    store, content = Store(tmp_path / "meta.db"), Content(tmp_path / "content")
+    durability = Durability(store, content)
+    other = sqlite3.connect(f"file:{tmp_path}/meta.db?mode=ro", uri=True, isolation_level=None)
+    other.execute("BEGIN")
+    other.execute("SELECT count(*) FROM inode").fetchone()
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(durability.run)
+            with store.transaction():
+                for number in range(GROWN_ROWS):
+                    store.create(ROOT, f"pod{number}", DIR, 0o700)
+            while not durability._is_long:
+                await trio.sleep(0)
+            await durability.room()
+            nursery.cancel_scope.cancel()
+
+    clock = trio.testing.MockClock(rate=1000)
+    trio.run(main, clock=clock)
+    assert not store.checkpoint()
+    other.close()
+    assert store.checkpoint()
+    store.close()
+
+
 def test_what_is_asked_often_does_not_walk_the_tree(tmp_path: Path) -> None:
     """``df`` and ``cpodfs status`` ask on the event loop; a tree may have a million objects."""
     store = Store(tmp_path / "meta.db")
