@@ -23,8 +23,7 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 32
 """Data files synced at once; each takes two descriptors besides its own."""
-
-ROOM_S = 2.0
+PASSES = 3
 
 
 class Durability:
@@ -41,8 +40,8 @@ class Durability:
         self._round = trio.Event()
         self._descriptors = trio.CapacityLimiter(AT_ONCE)
         self._grown = trio.Event()
-        self._is_long = False
-        self._short = trio.Event()
+        self._room = trio.Event()
+        self._room.set()
         store.on_grown = lambda: self._grown.set()
 
     def wrote(self, ino: int) -> None:
@@ -122,23 +121,26 @@ class Durability:
         while True:
             await self._grown.wait()
             self._grown = trio.Event()
-            self._is_long = not await self._checkpoint()
-            self._short.set()
-            self._short = trio.Event()
+            try:
+                await self._shorten()
+            except sqlite3.Error as error:  # a full disk: whoever commits is told
+                why = trouble(error) or str(error)
+                log.log(level(why), "the journal cannot be moved into the database: %s", why)
+            finally:
+                self._room.set()
 
-    async def _checkpoint(self) -> bool:
-        """Whether the journal begins anew."""
-        try:
-            return await trio.to_thread.run_sync(self._store.checkpoint)
-        except sqlite3.Error as error:  # a full disk: whoever commits is told
-            why = trouble(error) or str(error)
-            log.log(level(why), "the journal cannot be moved into the database: %s", why)
-            return True
+    async def _shorten(self) -> None:
+        """The journal begins anew when all of it was moved and nothing was committed meanwhile."""
+        for _ in range(PASSES):
+            before = self._store.written
+            if not await trio.to_thread.run_sync(self._store.checkpoint):
+                return  # somebody reads what is in there
+            if self._store.written == before:
+                return
+            if self._room.is_set():
+                self._room = trio.Event()  # from the second pass on whoever writes much waits
+        self._store.finish_checkpoint()
 
     async def room(self) -> None:
-        """Whoever writes much waits here, so that the journal can begin anew; not for long, as somebody
-        else may read the database."""
-        with trio.move_on_after(ROOM_S):
-            while self._is_long:
-                self._grown.set()
-                await self._short.wait()
+        """Whoever writes much waits here, so that the journal can begin anew."""
+        await self._room.wait()

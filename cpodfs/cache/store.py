@@ -38,12 +38,14 @@ INODE_COLUMNS = (
     "listed_s, used_s, error, crc, epoch"
 )
 KNOWN_MAX = 10_000
-GROWN_ROWS = 10_000
-COMMIT_ROWS = 5
-"""Of so many rows written the journal should be moved into the database; a commit counts as some more,
-for the pages that even the smallest takes."""
-JOURNAL_PAGES = 50_000
-"""Of 4 KiB: a journal as long as that is moved by whoever commits, who waits for it."""
+GROWN_PAGES = 1500
+"""Of 4 KiB: a journal that may be as long as that should be moved into the database."""
+JOURNAL_PAGES = 4000
+"""One as long as that is moved by whoever commits, who waits for it. Less than what is kept free for the
+journal on the disk (``content.RESERVE``)."""
+COMMIT_PAGES = 6
+ROWS_A_PAGE = 2
+"""What the smallest commit takes of it, and how many rows of a larger one a page takes, about."""
 MARGIN_S = 5
 """How far apart two clocks may be of which the difference is known."""
 LATE_S = 300.0
@@ -79,6 +81,25 @@ def level(why: str) -> int:
         return logging.DEBUG
     _warned[why] = now
     return logging.WARNING
+
+
+class _Database(sqlite3.Connection):
+    """Tells when its disk is full: a journal that begins anew needs no more room."""
+
+    on_full: Callable[[], None] = staticmethod(lambda: None)
+
+    def execute(self, *args: Any) -> sqlite3.Cursor:
+        try:
+            return super().execute(*args)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                self.on_full()
+            raise
+
+
+def _move(db: sqlite3.Connection) -> bool:
+    busy, pages, moved = db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    return not busy and bool(pages == moved)
 
 
 class Inode(NamedTuple):
@@ -180,15 +201,13 @@ class Store:
         self._commits = self._grown_at = 0
         had_journal = os.path.exists(f"{path}-wal")
         try:
-            self._db = self._connect()
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute(f"PRAGMA wal_autocheckpoint = {JOURNAL_PAGES}")
+            self._db, is_shared = self._open()
             self._check_version(had_journal)
             self._check_pages()
             self._start(had_journal)
             # For checkpoint(), which runs in a thread while the loop goes on with the other one.
-            self._checkpointer = self._connect()
-            self._checkpointer.execute("SELECT 1 FROM state")
+            self._checkpointer = self._connect("NORMAL") if is_shared else None
+            self._db.execute("PRAGMA busy_timeout = 0")  # nobody else ought to write
             # For sync(). Open for as long as the database: closing any descriptor of a file drops
             # the process's POSIX locks on it, and others could then clear the journal away.
             self._files = [os.open(f"{path}{end}", os.O_RDONLY) for end in ("-wal", "")]
@@ -197,11 +216,34 @@ class Store:
                 raise CacheError(f"{path}: its disk is full; make room and try again") from error
             raise self._unusable(str(error)) from error
 
-    def _connect(self) -> sqlite3.Connection:
+    def _open(self) -> tuple[sqlite3.Connection, bool]:
+        """The loop's connection; whether there can be another. That needs a memory that both share,
+        for which a full disk has no room, and some file systems no means: there whoever commits
+        moves the journal."""
+        try:
+            db = self._connect("NORMAL")
+        except sqlite3.OperationalError:
+            return self._connect("EXCLUSIVE"), False
+        db.execute(f"PRAGMA wal_autocheckpoint = {JOURNAL_PAGES}")
+        return db, True
+
+    def _connect(self, locking: str) -> sqlite3.Connection:
         db = sqlite3.connect(
-            self._path, isolation_level=None, cached_statements=256, check_same_thread=False
+            self._path,
+            isolation_level=None,
+            cached_statements=256,
+            check_same_thread=False,
+            factory=_Database,
         )
-        db.execute("PRAGMA synchronous = NORMAL")
+        try:
+            db.execute(f"PRAGMA locking_mode = {locking}")
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute("SELECT 1 FROM sqlite_master").fetchone()
+        except BaseException:
+            db.close()
+            raise
+        db.on_full = lambda: self.on_grown()
         return db
 
     def _unusable(self, reason: str) -> CacheError:
@@ -254,7 +296,8 @@ class Store:
         """Close it as what it is: complete, and on the disk."""
         with suppress(sqlite3.Error):  # on a full disk it counts as cut off, which costs a look
             self._db.execute("UPDATE state SET ended = 1")
-        self._checkpointer.close()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
         self._db.close()
         for fd in self._files:
             os.close(fd)
@@ -264,19 +307,28 @@ class Store:
         for fd in self._files:
             os.fdatasync(fd)
 
+    @property
+    def written(self) -> int:
+        """Rows written so far: as long as it stays the same, nothing was committed."""
+        return self._db.total_changes
+
     def checkpoint(self) -> bool:
-        """Move the journal into the database; returns whether nothing is left to move, so that the
-        journal begins anew. Blocks: run it in a thread, once at a time. The loop goes on meanwhile.
-        Raises sqlite3.Error."""
-        query = "PRAGMA wal_checkpoint(PASSIVE)"
-        busy, pages, moved = self._checkpointer.execute(query).fetchone()
-        return not busy and pages == moved
+        """Move the journal into the database; returns whether all was moved that was in there at the
+        beginning: nobody else was reading it. Blocks: run it in a thread, once at a time. The loop
+        goes on meanwhile. Raises sqlite3.Error."""
+        return self._checkpointer is None or _move(self._checkpointer)
+
+    def finish_checkpoint(self) -> None:
+        """Move the little that was committed during ``checkpoint``, so that the next commit begins the
+        journal anew. Raises sqlite3.Error."""
+        if self._checkpointer is not None:
+            _move(self._db)
 
     def _note_growth(self) -> None:
         self._commits += 1
-        written = self._db.total_changes + COMMIT_ROWS * self._commits
-        if written - self._grown_at > GROWN_ROWS:
-            self._grown_at = written
+        pages = self.written // ROWS_A_PAGE + COMMIT_PAGES * self._commits
+        if pages - self._grown_at > GROWN_PAGES:
+            self._grown_at = pages
             self.on_grown()
 
     @contextmanager

@@ -389,8 +389,6 @@ class Engine:
             self._schedule(op.item, IN_USE_S)
             return
         assert self._nursery is not None
-        if not isinstance(op, Look):
-            self._planner.started(op.item)
         op.dirs = dirs
         op.attempt = self._retry.attempts.get(op.item, 0)
         op.may_be_done = op.item in self._unanswered

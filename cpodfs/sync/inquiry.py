@@ -106,7 +106,7 @@ class Inquiry:
                 await self.give_up(remote.rid)
         if Verdict.ALARM in verdicts:
             self._missing.alarm(rid, folder)
-        elif Verdict.DOUBTFUL in verdicts:
+        elif self._store.has_doubtful(rid):
             self._missing.calm(rid)
         else:
             self._missing.settled(rid)
@@ -251,26 +251,29 @@ class Inquiry:
         if entries and not self._missing.distrusted and not self._store.doubtful(limit=1):
             return True
         left_out = await self._left_out(rid, entries + malformed)
-        if not left_out:
+        if left_out == 0:
+            self._missing.is_whole(rid)
             return True
         remote = self._store.remote(rid)
-        pod = pod_of(self._store, remote) if remote is not None else rid
-        return self._missing.are_lost(rid, left_out, self.opened_s(pod))
+        if left_out is None or remote is None:
+            return False
+        opened_s = self.opened_s(pod_of(self._store, remote))
+        return self._missing.are_lost(rid, left_out, opened_s, witness=entries > 0)
 
     async def is_whole(self, rid: int, entries: int) -> bool:
         """Whether a listing of so many entries left none out."""
         return await self._left_out(rid, entries) == 0
 
-    async def _left_out(self, rid: int, entries: int) -> int:
+    async def _left_out(self, rid: int, entries: int) -> int | None:
         """How many names a listing of so many entries left out: the server counts a directory's names
-        without fetching what they are names of. At least one where it does not say."""
+        without fetching what they are names of. None where it does not say."""
         if rid == ROOT:
             return 0
         pod, path = pod_and_path(self._store, rid)
         try:
             stat = await self._dfs.stat_dir(pod, path)
         except NotFound:
-            return 1
+            return None
         left_out = max(0, stat.dirs + stat.files - entries)
         if left_out:
             log.info("a listing leaves out %d: %s%s", left_out, pod, path)

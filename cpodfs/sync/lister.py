@@ -53,6 +53,8 @@ MISSED_S = 5.0
 """How long somebody who misses a name waits for a new listing, at most."""
 RETRY_S = 10.0
 """How long after a listing that failed an outdated one is shown without a new attempt, at most."""
+INQUIRY_S = 1.0
+"""An inquiry that took no longer leaves a listing as old as it is."""
 REOPEN_TTLS = 5
 """A pod that is looked at is opened anew after so many times the metadata TTL."""
 
@@ -341,9 +343,20 @@ class Lister:
             if now is None or now.ino != directory.ino or self._store.remote_path(rid) != started:
                 return
         if not found.malformed:
-            await self._inquiry.judge(rid, tally, found.count)
+            await self._inquire(directory.ino, rid, tally, found.count)
         for name in clashing:
             await self._separate(rid, name)
+
+    async def _inquire(self, ino: int, rid: int, tally: Tally, count: int) -> None:
+        """Ask about what a listing did not show. That is part of the look: an upload that waits for it
+        is to find it fresh at its end, however long a slow server took."""
+        merged = self._store.get(ino)
+        await self._inquiry.judge(rid, tally, count)
+        now_s, after = time.time(), self._store.get(ino)
+        if merged is None or after is None or after.listed_s != merged.listed_s:
+            return
+        if now_s - merged.listed_s > INQUIRY_S:
+            self._store.set(ino, listed_s=now_s)
 
     async def is_absent(self, remote: Remote) -> bool:
         """Whether the server says that an object is not where it was."""
@@ -531,6 +544,8 @@ class Lister:
             home = self._store.remote(above.rparent)
             with suppress(NotFound, Doubtful):
                 await self.refresh_from_others(home.ino if home is not None and home.ino else ROOT)
+        if left_out := self._missing.accept_left_out(remote.rid):
+            await self.refresh(ino)
         accepted = [r.rid for r in self._store.doubtful() if self._is_below(r.rid, remote.rid)]
         if self._store.doubtful_above(remote.rid) is not None:
             accepted = [remote.rid]
@@ -542,7 +557,7 @@ class Lister:
             if folder is not None and folder.rparent is not None:
                 self._missing.settled(folder.rparent)
             await self._inquiry.give_up(rid)
-        return len(accepted)
+        return left_out + len(accepted)
 
     def _is_below(self, rid: int, top: int) -> bool:
         remote = self._store.remote(rid)

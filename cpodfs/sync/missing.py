@@ -38,6 +38,7 @@ class Missing:
         self._looks: dict[int, int] = {}
         self._due: dict[int, float] = {}
         self._left_out: dict[int, tuple[int, Absence]] = {}
+        self._accepted: set[int] = set()
         self._lied_s: float | None = None
         self._changed = trio.Event()
         self.alarms: dict[int, Folder] = {}
@@ -130,9 +131,12 @@ class Missing:
         memory of one that was deleted elsewhere it goes on to show."""
         remote = self._store.doubtful_above(rid)
         while remote is not None and remote.rparent != ROOT:
-            self._store.set_remote(remote.rid, absent_s=None, absences=0)
-            self.returned(remote)
+            self._clear(remote)
             remote = self._store.doubtful_above(remote.rid)
+
+    def _clear(self, remote: Remote) -> None:
+        self._store.set_remote(remote.rid, absent_s=None, absences=0)
+        self.returned(remote)
 
     def answered(self, rid: int) -> None:
         """The server lists a directory: it is there, and so are those above it. But the server goes on
@@ -142,11 +146,13 @@ class Missing:
         remote = self._store.doubtful_above(rid)
         while remote is not None and remote.rparent not in (ROOT, None):
             above = self._store.remote(remote.rparent)
-            if above is None or above.ino is None:  # its listing shows nothing here
-                self.seen(remote.rid)
+            if above is None:
                 return
-            self.unconfirmed(remote.rid)
-            self.look(above.rid)
+            if above.ino is None:  # its listing shows nothing here
+                self._clear(remote)
+            else:
+                self.unconfirmed(remote.rid)
+                self.look(above.rid)
             remote = self._store.doubtful_above(above.rid)
 
     def unconfirmed(self, rid: int) -> None:
@@ -194,26 +200,40 @@ class Missing:
     def _name(self, rid: int) -> str:
         return repr("/".join(self._store.remote_path(rid))) if rid != ROOT else "the list of pods"
 
-    def are_lost(self, rid: int, left_out: int, opened_s: float) -> bool:
+    def are_lost(self, rid: int, left_out: int, opened_s: float, *, witness: bool) -> bool:
         """Whether names that a first listing left out, though the server counts them, are lost there: a
         rename that failed half-way leaves such a name for ever, and what else is in the directory is
-        to be seen. They are when as many were left out each time, ever later, by a pod opened anew
-        and a server that was not caught in a lie. ``opened_s``: see ``confirm``."""
+        to be seen. They are when as many were left out each time, ever later, by a pod opened anew and
+        a server that was not caught in a lie; where nothing is shown, which would bear ``witness``, when
+        the user says so. ``opened_s``: see ``confirm``."""
         now_s = self._clock()
-        before, looks = self._left_out.get(rid, (0, _NO_LOOK))
-        if before != left_out:
+        before, looks = self._left_out.get(rid, (left_out, _NO_LOOK))
+        if before != left_out or self.distrusted or not witness:
             looks = _NO_LOOK
-        if looks.counts(now_s) and (looks.last_s is None or opened_s > looks.last_s):
+        elif looks.counts(now_s) and (looks.last_s is None or opened_s > looks.last_s):
             looks = replace(looks, confirmed=looks.confirmed + 1, last_s=now_s)
         self._left_out[rid] = left_out, looks
-        if looks.confirmed < doubt.MANY or self.distrusted:
+        if looks.confirmed < doubt.MANY and rid not in self._accepted:
             return False
-        del self._left_out[rid]
+        self.is_whole(rid)
         log.warning(
             "the server has lost what %d of the names in %s name; what it shows is shown",
             *(left_out, self._name(rid)),
         )
         return True
+
+    def is_whole(self, rid: int) -> None:
+        """A first listing left nothing out, or may be shown as it is."""
+        self._left_out.pop(rid, None)
+        self._accepted.discard(rid)
+
+    def accept_left_out(self, rid: int) -> int:
+        """What the listings of a directory have left out is lost, the user says. Returns how many names
+        that are."""
+        left_out, _ = self._left_out.get(rid, (0, _NO_LOOK))
+        if left_out:
+            self._accepted.add(rid)
+        return left_out
 
     # -- when to ask again ------------------------------------------------------------------------
 

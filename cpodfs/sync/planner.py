@@ -43,8 +43,7 @@ from cpodfs.sync.ops import (
 )
 
 LOOKS_S = 120.0
-"""For so long the looks that precede an upload or a deletion count, however long a slow server takes for
-each."""
+"""For so long the looks that precede a deletion count, however long a slow server takes for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,19 +70,12 @@ class Planner:
         self._store = store
         self._durability = durability
         self._fresh_s = fresh_s
-        self._looks: dict[Item, tuple[int, float]] = {}
+        self._began_s: dict[int, float] = {}
 
     def plan(self, item: Item) -> Plan:
         """The next operation for an object, what it waits for, or None when it is as it should be."""
         kind, number = item
-        plan = self._plan_inode(number) if kind == "ino" else self._plan_orphan(number)
-        if plan is None:
-            self.started(item)
-        return plan
-
-    def started(self, item: Item) -> None:
-        """What an object's looks were for is done or under way: the next time it is looked at again."""
-        self._looks.pop(item, None)
+        return self._plan_inode(number) if kind == "ino" else self._plan_orphan(number)
 
     def _plan_inode(self, ino: int) -> Plan:
         mine = self._store.remote_of(ino)
@@ -208,10 +200,10 @@ class Planner:
         is_short = self._durability.content.size_or_0(inode.ino) < inode.size
         if is_short and not self._store.is_doubted(inode):
             in_doubt = known is not None and known.size == UNKNOWN
-            if in_doubt and not self._is_fresh(item, home):
+            if in_doubt and not self._is_fresh(inode.parent):
                 return Look(item, (home.rid,), home.rid)  # which version has the server?
             return Damaged(inode.ino)
-        if known is None and not self._is_fresh(item, home):
+        if known is None and not self._is_fresh(inode.parent):
             return Look(item, (home.rid,), home.rid)  # is there something of that name by now?
         name = inode.name or ""
         return Upload(item, (home.rid,), inode.ino, home.rid, name, self._durability, known)
@@ -221,37 +213,30 @@ class Planner:
         doubtful = self._store.doubtful_above(remote.rid)
         return doubtful is not None and doubtful.rparent != ROOT
 
-    def _since_s(self, item: Item, directory: int) -> float:
-        """Since when a look at a remote directory, and at those above it, counts for an object: since it
-        is fresh, or since the object's own looks at them began. A slow server takes longer for one,
-        and for what it must be asked besides, than it is fresh."""
-        now_s = time.time()
-        looks = self._looks.get(item)
-        if looks is None or looks[0] != directory or not 0 <= now_s - looks[1] < LOOKS_S:
-            looks = self._looks[item] = directory, now_s
-        return min(looks[1], now_s - self._fresh_s)
-
-    def _seen_s(self, remote: Remote) -> float:
-        """When a remote directory was last listed."""
-        inode = self._store.get(remote.ino) if remote.ino is not None else None
-        looked_s = self._store.looked.get(remote.rid, 0.0)
-        return max(looked_s, inode.listed_s) if inode is not None else looked_s
-
-    def _is_fresh(self, item: Item, directory: Remote) -> bool:
+    def _is_fresh(self, directory: int | None) -> bool:
         """Whether the last listing of a directory is recent enough to overwrite what it lacks."""
-        return self._since_s(item, directory.rid) <= self._seen_s(directory) <= time.time()
+        inode = self._store.get(directory) if directory is not None else None
+        remote = self._store.remote_of(inode.ino) if inode is not None else None
+        if inode is None or remote is None:
+            return False
+        seen_s = max(inode.listed_s, self._store.looked.get(remote.rid, 0.0))
+        return 0 <= time.time() - seen_s < self._fresh_s
 
     def _unseen_above(self, orphan: Remote) -> int | None:
         """The topmost directory above an orphan that should be listed before the orphan is deleted:
         its own, and with ``rm -r`` those above that are to be deleted, too, and the one that they
         are in: where a file has their name by now, the server breaks the connection. Each once: before
         the last one was listed, the first may be outdated."""
+        now_s = time.time()
+        if not 0 <= now_s - self._began_s.get(orphan.rid, -LOOKS_S) < LOOKS_S:
+            self._began_s[orphan.rid] = now_s
+        since_s = min(self._began_s[orphan.rid], now_s - self._fresh_s)
         found, directory = None, self._remote_above(orphan)
-        if directory is None:
-            return None
-        since_s = self._since_s(orphan.item, directory.rid)
         while directory is not None and directory.rid != ROOT:
-            if not since_s <= self._seen_s(directory) <= time.time():
+            inode = self._store.get(directory.ino) if directory.ino is not None else None
+            looked_s = self._store.looked.get(directory.rid, 0.0)
+            seen_s = max(looked_s, inode.listed_s) if inode is not None else looked_s
+            if not since_s <= seen_s <= now_s:
                 found = directory.rid
             if directory.ino is not None:
                 break
@@ -282,6 +267,7 @@ class Planner:
     def _plan_orphan(self, rid: int) -> Plan:
         remote = self._store.remote(rid)
         if remote is None or remote.ino is not None or remote.rparent is None:
+            self._began_s.pop(rid, None)
             return None
         if remote.to_parent is not None:
             return self._resolve(("rid", rid), remote)

@@ -129,7 +129,8 @@ class History:
                 yield
                 nursery.cancel_scope.cancel()
         finally:
-            store._checkpointer.close()
+            if store._checkpointer is not None:
+                store._checkpointer.close()
             store._db.close()  # nothing says that this was the end
             for fd in store._files:
                 os.close(fd)

@@ -450,6 +450,10 @@ class Nameless(History):
             with pytest.raises(Doubtful):
                 await self.tree.directory(folder.ino)
             await trio.sleep(2 * DISTRUST_S)
+            if self.alone:  # nothing bears witness
+                with pytest.raises(Doubtful):
+                    await self.tree.directory(folder.ino)
+                assert await self.parts.lister.accept_deletions(folder.ino) == 1
             await self.tree.directory(folder.ino)
             shown = [child.name for child in self.store.children(folder.ino)]
             assert shown == ([] if self.alone else ["kept"])

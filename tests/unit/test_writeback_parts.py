@@ -16,10 +16,10 @@ import trio.testing
 from sync_helpers import World
 
 from cpodfs.cache import content as content_module
-from cpodfs.cache.content import Content
+from cpodfs.cache.content import RESERVE, Content
 from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import CONTENT, DIR, FILE, ROOT, SENT, UNKNOWN, VERSION
-from cpodfs.cache.store import GROWN_ROWS, Store
+from cpodfs.cache.store import GROWN_PAGES, ROWS_A_PAGE, Store
 from cpodfs.dfs import Entry
 from cpodfs.errors import CacheVersion, ChangedDuringUpload, NotFound, QuotaExceeded, Unreachable
 from cpodfs.fs.handles import Handles
@@ -31,7 +31,7 @@ from cpodfs.sync.ops import Mkdir, Rehome, Upload
 from cpodfs.sync.retry import Retry
 from cpodfs.sync.schedule import Schedule
 from cpodfs.sync.waits import Waits
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, until
 
 PARTIAL_OR_EQUAL = re.compile(
     r" INDEX (inode_cached|inode_dirty|remote_unswarmed|remote_doubtful|remote_moving)\b"
@@ -230,47 +230,77 @@ def test_others_cannot_clear_the_journal_away(tmp_path: Path) -> None:
     assert (tmp_path / "meta.db-wal").stat().st_size >= journal.st_size > 0
 
 
+def fill(store: Store, first: int) -> None:
+    """So much that the journal should be moved."""
+    with store.transaction():
+        for number in range(first, first + ROWS_A_PAGE * GROWN_PAGES):
+            store.create(ROOT, f"pod{number}", DIR, 0o700)
+
+
+def journal_pages(store: Store) -> int:
+    """How long it is after one more commit."""
+    store.set(ROOT, used_s=time.time())
+    assert store._checkpointer is not None
+    _, pages, _ = store._checkpointer.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+    return int(pages)
+
+
 def test_the_journal_is_moved_while_others_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not by a commit, which would keep the loop from all else until the disk has it; and whoever
-    writes much waits until it begins anew, so that it does not grow for ever."""
+    """Not by a commit, which would keep the loop from all else until the disk has it; and it begins
+    anew, whoever commits meanwhile: whoever writes much waits for that."""
     store, content = Store(tmp_path / "meta.db"), Content(tmp_path / "content")
     durability = Durability(store, content)
     database, checkpoint = tmp_path / "meta.db", store.checkpoint
-    begun, gate, passes = threading.Event(), threading.Event(), []
+    before = database.stat().st_size
+    moved, gate, passes = threading.Event(), threading.Event(), []
 
     def slow() -> bool:
-        begun.set()
+        assert passes or database.stat().st_size == before, "no commit has moved it"
+        done = checkpoint()
+        moved.set()
         gate.wait(PATIENCE_S)
-        passes.append(1)
-        return len(passes) > 1 and checkpoint()  # somebody committed during the first
+        passes.append(done)
+        return done
 
     monkeypatch.setattr(store, "checkpoint", slow)
-
-    def write(first: int) -> None:
-        with store.transaction():
-            for number in range(first, first + GROWN_ROWS):
-                store.create(ROOT, f"pod{number}", DIR, 0o700)
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(durability.run)
-            before = database.stat().st_size
-            write(0)
-            await trio.to_thread.run_sync(begun.wait, PATIENCE_S)
-            write(GROWN_ROWS)
-            assert database.stat().st_size == before, "no commit has moved it"
+            fill(store, 0)
+            await trio.to_thread.run_sync(moved.wait, PATIENCE_S)
+            store.create(ROOT, "meanwhile", DIR, 0o700)
+            await durability.room()  # not yet
             gate.set()
-            while not passes:
-                await trio.sleep(0)
-            await trio.testing.wait_all_tasks_blocked()
-            await durability.room()
-            assert len(passes) > 1
-            assert database.stat().st_size > before
+            ended = lambda: len(passes) > 1 and durability._room.is_set()  # noqa: E731
+            await trio.to_thread.run_sync(until, ended)
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+    assert journal_pages(store) < 20
+    assert database.stat().st_size > before
+    store.close()
+
+
+def test_the_journal_stays_short_whoever_commits_all_the_time(tmp_path: Path) -> None:
+    store, content = Store(tmp_path / "meta.db"), Content(tmp_path / "content")
+    durability = Durability(store, content)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(durability.run)
+            for round_ in range(20):
+                fill(store, round_ * ROWS_A_PAGE * GROWN_PAGES)
+                for _ in range(50):
+                    store.set(ROOT, used_s=time.time())
+                    await trio.sleep(0)
+                await durability.room()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert (tmp_path / "meta.db-wal").stat().st_size < RESERVE
     store.close()
 
 
@@ -281,23 +311,57 @@ def test_whoever_reads_the_database_holds_nobody_up(tmp_path: Path) -> None:
     other = sqlite3.connect(f"file:{tmp_path}/meta.db?mode=ro", uri=True, isolation_level=None)
     other.execute("BEGIN")
     other.execute("SELECT count(*) FROM inode").fetchone()
+    checkpoint, passes = store.checkpoint, []
+
+    def counted() -> bool:
+        passes.append(checkpoint())
+        return passes[-1]
+
+    store.checkpoint = counted  # type: ignore[method-assign]
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(durability.run)
-            with store.transaction():
-                for number in range(GROWN_ROWS):
-                    store.create(ROOT, f"pod{number}", DIR, 0o700)
-            while not durability._is_long:
+            fill(store, 0)
+            while not passes:
                 await trio.sleep(0)
             await durability.room()
             nursery.cancel_scope.cancel()
 
-    clock = trio.testing.MockClock(rate=1000)
-    trio.run(main, clock=clock)
-    assert not store.checkpoint()
+    trio.run(main)
+    assert passes == [False]
     other.close()
-    assert store.checkpoint()
+    assert checkpoint()
+    store.close()
+
+
+def test_a_cache_works_where_no_memory_can_be_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk, and in some file systems. There a commit moves the journal."""
+    Store(tmp_path / "meta.db").close()
+    connect = Store._connect
+
+    def refused(store: Store, locking: str) -> sqlite3.Connection:
+        if locking == "NORMAL":
+            raise sqlite3.OperationalError("disk I/O error")
+        return connect(store, locking)
+
+    monkeypatch.setattr(Store, "_connect", refused)
+    store, content = Store(tmp_path / "meta.db"), Content(tmp_path / "content")
+    durability = Durability(store, content)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(durability.run)
+            for round_ in range(5):
+                fill(store, round_ * ROWS_A_PAGE * GROWN_PAGES)
+                await durability.room()
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    assert (tmp_path / "meta.db-wal").stat().st_size < RESERVE
+    assert not (tmp_path / "meta.db-shm").exists()
     store.close()
 
 
