@@ -108,6 +108,8 @@ class Inquiry:
             self._missing.alarm(rid, folder)
         elif self._store.has_doubtful(rid):
             self._missing.calm(rid)
+            # The look that was due may have come to no more than to join this one.
+            self._missing.look(rid)
         else:
             self._missing.settled(rid)
 

@@ -178,6 +178,7 @@ class Missing:
                 *(folder.missing, folder.known, self._name(rid)),
             )
         self.alarms[rid] = folder
+        self.look(rid)
 
     def calm(self, rid: int) -> None:
         """What is missing of a folder, if anything, is no alarm."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import trio
 import trio.testing
 
 from cpodfs.cache.schema import ROOT
+from cpodfs.devnet.dfs_tree import Tree as ServerTree
 from cpodfs.errors import CpodfsError, Doubtful
 from cpodfs.paths import TEMP_PREFIX
 from cpodfs.sync.doubt import DISTRUST_S
@@ -487,3 +490,95 @@ class InVain(History):
 
 def test_a_failed_deletion_of_what_is_gone_is_told_of_no_more(tmp_path: Path) -> None:
     live(InVain, tmp_path)
+
+
+class Unread(History):
+    """The server counts what is in a directory that is listed for the first time, and can read none of
+    it: what is made here under one of those names must not go over it."""
+
+    async def run(self) -> None:
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            assert await drain(self.engine, STALL_S)
+            await self.other.open_pod("p")
+            await self.other.mkdir("p", "/d")
+            await self.other.mkdir("p", "/d/x")
+            await self._put_as("p", "/d/x", "f")
+            await self.parts.lister.refresh_from_others(pod.ino)
+            folder = self.store.child(pod.ino, "d")
+            assert folder is not None
+            self.parts.missing._lied_s = None
+            with self._unreadable("/d"):
+                await trio.sleep(2 * DISTRUST_S)
+                with pytest.raises(Doubtful):
+                    await self.tree.directory(folder.ino)
+            await self.tree.directory(folder.ino)
+            assert [child.name for child in self.store.children(folder.ino)] == ["x"]
+
+    @contextlib.contextmanager
+    def _unreadable(self, above: str) -> Iterator[None]:
+        ls = ServerTree.ls
+
+        def nothing(tree: ServerTree, path: str) -> Any:
+            return ([], []) if path == above else ls(tree, path)
+
+        with mock.patch.object(ServerTree, "ls", nothing):
+            yield
+
+
+def test_a_directory_of_which_nothing_can_be_read_is_not_shown_as_empty(tmp_path: Path) -> None:
+    live(Unread, tmp_path)
+
+
+class Returned(History):
+    """The entry of a directory is missing for a while; the server lists it all the time."""
+
+    async def run(self) -> None:
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            for parent in (pod.ino, (await self.tree.mkdir(pod.ino, "a", 0o755)).ino):
+                _, handle = await self.tree.create(parent, "f", 0o644)
+                self.tree.handles.release(handle)
+            assert await drain(self.engine, STALL_S)
+            await self.other.open_pod("p")
+            there = self.server.trees(self.user)["p"]
+            with there._store.change():
+                there._unlist("/", "D", "a")
+            await trio.sleep(1000)
+            await self.parts.lister.refresh_from_others(pod.ino)
+            assert self._is_doubtful("p/a")
+            with there._store.change():
+                there._list("/", "D", "a")
+            await trio.sleep(3600)
+            assert not self._is_doubtful("p/a"), "nobody has looked"
+
+
+def test_a_doubt_ends_by_itself_when_the_entry_is_back(tmp_path: Path) -> None:
+    live(Returned, tmp_path)
+
+
+class Meanwhile(History):
+    """Many new files wait for their turn at a slow server; somebody else makes one of that name."""
+
+    async def run(self) -> None:
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            assert await drain(self.engine, STALL_S)
+            await trio.sleep(300)
+            await self.other.open_pod("p")
+            self.fate.latency_s = 5.0
+            for number in range(12):
+                _, handle = await self.tree.create(pod.ino, f"f{number}", 0o644)
+                await self.tree.files.write(handle, 0, b"ours")
+                self.tree.handles.release(handle)
+            await trio.sleep(30)
+            there = self.server.contents(self.user)
+            waiting = [f"f{n}" for n in range(12) if f"p/f{n}" not in there]
+            await self._put_as("p", "/", waiting[len(waiting) // 2])
+            theirs = (b"%d." % self.written) * self.written
+            assert await drain(self.engine, STALL_S)
+            assert theirs in self.server.contents(self.user).values()
+
+
+def test_a_file_that_waits_for_its_turn_is_looked_for_then(tmp_path: Path) -> None:
+    live(Meanwhile, tmp_path)
