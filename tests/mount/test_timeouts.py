@@ -25,12 +25,15 @@ def frozen(tmp_path: Path, own_server: Server) -> Iterator[Mount]:
     """A mount that knows the folder ``d`` of a pod, but not its contents, nor other folders."""
     with mounted(tmp_path, own_server, None, *QUICK) as mount:
         pod = mount.pod("one")
-        for folder in ("d", "unknown", "other"):
-            (pod / folder).mkdir()
+        # In a folder of its own: the kernel lets nobody look into the one that something is removed from.
+        second = mount.pod("two")
+        for folder in (pod / "d", pod / "unknown", second / "other"):
+            folder.mkdir()
             for file in ("a", "b", "c", "e"):
-                (pod / folder / file).write_bytes(b"x" * MB)
+                (folder / file).write_bytes(b"x" * MB)
         mount.remount(wipe=True)
         os.listdir(pod / "d")
+        os.listdir(second)
         own_server.freeze()
         try:
             yield mount
@@ -55,7 +58,7 @@ def test_nothing_waits_for_it_twice(frozen: Mount) -> None:
         "a cut": lambda: os.truncate(one / "d/c", 5),
         "a listing": lambda: os.listdir(one / "unknown"),
         "a name in an unlisted folder": lambda: (one / "unknown/a").stat(),
-        "a removal": lambda: (one / "other").rmdir(),
+        "a removal": lambda: (frozen.point / "two/other").rmdir(),
         "refresh": set_attribute(one / "d", "refresh", b"1"),
         "refresh of the list of pods": set_attribute(frozen.point, "refresh", b"1"),
     }
