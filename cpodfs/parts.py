@@ -110,6 +110,7 @@ class Parts:
             *(store, content),
             size=settings.cache_size,
             is_used=lambda ino: self._handles.opened(ino) is not None or self._holds.covers(ino),
+            names=self._durability.names,
         )
 
     def _make_fs(self, dfs: Client) -> None:

@@ -643,8 +643,10 @@ class Engine:
         self.counters.recent.append(f"{time.strftime('%H:%M:%S')} {error}")
         if item[0] == "ino":
             self._store.set(item[1], error=self._explained(item[1], error))
-        elif self._planner.plan(item) is not None:  # else it has turned out to be gone
+        elif self._planner.plan(item) is not None:
             self.failures[item[1]] = f"not deleted: {error}"
+        else:  # it has turned out to be gone, perhaps since an earlier attempt
+            self._forgive(item)
         why = trouble(error)
         how = logging.WARNING if why is None else level(why)
         log.log(how, "writeback failed item=%s retry_s=%.1f: %s", item, delay_s, why or error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -25,15 +25,23 @@ START = (float("-inf"), 0)
 
 
 class Evictor:
-    """``is_used(ino)``: whether somebody reads the file now, or may not do without its content."""
+    """``is_used(ino)``: whether somebody reads the file now, or may not do without its content.
+    ``names``: makes the journal durable (``Durability``)."""
 
     def __init__(
-        self, store: Store, content: Content, *, size: int, is_used: Callable[[int], bool]
+        self,
+        store: Store,
+        content: Content,
+        *,
+        size: int,
+        is_used: Callable[[int], bool],
+        names: Callable[[], Awaitable[None]],
     ) -> None:
         self._store = store
         self._content = content
         self._size = size
         self._is_used = is_used
+        self._names = names
         self._wanted = trio.Event()
         self._after = START
         self.on_shortage: Callable[[], None] = lambda: None
@@ -47,24 +55,35 @@ class Evictor:
         while True:
             await self._wanted.wait()
             self._wanted = trio.Event()
-            self.make_room()
+            try:
+                if self._excess() > 0:
+                    await self._names()
+                    self._evict_some()
+            except (OSError, sqlite3.Error) as error:
+                log.warning("nothing can be evicted: %s", trouble(error) or error)
             await trio.sleep(PAUSE_S)
 
     def make_room(self) -> None:
-        """Evict what is too much, by the size given or by the disk; at most ``AT_ONCE`` files."""
+        """The disk is full: make room without waiting. Blocks for a sync."""
         try:
-            if self._content.shortage():
-                self.on_shortage()
-            self._make_room()
+            if self._excess() > 0:
+                self._store.sync()
+                self._evict_some()
         except (OSError, sqlite3.Error) as error:
             log.warning("nothing can be evicted: %s", trouble(error) or error)
 
-    def _make_room(self) -> None:
+    def _excess(self) -> int:
+        """Bytes that are too many, by the size given or by the disk."""
         used = self._store.cached_bytes()
         excess = used - int(self._size * LOW_WATER) if used > self._size else 0
-        excess = max(excess, self._content.shortage())
-        if excess <= 0:
-            return
+        return max(excess, self._content.shortage())
+
+    def _evict_some(self) -> None:
+        """At most ``AT_ONCE`` files, of which the journal on the disk says that they are clean: else a
+        loss of power could bring an upload back without its bytes."""
+        if self._content.shortage():
+            self.on_shortage()
+        excess = self._excess()
         candidates = self._store.evictable(self._after, AT_ONCE)
         self._after = START
         for inode in candidates:

@@ -472,6 +472,8 @@ def test_a_name_that_names_nothing_does_not_hide_its_neighbours(
 class InVain(History):
     """A deletion fails; then the server is found to have no such directory any more."""
 
+    again = False
+
     async def run(self) -> None:
         async with self._driver():
             pod = await self.tree.mkdir(ROOT, "p", 0o755)
@@ -483,13 +485,18 @@ class InVain(History):
             await self.tree.rmdir(pod.ino, "d")
             await trio.sleep(60)
             assert list(self.engine.failures) == [remote.rid]
-            self.parts._inquiry.believe_gone(remote.rid)
+            if self.again:  # the next attempt finds that out
+                self.parts.missing.suspect(remote.rid)
+                self.engine._failed(("rid", remote.rid), Doubtful("not there"), 60.0)
+            else:
+                self.parts._inquiry.believe_gone(remote.rid)
             await trio.testing.wait_all_tasks_blocked()
             assert left(self.engine, self.store, 10) == []
 
 
-def test_a_failed_deletion_of_what_is_gone_is_told_of_no_more(tmp_path: Path) -> None:
-    live(InVain, tmp_path)
+@pytest.mark.parametrize("again", [False, True])
+def test_a_failed_deletion_of_what_is_gone_is_told_of_no_more(again: bool, tmp_path: Path) -> None:
+    live(InVain, tmp_path, again=again)
 
 
 class Unread(History):

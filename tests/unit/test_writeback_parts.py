@@ -25,6 +25,7 @@ from cpodfs.errors import CacheVersion, ChangedDuringUpload, NotFound, QuotaExce
 from cpodfs.fs.handles import Handles
 from cpodfs.paths import TEMP_PREFIX
 from cpodfs.sync import retry
+from cpodfs.sync.eviction import Evictor
 from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.merge import Merger, Outcome
 from cpodfs.sync.ops import Mkdir, Rehome, Upload
@@ -284,14 +285,13 @@ def test_the_journal_is_moved_while_others_commit(
     store.close()
 
 
-def test_the_journal_stays_short_whoever_commits_all_the_time(tmp_path: Path) -> None:
-    store, content = Store(tmp_path / "meta.db"), Content(tmp_path / "content")
-    durability = Durability(store, content)
+def write_on(store: Store, durability: Durability) -> None:
+    """Many commits, large and small, while the journal is moved."""
 
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             await nursery.start(durability.run)
-            for round_ in range(20):
+            for round_ in range(10):
                 fill(store, round_ * ROWS_A_PAGE * GROWN_PAGES)
                 for _ in range(50):
                     store.set(ROOT, used_s=time.time())
@@ -300,6 +300,11 @@ def test_the_journal_stays_short_whoever_commits_all_the_time(tmp_path: Path) ->
             nursery.cancel_scope.cancel()
 
     trio.run(main)
+
+
+def test_the_journal_stays_short_whoever_commits_all_the_time(tmp_path: Path) -> None:
+    store, content = Store(tmp_path / "meta.db"), Content(tmp_path / "content")
+    write_on(store, Durability(store, content))
     assert (tmp_path / "meta.db-wal").stat().st_size < RESERVE
     store.close()
 
@@ -335,6 +340,18 @@ def test_whoever_reads_the_database_holds_nobody_up(tmp_path: Path) -> None:
     store.close()
 
 
+def test_a_full_disk_has_the_journal_moved(tmp_path: Path) -> None:
+    """One that begins anew needs no more room, so that small changes can go on."""
+    store = Store(tmp_path / "meta.db")
+    grown: list[int] = []
+    store.on_grown = lambda: grown.append(1)
+    store._db.execute("PRAGMA max_page_count = 1")  # as many as there are
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        fill(store, 0)
+    assert grown == [1]
+    store.close()
+
+
 def test_a_cache_works_where_no_memory_can_be_shared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -349,20 +366,43 @@ def test_a_cache_works_where_no_memory_can_be_shared(
 
     monkeypatch.setattr(Store, "_connect", refused)
     store, content = Store(tmp_path / "meta.db"), Content(tmp_path / "content")
-    durability = Durability(store, content)
-
-    async def main() -> None:
-        async with trio.open_nursery() as nursery:
-            await nursery.start(durability.run)
-            for round_ in range(5):
-                fill(store, round_ * ROWS_A_PAGE * GROWN_PAGES)
-                await durability.room()
-            nursery.cancel_scope.cancel()
-
-    trio.run(main)
+    write_on(store, Durability(store, content))
     assert (tmp_path / "meta.db-wal").stat().st_size < RESERVE
     assert not (tmp_path / "meta.db-shm").exists()
     store.close()
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_journal_is_on_the_disk_before_bytes_are_evicted(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a loss of power could bring an upload back that was done, without its bytes."""
+    world = World(tmp_path)
+    store, content = world.store, Content(tmp_path / "content")
+    pod = world.pod()
+    store.set(pod, cached=0)
+    ino = store.create(pod, "f", FILE, 0o600, size=1, cached=1).ino
+    home = store.remote_of(pod)
+    assert home is not None
+    store.add_remote(home.rid, "f", FILE, size=1, mtime_s=1, mode=0o600, ino=ino)
+    os.close(content.create(ino))
+    done: list[str] = []
+    sync, remove = store.sync, content.remove
+    monkeypatch.setattr(store, "sync", lambda: (done.append("sync"), sync()))
+    monkeypatch.setattr(content, "remove", lambda i: (done.append("remove"), remove(i)))
+    names = Durability(store, content).names
+    evictor = Evictor(store, content, size=0, is_used=lambda _ino: False, names=names)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(evictor.run)
+            evictor.poke()
+            while "remove" not in done:
+                await trio.sleep(0)
+            nursery.cancel_scope.cancel()
+
+    evictor.make_room() if full else trio.run(main)
+    assert done == ["sync", "remove"]
 
 
 def test_what_is_asked_often_does_not_walk_the_tree(tmp_path: Path) -> None:
