@@ -262,9 +262,8 @@ class Merger:
                 self.gone(child, outcome)
             self._store.drop_remote(remote.rid)
             if remote.ino is None:
-                outcome.work.append(
-                    remote.item
-                )  # its deletion may have failed, and need no more be tried
+                # Its deletion may have failed, and need no more be tried.
+                outcome.work.append(remote.item)
                 return
             inode = self._store.get(remote.ino)
             if inode is None or inode.parent is None:
