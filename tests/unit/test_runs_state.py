@@ -101,7 +101,9 @@ def orphans(tmp_path):
     """A dead supervisor's identity, and the pids of three processes without a mark: of its session;
     one of a session of its own, left to whoever takes orphans in; and the child of the first. A
     fourth, with the run's mark, is in the session."""
-    shell = "env CPODFS_RUN_ID=marked sleep 1000 & "
+    # Its mark is to be seen only once ``env`` has become it: so it says when that is.
+    marked = "import time; print(flush=True); time.sleep(1000)"
+    shell = f"env CPODFS_RUN_ID=marked {sys.executable} -S -c '{marked}' & "
     shell += "echo $$; env -i setsid sh -c 'echo $$; exec sleep 1000' & env -i sleep 1000 & echo $!"
     leader = (
         "import subprocess, sys; sys.path.insert(0, sys.argv[1])\n"
@@ -114,7 +116,8 @@ def orphans(tmp_path):
         stdout=subprocess.PIPE,
         start_new_session=True,
     ) as supervisor:
-        pids = [int(supervisor.stdout.readline()) for _ in range(3)]
+        said = [supervisor.stdout.readline().strip() for _ in range(4)]
+        pids = [int(line) for line in said if line]
         fds = [os.pidfd_open(pid) for pid in pids]
         who = state.identity(supervisor.pid)
         supervisor.kill()
