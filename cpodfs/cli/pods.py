@@ -73,6 +73,9 @@ def request(mount: Path, what: str, **fields: Any) -> dict[str, Any]:
     try:
         os.setxattr(mount, name, value)
         answer: dict[str, Any] = json.loads(os.getxattr(mount, name))
+        if "ask" in answer:  # our own words: unmounted just now, they are in the folder below
+            os.removexattr(mount, name)
+            raise MountError(f"{mount}: is not mounted any more")
         os.setxattr(mount, name, b"")
     except OSError as error:
         raise MountError(f"{mount}: the driver does not answer: {error.strerror}") from error

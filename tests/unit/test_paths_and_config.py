@@ -9,6 +9,7 @@ import pytest
 
 from cpodfs import config, mountpoint, paths
 from cpodfs.cli import control
+from cpodfs.cli.pods import request
 from cpodfs.errors import ConfigError, MountError, NameRefused, NameTooLong
 
 
@@ -213,3 +214,13 @@ def test_who_gets_the_device_of_a_mount_that_is_gone_is_not_unmounted(
     monkeypatch.setattr(mountpoint, "unmount", unmount)
     mountpoint.unmount_device("0:57")
     assert unmounted == [Path("/ours")]
+
+
+def test_a_mount_that_ends_just_then_is_said_to_be_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked of it is then an attribute of the folder below, which must not keep it."""
+    monkeypatch.setattr(mountpoint, "find", lambda _mount: object())
+    with pytest.raises(MountError, match="not mounted any more"):
+        request(tmp_path, "record", pod="p")
+    assert os.listxattr(tmp_path) == []
