@@ -123,6 +123,22 @@ def test_what_was_evicted_and_is_fetched_again_is_never_zeros(
         assert settled(mount, own_server) == {"f": OLD + b"more", "g": OLD}
 
 
+def test_an_upload_that_was_done_does_not_come_back_without_its_bytes(
+    tmp_path: Path, own_server: Server, disk: Disk
+) -> None:
+    """The file is evicted as soon as it is uploaded: nothing that came after made the journal tell."""
+    with mounted(tmp_path, own_server, None, *SOON, *SMALL) as mount:
+        pod = mount.pod()
+        large = OLD * 2
+        (pod / "f").write_bytes(large)
+        data = data_file(mount, pod / "f")
+        until(lambda: not data.exists())
+        commit_names(disk)
+        lose_power(disk, mount)
+        assert (pod / "f").read_bytes() == large
+        assert settled(mount, own_server) == {"f": large}
+
+
 @pytest.mark.parametrize("survive", [0, 100])
 def test_a_file_emptied_and_held_open_is_not_taken_for_the_servers(
     tmp_path: Path, own_server: Server, disk: Disk, survive: int
