@@ -606,7 +606,10 @@ class Engine:
         if isinstance(error, ChangedDuringUpload):
             self._schedule(op.item, min(self._delay_s, BUSY_S) if self._draining else self._delay_s)
             return
+        again = op.item in self._retry.attempts
         delay_s = self._retry.failed(op.item, error)
+        if again and isinstance(error, Unreachable) and error.sent:
+            self._lister.look_above(op.dirs)
         may_be_done = isinstance(error, DfsError) and (error.sent or error.half_done)
         if may_be_done and not isinstance(op, Upload | Look):
             self._unsure[op.item] = op.dirs

@@ -528,6 +528,14 @@ class Lister:
             elif self._store.remote(rid) is not None:
                 self._missing.look(rid)
 
+    def look_above(self, rids: Iterable[int]) -> None:
+        """Calls about something in these directories go without an answer: the server breaks off, or
+        hangs, where one of them has become a file. What they are in is looked at."""
+        for rid in rids:
+            remote = self._store.remote(rid)
+            if remote is not None and remote.rparent is not None:
+                self._missing.look(remote.rparent)
+
     async def accept_deletions(self, ino: int) -> int:
         """Ask once more, then take all that the server does not show at and below an inode as deleted;
         returns how many objects that were. Raises a DfsError when the server does not answer."""

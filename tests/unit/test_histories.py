@@ -42,6 +42,7 @@ FOUND = (
     608311,
     609105,
     701755,
+    1103920,
 )
 """Others in which something went wrong once."""
 
@@ -59,7 +60,7 @@ def test_nothing_is_stranded_where_it_once_was(seed: int, tmp_path: Path) -> Non
     assert trouble is None, trouble
 
 
-def live(kind: type[History], folder: Path, **how: bool) -> None:
+def live(kind: type[History], folder: Path, **how: bool | str) -> None:
     """Play a history of one's own making. ``how``: its attributes."""
     history = kind(Simulated(folder / "server"), folder, 1)
     for name, value in how.items():
@@ -589,3 +590,42 @@ class Meanwhile(History):
 
 def test_a_file_that_waits_for_its_turn_is_looked_for_then(tmp_path: Path) -> None:
     live(Meanwhile, tmp_path)
+
+
+class Replaced(History):
+    """A directory has become a file at the server, which breaks off any call about what was in it.
+    ``change``: what is done there meanwhile."""
+
+    change = "write"
+
+    async def run(self) -> None:
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            folder = await self.tree.mkdir(pod.ino, "c", 0o755)
+            for name in ("b", "d"):
+                _, handle = await self.tree.create(folder.ino, name, 0o644)
+                await self.tree.files.write(handle, 0, self._bytes())
+                self.tree.handles.release(handle)
+            assert await drain(self.engine, STALL_S)
+            await self.other.open_pod("p")
+            await self.other.raw_rmdir("p", "/c")
+            await self._put_as("p", "/", "c")
+            if self.change == "write":
+                inode = self.store.child(folder.ino, "b")
+                assert inode is not None
+                ours = self.tree.files.open(inode.ino)
+                await self.tree.files.write(ours, 0, b"ours")
+                self.tree.handles.release(ours)
+            elif self.change == "mkdir":
+                await self.tree.mkdir(folder.ino, "new", 0o755)
+            elif self.change == "remove":
+                await self.tree.unlink(folder.ino, "b")
+            else:
+                await self.tree.rename(folder.ino, "b", pod.ino, "b", 0)
+            await self._finish()
+            assert self._paths()["p/c"] is not None
+
+
+@pytest.mark.parametrize("change", ["write", "mkdir", "remove", "rename"])
+def test_a_directory_that_became_a_file_keeps_nothing_waiting(change: str, tmp_path: Path) -> None:
+    live(Replaced, tmp_path, change=change)
