@@ -17,7 +17,9 @@ import sqlite3
 import trio
 
 from cpodfs.cache.content import Content
+from cpodfs.cache.schema import CONTENT, DAMAGED
 from cpodfs.cache.store import Store, level, trouble
+from cpodfs.errors import CacheDamaged
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class Durability:
         self._unsynced.discard(ino)
 
     async def flush(self, ino: int, fd: int) -> None:
-        """Make a file durable if it was written to since the last time. Raises OSError.
+        """Make a file durable if it was written to since the last time. Raises OSError or CacheDamaged.
 
         Bytes and journal at once: neither promises anything until both are there.
         """
@@ -78,17 +80,43 @@ class Durability:
             done.set()
 
     async def both(self, ino: int, fd: int) -> None:
-        """Make a data file and every change of names and attributes so far durable. Raises OSError."""
+        """Make a data file and every change of names and attributes so far durable. Raises OSError or
+        CacheDamaged."""
         async with self._descriptors:
             own = os.dup(fd)
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self.names)
-                    await trio.to_thread.run_sync(self.content.sync, ino, own)
-            except* OSError as group:
+                    await self._bytes(ino, own)
+            except* (OSError, CacheDamaged) as group:
                 raise group.exceptions[0] from None
             finally:
                 os.close(own)
+
+    async def _bytes(self, ino: int, fd: int) -> None:
+        inode = self._store.get(ino)
+        if inode is not None and inode.dirty & DAMAGED:
+            raise CacheDamaged(
+                inode.error or f"{self._store.path(ino)}: its bytes are not all there"
+            )
+        try:
+            await trio.to_thread.run_sync(self.content.sync, ino, fd)
+        except OSError as error:
+            # The kernel tells only once of what it could not write, and then drops it: the next sync
+            # would promise what is not there (https://wiki.postgresql.org/wiki/Fsync_Errors).
+            inode = self._store.get(ino)
+            if inode is None or not inode.dirty & CONTENT:
+                raise
+            raise self._damaged(ino, error.strerror or str(error)) from error
+
+    def _damaged(self, ino: int, why: str) -> CacheDamaged:
+        reason = (
+            f"{self._store.path(ino)}: the cache's disk could not keep what was written to it ({why}); "
+            "it is not uploaded; write the file anew, or remove it"
+        )
+        log.error("cache: %s", reason)
+        self._store.damaged(ino, reason)
+        return CacheDamaged(reason)
 
     async def names(self) -> None:
         """Make every change of names and attributes so far durable. Raises OSError."""

@@ -8,6 +8,7 @@ survive the machine's.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sqlite3
@@ -33,6 +34,8 @@ from cpodfs.cache.schema import (
 )
 from cpodfs.errors import CacheError, CacheVersion
 
+log = logging.getLogger(__name__)
+
 INODE_COLUMNS = (
     "ino, parent, name, kind, mode, size, atime_ns, mtime_ns, ctime_ns, target, cached, dirty, "
     "listed_s, used_s, error, crc, epoch"
@@ -50,6 +53,7 @@ MARGIN_S = 5
 """How far apart two clocks may be of which the difference is known."""
 LATE_S = 300.0
 """So long after its last byte was sent an upload may still appear at the server, clocks included."""
+UNSYNCED = (sqlite3.SQLITE_IOERR_FSYNC, sqlite3.SQLITE_IOERR_DIR_FSYNC)
 WARN_EVERY_S = 60.0
 _warned: dict[str, float] = {}
 REMOTE_COLUMNS = (
@@ -84,9 +88,11 @@ def level(why: str) -> int:
 
 
 class _Database(sqlite3.Connection):
-    """Tells when its disk is full: a journal that begins anew needs no more room."""
+    """Tells when its disk is full: a journal that begins anew needs no more room; and when the disk
+    could not keep something."""
 
     on_full: Callable[[], None] = staticmethod(lambda: None)
+    on_unsynced: Callable[[str], object] = staticmethod(lambda _why: None)
 
     def execute(self, *args: Any) -> sqlite3.Cursor:
         try:
@@ -94,6 +100,8 @@ class _Database(sqlite3.Connection):
         except sqlite3.OperationalError as error:
             if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
                 self.on_full()
+            elif error.sqlite_errorcode in UNSYNCED:
+                self.on_unsynced(str(error))
             raise
 
 
@@ -199,6 +207,7 @@ class Store:
         # Called when so much was written that ``checkpoint()`` is due.
         self.on_grown: Callable[[], None] = lambda: None
         self._commits = self._grown_at = 0
+        self._failure = ""
         had_journal = os.path.exists(f"{path}-wal")
         try:
             self._db, is_shared = self._open()
@@ -244,6 +253,7 @@ class Store:
             db.close()
             raise
         db.on_full = lambda: self.on_grown()
+        db.on_unsynced = self._failed
         return db
 
     def _unusable(self, reason: str) -> CacheError:
@@ -295,7 +305,8 @@ class Store:
     def close(self) -> None:
         """Close it as what it is: complete, and on the disk."""
         with suppress(sqlite3.Error):  # on a full disk it counts as cut off, which costs a look
-            self._db.execute("UPDATE state SET ended = 1")
+            if not self._failure:
+                self._db.execute("UPDATE state SET ended = 1")
         if self._checkpointer is not None:
             self._checkpointer.close()
         self._db.close()
@@ -303,9 +314,27 @@ class Store:
             os.close(fd)
 
     def sync(self) -> None:
-        """Make every commit so far survive a loss of power. Blocks: run it in a thread."""
-        for fd in self._files:
-            os.fdatasync(fd)
+        """Make every commit so far survive a loss of power. Blocks: run it in a thread. Raises OSError,
+        and once it has, it always does: the kernel tells only once of what it could not write, and
+        then drops it (https://wiki.postgresql.org/wiki/Fsync_Errors)."""
+        if not self._failure:
+            try:
+                for fd in self._files:
+                    os.fdatasync(fd)
+            except OSError as error:
+                self._failed(error.strerror or str(error))
+        if self._failure:
+            raise OSError(errno.EIO, self._failure, str(self._path))
+
+    def _failed(self, why: str) -> None:
+        """From now on nothing is acknowledged, nor sent. What is in the journal as it is read now may
+        be another one tomorrow, so it is not moved either."""
+        self._failure = (
+            f"the cache's disk could not keep the journal ({why}); nothing is uploaded until that disk "
+            "works and is mounted anew"
+        )
+        log.error("%s: %s", self._path, self._failure)
+        self._db.execute("PRAGMA wal_autocheckpoint = 0")
 
     @property
     def written(self) -> int:
@@ -316,6 +345,8 @@ class Store:
         """Move the journal into the database; returns whether all was moved that was in there at the
         beginning: nobody else was reading it. Blocks: run it in a thread, once at a time. The loop
         goes on meanwhile. Raises sqlite3.Error."""
+        if self._failure:
+            return False
         return self._checkpointer is None or _move(self._checkpointer)
 
     def finish_checkpoint(self) -> None:
@@ -433,12 +464,25 @@ class Store:
         self.on_unsettled(("ino", ino))
 
     def wrote(self, ino: int, **columns: Any) -> None:
-        """Bytes of a file are about to change: it is dirty, whole again if it was damaged, and what
-        was known of its content no longer counts. ``columns`` change with it."""
+        """Bytes of a file are about to change: it is dirty, and what was known of its content no longer
+        counts. ``columns`` change with it."""
         with self.transaction():
             self.set(ino, crc=None, **columns)
-            self.unmark(ino, DAMAGED)
             self.mark(ino, CONTENT)
+
+    def damaged(self, ino: int, reason: str, **columns: Any) -> None:
+        """The data file of a file that is dirty lost bytes; ``columns`` change with it."""
+        with self.transaction():
+            self.mark(ino, DAMAGED)
+            self.set(ino, error=reason, **columns)
+
+    def emptied(self, ino: int) -> None:
+        """Nothing is left of what a file held: it is whole again if it was damaged."""
+        inode = self.get(ino)
+        if inode is not None and inode.dirty & DAMAGED:
+            with self.transaction():
+                self.unmark(ino, DAMAGED)
+                self.mark(ino, CONTENT)
 
     def acknowledge(self, ino: int, size: int) -> None:
         """So many bytes of a file are on the disk for good, should it still be dirty."""

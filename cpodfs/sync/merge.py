@@ -382,8 +382,7 @@ class Merger:
                 "are not uploaded; write the file anew, or remove it"
             )
             log.error("cache: %r: %d of %d bytes are left; set aside", path, there, inode.size)
-            self._store.mark(ino, DAMAGED)
-            self._store.set(ino, size=there, error=reason)
+            self._store.damaged(ino, reason, size=there)
 
     def _rejoin(self, local: Inode, remote: Remote, outcome: Outcome) -> None:
         """A directory was removed here and made again, while the server's is not empty."""

@@ -19,7 +19,7 @@ import trio
 
 from cpodfs.cache import content as data
 from cpodfs.cache.durability import Durability
-from cpodfs.cache.schema import CONTENT, DAMAGED, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
+from cpodfs.cache.schema import CONTENT, DIR, FILE, MODE, PLACE, ROOT, SENT, UNKNOWN
 from cpodfs.cache.store import Remote, Store
 from cpodfs.dfs import DOOMED, Client, Entry, FileStat
 from cpodfs.errors import (
@@ -554,9 +554,9 @@ class Upload(Op):
             return
         reason = f"{store.path(self.ino)}: the cache has another content than it had"
         if store.remote_of(self.ino) is None:
-            store.mark(self.ino, DAMAGED)
-            store.set(self.ino, size=found[0])
-            raise CacheDamaged(f"{reason}; it is not uploaded; write the file anew, or remove it")
+            reason += "; it is not uploaded; write the file anew, or remove it"
+            store.damaged(self.ino, reason, size=found[0])
+            raise CacheDamaged(reason)
         aside = self.durability.content.set_aside(self.ino)
         store.unmark(self.ino, CONTENT)
         store.set(self.ino, cached=0)

@@ -6,9 +6,12 @@
  *                 of writing; 0: only what was flushed; 100: all). From now on writes and fsync are
  *                 EIO, reads show the state before.
  *   on            power is back: the disk is what the cut left.
+ *   refuse TEXT   from now on a write in which these bytes are is EIO, as of a bad sector; without
+ *                 TEXT none is any more.
  * Reading "ctl" gives counters. Single-threaded (-s), so each command is atomic.
  */
 #define FUSE_USE_VERSION 31
+#define _GNU_SOURCE
 #include <errno.h>
 #include <fuse.h>
 #include <stddef.h>
@@ -27,6 +30,7 @@ static size_t size;
 static struct pending **list, **latest; /* latest[block]: its newest pending version, or NULL */
 static size_t count, room;
 static int dead;
+static char refused[64];
 static unsigned long flushes, writes, cuts, kept, lost;
 
 static unsigned char *seen(size_t block) {
@@ -107,6 +111,10 @@ static int command(const char *text) {
     dead = 0;
     return 0;
   }
+  if (!strncmp(text, "refuse ", 7)) {
+    snprintf(refused, sizeof refused, "%s", text + 7);
+    return 0;
+  }
   return -EINVAL;
 }
 
@@ -118,7 +126,7 @@ static int disk_write(const char *path, const char *data, size_t n, off_t offset
     int error = command(text);
     return error ? error : (int)n;
   }
-  if (dead) return -EIO;
+  if (dead || (*refused && memmem(data, n, refused, strlen(refused)))) return -EIO;
   if (offset + n > size) return -ENOSPC;
   writes++;
   for (size_t done = 0, step; done < n; done += step) {

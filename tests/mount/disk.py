@@ -76,6 +76,10 @@ class Disk:
         """Each block that was not flushed survives with this probability; nothing gets there more."""
         self._command(f"cut {seed} {percent}")
 
+    def refuse(self, text: str) -> None:
+        """Writes in which this text is fail, as on a bad sector; an empty one: none do any more."""
+        self._command(f"refuse {text}")
+
     def power_on(self, *options: str) -> None:
         """Mount what the cut left, which replays the file system's journal. Whoever had files open
         on it must be dead by now."""

@@ -266,6 +266,55 @@ def test_the_first_file_of_a_new_cache_is_durable(
         assert settled(mount, own_server) == {"f": OLD}
 
 
+def test_what_the_disk_could_not_keep_is_neither_acknowledged_nor_uploaded(
+    tmp_path: Path, own_server: Server, disk: Disk
+) -> None:
+    """The kernel tells once of bytes that it could not write, and then forgets them."""
+    with mounted(tmp_path, own_server, None, *SOON) as mount:
+        pod = mount.pod()
+        (pod / "f").write_bytes(OLD)
+        upload(mount)
+        fd = os.open(pod / "f", os.O_WRONLY)
+        disk.refuse("unlucky")
+        os.write(fd, b"unlucky" * 1000)
+        for _ in range(2):
+            with pytest.raises(OSError, match="Input/output error"):
+                os.fsync(fd)
+            disk.refuse("")
+        os.write(fd, b"more")
+        with pytest.raises(OSError, match="Input/output error"):
+            os.close(fd)
+        (failed,) = mount.status()["failed"]
+        assert "could not keep what was written" in failed["error"]
+        assert Api(own_server, mount).read("pod", "f") == OLD
+        (pod / "f").write_bytes(b"anew")
+        lose_power(disk, mount)
+        assert settled(mount, own_server) == {"f": b"anew"}
+
+
+def test_a_journal_that_the_disk_could_not_keep_promises_nothing_more(
+    tmp_path: Path, own_server: Server, disk: Disk
+) -> None:
+    with mounted(tmp_path, own_server, None, *SOON) as mount:
+        pod = mount.pod()
+        (pod / "f").write_bytes(OLD)
+        upload(mount)
+        disk.refuse("unlucky")
+        (pod / "unlucky").mkdir()
+        fd = os.open(pod, os.O_RDONLY)
+        for _ in range(2):
+            with pytest.raises(OSError, match="Input/output error"):
+                os.fsync(fd)
+            disk.refuse("")
+        os.close(fd)
+        until(lambda: mount.status()["failed"])
+        assert "mounted anew" in mount.status()["failed"][0]["error"]
+        assert Api(own_server, mount).sizes("pod") == {"f": len(OLD)}
+        mount.kill()
+        mount.start(warned=True)
+        assert settled(mount, own_server) == {"f": OLD, "unlucky": None}
+
+
 @pytest.mark.usefixtures("loop_devices")
 def test_cycles(tmp_path: Path) -> None:
     seed = int(os.environ.get("CPODFS_TEST_SEED", random.randrange(1 << 30)))
