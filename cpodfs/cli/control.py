@@ -63,7 +63,12 @@ def ask(mount: Path, what: str) -> dict[str, Any]:
 
 def tell(path: Path, what: str, value: str = "1") -> None:
     """A command to the driver, about ``path``. Raises MountError."""
+    name = f"user.cpodfs.{what}"
     try:
-        os.setxattr(path, f"user.cpodfs.{what}", value.encode())
+        os.setxattr(path, name, value.encode())
     except OSError as error:
         raise MountError(f"{path}: {what}: {error.strerror}") from error
+    if mp.containing(path) is None:
+        with contextlib.suppress(OSError):  # else it is an attribute of the folder below
+            os.removexattr(path, name)
+        raise MountError(f"{path}: is not mounted any more")

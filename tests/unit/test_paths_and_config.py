@@ -9,6 +9,7 @@ import pytest
 
 from cpodfs import config, mountpoint, paths
 from cpodfs.cli import control
+from cpodfs.cli.control import tell
 from cpodfs.cli.pods import request
 from cpodfs.errors import ConfigError, MountError, NameRefused, NameTooLong
 
@@ -223,4 +224,10 @@ def test_a_mount_that_ends_just_then_is_said_to_be_gone(
     monkeypatch.setattr(mountpoint, "find", lambda _mount: object())
     with pytest.raises(MountError, match="not mounted any more"):
         request(tmp_path, "record", pod="p")
+    assert os.listxattr(tmp_path) == []
+
+
+def test_what_such_a_mount_is_told_is_not_left_in_the_folder_below(tmp_path: Path) -> None:
+    with pytest.raises(MountError, match="not mounted any more"):
+        tell(tmp_path, "drain")
     assert os.listxattr(tmp_path) == []
