@@ -107,16 +107,17 @@ class Durability:
             inode = self._store.get(ino)
             if inode is None or not inode.dirty & CONTENT:
                 raise
-            raise self._damaged(ino, error.strerror or str(error)) from error
+            raise self._damaged(ino, error) from error
 
-    def _damaged(self, ino: int, why: str) -> CacheDamaged:
-        reason = (
-            f"{self._store.path(ino)}: the cache's disk could not keep what was written to it ({why}); "
-            "it is not uploaded; write the file anew, or remove it"
+    def _damaged(self, ino: int, error: OSError) -> CacheDamaged:
+        damaged = CacheDamaged(
+            f"{self._store.path(ino)}: the cache's disk could not keep what was written to it "
+            f"({error.strerror}); it is not uploaded; write the file anew, or remove it"
         )
-        log.error("cache: %s", reason)
-        self._store.damaged(ino, reason)
-        return CacheDamaged(reason)
+        damaged.errno = error.errno or damaged.errno
+        log.error("cache: %s", damaged)
+        self._store.damaged(ino, str(damaged))
+        return damaged
 
     async def names(self) -> None:
         """Make every change of names and attributes so far durable. Raises OSError."""

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -216,6 +217,8 @@ class Store:
             self._start(had_journal)
             # For checkpoint(), which runs in a thread while the loop goes on with the other one.
             self._checkpointer = self._connect("NORMAL") if is_shared else None
+            for db in self._connections():
+                db.on_unsynced = self._failed
             self._db.execute("PRAGMA busy_timeout = 0")  # nobody else ought to write
             # For sync(). Open for as long as the database: closing any descriptor of a file drops
             # the process's POSIX locks on it, and others could then clear the journal away.
@@ -225,7 +228,7 @@ class Store:
                 raise CacheError(f"{path}: its disk is full; make room and try again") from error
             raise self._unusable(str(error)) from error
 
-    def _open(self) -> tuple[sqlite3.Connection, bool]:
+    def _open(self) -> tuple[_Database, bool]:
         """The loop's connection; whether there can be another. That needs a memory that both share,
         for which a full disk has no room, and some file systems no means: there whoever commits
         moves the journal."""
@@ -236,7 +239,7 @@ class Store:
         db.execute(f"PRAGMA wal_autocheckpoint = {JOURNAL_PAGES}")
         return db, True
 
-    def _connect(self, locking: str) -> sqlite3.Connection:
+    def _connect(self, locking: str) -> _Database:
         db = sqlite3.connect(
             self._path,
             isolation_level=None,
@@ -253,8 +256,10 @@ class Store:
             db.close()
             raise
         db.on_full = lambda: self.on_grown()
-        db.on_unsynced = self._failed
         return db
+
+    def _connections(self) -> list[_Database]:
+        return [self._db] if self._checkpointer is None else [self._checkpointer, self._db]
 
     def _unusable(self, reason: str) -> CacheError:
         return CacheError(
@@ -307,9 +312,10 @@ class Store:
         with suppress(sqlite3.Error):  # on a full disk it counts as cut off, which costs a look
             if not self._failure:
                 self._db.execute("UPDATE state SET ended = 1")
-        if self._checkpointer is not None:
-            self._checkpointer.close()
-        self._db.close()
+        for db in self._connections():
+            if self._failure and sys.version_info >= (3, 12):
+                db.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
+            db.close()
         for fd in self._files:
             os.close(fd)
 

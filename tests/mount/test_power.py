@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from cpodfs.cache.schema import FILE, ROOT
+from cpodfs.cache.store import Store
 from tests.bench.power import Result, power, start_writeback
 from tests.mount.disk import Disk
 from tests.mount.harness import Mount, Server, mounted
@@ -313,6 +316,19 @@ def test_a_journal_that_the_disk_could_not_keep_promises_nothing_more(
         mount.kill()
         mount.start(warned=True)
         assert settled(mount, own_server) == {"f": OLD, "unlucky": None}
+
+
+def test_a_journal_that_could_not_be_moved_promises_nothing_more(disk: Disk) -> None:
+    store = Store(disk.point / "meta.db")
+    disk.refuse("unlucky")
+    store.create(ROOT, "unlucky", FILE, 0o600)
+    with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
+        store.checkpoint()
+    disk.refuse("")
+    with pytest.raises(OSError, match="could not keep the journal"):
+        store.sync()
+    assert not store.checkpoint(), "it may not be what it was"
+    store.close()
 
 
 @pytest.mark.usefixtures("loop_devices")
