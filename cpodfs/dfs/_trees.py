@@ -56,6 +56,16 @@ async def rename_dir(client: Client, pod: str, old: str, new: str) -> None:
     await _move(client, pod, old, new, tree, siblings)
 
 
+async def relist_dir(client: Client, pod: str, path: str) -> None:
+    """The server lists a directory where it is renamed to."""
+    above, name = posixpath.split(path)
+    if name in await _subdirs(client, pod, above):
+        return
+    found = posixpath.join(above, f"found-{secrets.token_hex(4)}")
+    await rename_dir(client, pod, path, found)
+    await rename_dir(client, pod, found, path)
+
+
 async def _move(
     client: Client, pod: str, old: str, new: str, tree: _Tree, siblings: set[str]
 ) -> None:

@@ -262,6 +262,11 @@ class Client:
         """
         await _trees.rename_dir(self, pod, old, new)
 
+    async def relist_dir(self, pod: str, path: str) -> None:
+        """Give a directory that the one above does not list any more its entry back. Raises as
+        ``rename_dir``; if it breaks off, the directory may be listed as ``found-…`` beside its place."""
+        await _trees.relist_dir(self, pod, path)
+
     async def raw_rmdir(self, pod: str, path: str) -> None:
         """The endpoint as it is, with the dangers described in ``_trees``."""
         await self._change(pod, "DELETE", "/v1/dir/rmdir", slow=True, dirPath=_path(path))

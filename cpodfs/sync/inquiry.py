@@ -198,6 +198,8 @@ class Inquiry:
             return
         if self._missing.judge(remote.rid, alone) is Verdict.DELETED:
             await self.give_up(remote.rid)
+        elif remote.rparent is not None:
+            self._missing.look(remote.rparent)  # which makes the server forget what it knew
 
     async def is_absent(self, remote: Remote) -> bool:
         """Whether the server says, asked by name, that an object is not where it was."""

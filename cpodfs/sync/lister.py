@@ -218,12 +218,16 @@ class Lister:
         remote = self._store.remote_of(ino)
         if remote is not None and remote.rid != ROOT:
             pod = pod_of(self._store, remote)
-            with trio.move_on_after(min(QUIET_S, self._patience_s * QUIET_SHARE)) as patience:
-                await self._locks.wait_free((pod,), moving=pod)
-            if patience.cancelled_caught:
-                raise TimedOut("the pod is being written to all the time; try again later")
+            await self._wait_until_quiet(pod)
             await self._reopen(pod)
         await self.refresh(ino)
+
+    async def _wait_until_quiet(self, pod: int) -> None:
+        """Return when nothing is being changed in a pod. Raises TimedOut."""
+        with trio.move_on_after(min(QUIET_S, self._patience_s * QUIET_SHARE)) as patience:
+            await self._locks.wait_free((pod,), moving=pod)
+        if patience.cancelled_caught:
+            raise TimedOut("the pod is being written to all the time; try again later")
 
     async def _reopen(self, pod: int) -> None:
         """Make the server forget a pod in which nothing is being changed."""
@@ -584,15 +588,18 @@ class Lister:
 
     async def _second_look(self, rid: int) -> None:
         remote = self._store.remote(rid)
-        if remote is None or remote.ino is None:
+        if remote is None:
             return
         try:
             # Not in an alarm: that is not settled by asking.
             if rid != ROOT and rid not in self._missing.alarms:
                 pod = pod_of(self._store, remote)
+                if remote.ino is None:
+                    await self._wait_until_quiet(pod)
                 if self._may_reopen(pod):
                     await self._reopen(pod)
-            await self.refresh(remote.ino)
+            if remote.ino is not None:  # else whoever doubts what is in there asks again
+                await self.refresh(remote.ino)
         except (CpodfsError, sqlite3.Error) as error:
             log.debug("no second look at rid=%d: %s", rid, trouble(error) or error)
             self._missing.look(rid)

@@ -186,7 +186,12 @@ async def _mkdir(op: Op, store: Store, dfs: Client, rparent: int, name: str) -> 
     if store.has_doubtful(rparent) and await look_for(dfs, pod, path, is_dir=True) is not None:
         raise AlreadyExists(f"{pod}{path}: there is a directory of that name")
     op.begun = True
-    await dfs.mkdir(pod, path)
+    try:
+        await dfs.mkdir(pod, path)
+    except AlreadyExists:
+        if op.attempt >= BELIEVED_ATTEMPTS:  # and each look since did not show it
+            await dfs.relist_dir(pod, path)
+        raise
 
 
 def _made_dir(store: Store, ino: int, rparent: int, name: str) -> list[Item]:

@@ -112,6 +112,24 @@ async def test_removing_a_nested_directory_leaves_its_namesakes(client: Client) 
     assert await names(client) == ["same/"]
 
 
+async def test_a_directory_that_its_parent_does_not_list_is_listed_again(client: Client) -> None:
+    """The server's own rmdir has unlisted it; asked to make it, it says that it is there."""
+    for path in ("/same", "/same/e", "/d", "/d/same"):
+        await client.mkdir("pod", path)
+    for path in ("/same/f", "/same/e/f"):
+        await write(client, path, path.encode())
+    await client.raw_rmdir("pod", "/d/same")
+    await client.refresh_pod("pod")
+    assert await names(client) == ["d/"]
+    with pytest.raises(errors.AlreadyExists):
+        await client.mkdir("pod", "/same")
+    await client.relist_dir("pod", "/same")
+    await client.refresh_pod("pod")
+    assert await names(client) == ["d/", "same/"]
+    for path in ("/same/f", "/same/e/f"):
+        assert await read(client, path) == path.encode()
+
+
 async def test_what_an_interrupted_removal_left_is_swept(client: Client) -> None:
     await client.mkdir("pod", "/d")
     await client.mkdir("pod", "/d/e")

@@ -43,6 +43,8 @@ FOUND = (
     609105,
     701755,
     1103920,
+    1202686,
+    1209616,
 )
 """Others in which something went wrong once."""
 
@@ -427,6 +429,30 @@ def test_a_directory_that_has_lost_its_entry_stays_doubtful_until_it_is_moved(
     tmp_path: Path,
 ) -> None:
     live(Unlisted, tmp_path)
+
+
+class Relisted(History):
+    """A directory that has lost its entry at the server, and was never seen here, is made here."""
+
+    async def run(self) -> None:
+        async with self._driver():
+            pod = await self.tree.mkdir(ROOT, "p", 0o755)
+            assert await drain(self.engine, STALL_S)
+            await self.other.open_pod("p")
+            for path in ("/a", "/b", "/b/a", "/a/e"):
+                await self.other.mkdir("p", path)
+            await self._put_as("p", "/a", "f")
+            await self.other.raw_rmdir("p", "/b/a")
+            assert "p/a" not in self.server.contents(self.user)
+            folder = await self.tree.mkdir(pod.ino, "a", 0o755)
+            _, handle = await self.tree.create(folder.ino, "new", 0o644)
+            self.tree.handles.release(handle)
+            await self._finish()
+            assert {"p/a/e", "p/a/f", "p/a/new"} < self._paths().keys()
+
+
+def test_a_directory_that_has_lost_its_entry_gets_it_back_when_it_is_made(tmp_path: Path) -> None:
+    live(Relisted, tmp_path)
 
 
 class Nameless(History):
