@@ -27,6 +27,11 @@ _OPEN, _NEW = os.O_RDWR | os.O_CLOEXEC, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os
 _CRC_CHUNK = 1 << 20
 
 
+class Lost(OSError):
+    """The disk could not keep bytes of a data file. The kernel says so once, and drops them: the next
+    sync would promise what is not there (https://wiki.postgresql.org/wiki/Fsync_Errors)."""
+
+
 class Content:
     """The data files below one folder. ``unclaimed``: the folder of those that no inode has."""
 
@@ -130,8 +135,12 @@ class Content:
         return disk.f_bavail * disk.f_frsize
 
     def sync(self, ino: int, fd: int) -> None:
-        """Make the data file and its name survive a loss of power. Blocks: run it in a thread."""
-        os.fdatasync(fd)
+        """Make the data file and its name survive a loss of power. Blocks: run it in a thread. Raises
+        Lost, or another OSError, which may pass."""
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            raise Lost(error.errno, error.strerror) from error
         sync_folder(os.path.dirname(self.path(ino)))
 
 

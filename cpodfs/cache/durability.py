@@ -13,10 +13,11 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+from contextlib import suppress
 
 import trio
 
-from cpodfs.cache.content import Content
+from cpodfs.cache.content import Content, Lost
 from cpodfs.cache.schema import CONTENT, DAMAGED
 from cpodfs.cache.store import Store, level, trouble
 from cpodfs.errors import CacheDamaged
@@ -35,6 +36,7 @@ class Durability:
         self.content = content
         self._store = store
         self._unsynced: set[int] = set()
+        self._lost: dict[int, str] = {}
         self._syncing: dict[int, trio.Event] = {}
         self._asked = 0
         self._done = 0
@@ -51,6 +53,7 @@ class Durability:
 
     def forget(self, ino: int) -> None:
         self._unsynced.discard(ino)
+        self._lost.pop(ino, None)
 
     async def flush(self, ino: int, fd: int) -> None:
         """Make a file durable if it was written to since the last time. Raises OSError or CacheDamaged.
@@ -94,30 +97,55 @@ class Durability:
                 os.close(own)
 
     async def _bytes(self, ino: int, fd: int) -> None:
-        inode = self._store.get(ino)
-        if inode is not None and inode.dirty & DAMAGED:
-            raise CacheDamaged(
-                inode.error or f"{self._store.path(ino)}: its bytes are not all there"
-            )
+        if (why := self._why_lost(ino)) is not None:
+            raise self._damaged(ino, why)
         try:
             await trio.to_thread.run_sync(self.content.sync, ino, fd)
-        except OSError as error:
-            # The kernel tells only once of what it could not write, and then drops it: the next sync
-            # would promise what is not there (https://wiki.postgresql.org/wiki/Fsync_Errors).
+        except Lost as error:
             inode = self._store.get(ino)
             if inode is None or not inode.dirty & CONTENT:
                 raise
-            raise self._damaged(ino, error) from error
+            damaged = self._lose(ino, error)
+            with suppress(OSError):  # else nothing is sent any more
+                await self.names()
+            raise damaged from error
 
-    def _damaged(self, ino: int, error: OSError) -> CacheDamaged:
-        damaged = CacheDamaged(
-            f"{self._store.path(ino)}: the cache's disk could not keep what was written to it "
-            f"({error.strerror}); it is not uploaded; write the file anew, or remove it"
+    def _lose(self, ino: int, error: Lost) -> CacheDamaged:
+        why = self._lost[ino] = (
+            f"the cache's disk could not keep what was written to it ({error.strerror}); it is not "
+            "uploaded; write the file anew, or remove it"
         )
+        damaged = self._damaged(ino, why)
         damaged.errno = error.errno or damaged.errno
         log.error("cache: %s", damaged)
-        self._store.damaged(ino, str(damaged))
         return damaged
+
+    def _why_lost(self, ino: int) -> str | None:
+        """What is the matter with a file that lost bytes, since this start or before."""
+        inode = self._store.get(ino)
+        if inode is not None and inode.dirty & DAMAGED:
+            return self._lost.get(ino) or inode.error or "its bytes are not all there"
+        return self._lost.get(ino)
+
+    def _damaged(self, ino: int, why: str) -> CacheDamaged:
+        with suppress(sqlite3.Error):  # on a full disk: as long as we live we know it anyway
+            inode = self._store.get(ino)
+            if inode is not None and inode.dirty & CONTENT and not inode.dirty & DAMAGED:
+                self._store.damaged(ino, why)
+        return CacheDamaged(f"{self._store.path(ino)}: {why}")
+
+    async def take_error(self, ino: int, fd: int) -> None:
+        """All that a file holds is about to go: what the kernel has yet to tell of it is not told of
+        what comes then."""
+        if self._why_lost(ino) is not None:
+            with suppress(OSError):
+                await trio.to_thread.run_sync(os.fdatasync, fd)
+
+    def emptied(self, ino: int) -> None:
+        """Nothing is left of what a file held: it is whole again, if bytes of it were lost."""
+        if self._why_lost(ino) is not None:
+            self._store.emptied(ino)
+            self._lost.pop(ino, None)
 
     async def names(self) -> None:
         """Make every change of names and attributes so far durable. Raises OSError."""

@@ -9,10 +9,11 @@ survive the machine's.
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
 import sqlite3
-import sys
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -313,8 +314,6 @@ class Store:
             if not self._failure:
                 self._db.execute("UPDATE state SET ended = 1")
         for db in self._connections():
-            if self._failure and sys.version_info >= (3, 12):
-                db.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
             db.close()
         for fd in self._files:
             os.close(fd)
@@ -341,6 +340,10 @@ class Store:
         )
         log.error("%s: %s", self._path, self._failure)
         self._db.execute("PRAGMA wal_autocheckpoint = 0")
+        # A lock that is not the process's own keeps SQLite from moving it when it is closed.
+        everything = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+        with suppress(OSError):
+            fcntl.fcntl(self._files[1], fcntl.F_OFD_SETLK, everything)
 
     @property
     def written(self) -> int:
@@ -483,12 +486,17 @@ class Store:
             self.set(ino, error=reason, **columns)
 
     def emptied(self, ino: int) -> None:
-        """Nothing is left of what a file held: it is whole again if it was damaged."""
-        inode = self.get(ino)
-        if inode is not None and inode.dirty & DAMAGED:
-            with self.transaction():
-                self.unmark(ino, DAMAGED)
-                self.mark(ino, CONTENT)
+        """Nothing is left of what a file held, so that it is whole again."""
+        with self.transaction():
+            self.unmark(ino, DAMAGED)
+            self.mark(ino, CONTENT)
+
+    def note_error(self, ino: int, error: str | None) -> None:
+        """What went wrong last; that the file is damaged goes before all else."""
+        self._known.pop(ino, None)
+        self._db.execute(
+            f"UPDATE inode SET error = ? WHERE ino = ? AND NOT dirty & {DAMAGED}", (error, ino)
+        )
 
     def acknowledge(self, ino: int, size: int) -> None:
         """So many bytes of a file are on the disk for good, should it still be dirty."""

@@ -140,5 +140,5 @@ def _verdict(status: dict[str, Any]) -> int:
     for path, error in list(left.items())[:50]:
         say(f"cpodfs: not uploaded: {path}: {error}", err=True)
     if report["left"]:
-        say("cpodfs: kept in the cache; the next mount uploads it", err=True)
+        say("cpodfs: kept in the cache; the next mount tries again", err=True)
     return 1 if report["left"] else 0

@@ -274,9 +274,10 @@ class Files:
             self._downloads.unwanted(file.ino, gone=True)
             self._replace_data(file, self._content.create(file.ino))
             self._mark(file.ino, mtime_ns=now, cached=1, size=0)
+        await self._durability.take_error(file.ino, file.fd)
         await self._about_to_change(file.ino, cut_to=0)
         os.ftruncate(file.fd, 0)
-        self._store.emptied(file.ino)
+        self._durability.emptied(file.ino)
 
     async def read(self, handle: int, offset: int, size: int) -> bytes:
         """At most ``size`` bytes; waits for no more of the file than that."""

@@ -23,7 +23,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext
 from cpodfs.cache.content import RESERVE
 from cpodfs.cache.schema import LINK, ROOT
 from cpodfs.cache.store import Inode, level, trouble
-from cpodfs.errors import CpodfsError
+from cpodfs.errors import CacheDamaged, CpodfsError
 from cpodfs.fs.absences import ABSENT_TIMEOUT_S, Absences
 from cpodfs.fs.control import (
     CONTROL_HANDLE_BIT,
@@ -93,6 +93,7 @@ class Operations(pyfuse3.Operations):
         self._attributes = attributes
         self._timeout_s = timeout_s
         self._fsync_remote = fsync_remote
+        self._reading: set[int] = set()
         self.absences = Absences()
         self._uid, self._gid = os.getuid(), os.getgid()
 
@@ -325,6 +326,8 @@ class Operations(pyfuse3.Operations):
             handle = self._tree.files.open(inode)
         else:
             handle = await self._tree.files.open_to_read(inode)
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            self._reading.add(handle)
         return FileInfo(fh=handle, keep_cache=cached)
 
     @_answer
@@ -341,8 +344,13 @@ class Operations(pyfuse3.Operations):
 
     @_answer
     async def flush(self, fh: int) -> None:
-        if not fh & CONTROL_HANDLE_BIT:
+        if fh & CONTROL_HANDLE_BIT:
+            return
+        try:
             await self._tree.files.flush(fh)
+        except CacheDamaged:
+            if fh not in self._reading:  # who only reads may be rescuing what is left
+                raise
 
     @_answer
     async def release(self, fh: int) -> None:
@@ -350,6 +358,7 @@ class Operations(pyfuse3.Operations):
             self._runs.release(fh)
         else:
             self._tree.handles.release(fh)
+            self._reading.discard(fh)
 
     @_answer
     async def fsync(self, fh: int, datasync: bool) -> None:

@@ -9,7 +9,7 @@ import errno
 
 import trio
 
-from cpodfs.cache.schema import CONTENT, PLACE
+from cpodfs.cache.schema import CONTENT, DAMAGED, PLACE
 from cpodfs.cache.store import Store
 from cpodfs.sync.engine import Engine
 
@@ -37,10 +37,11 @@ async def push(engine: Engine, store: Store, ino: int) -> None:
     if (inode := store.get(ino)) is None or not inode.dirty:
         return
     engine.send_now(ino)
-    while True:
+    failed = False
+    while not failed and not inode.dirty & DAMAGED:
         await engine.progressed()
         inode = store.get(ino)
         if inode is None or inode.parent is None or not inode.dirty & (CONTENT | PLACE):
             return
-        if engine.is_failing(ino):
-            raise OSError(errno.EIO, inode.error or "the server did not take it")
+        failed = engine.is_failing(ino)
+    raise OSError(errno.EIO, inode.error or "the server did not take it")

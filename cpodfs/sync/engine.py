@@ -645,7 +645,7 @@ class Engine:
         self._have_failed = True
         self.counters.recent.append(f"{time.strftime('%H:%M:%S')} {error}")
         if item[0] == "ino":
-            self._store.set(item[1], error=self._explained(item[1], error))
+            self._store.note_error(item[1], self._explained(item[1], error))
         elif self._planner.plan(item) is not None:
             self.failures[item[1]] = f"not deleted: {error}"
         else:  # it has turned out to be gone, perhaps since an earlier attempt

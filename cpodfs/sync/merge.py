@@ -362,8 +362,8 @@ class Merger:
             outcome.work.append(("ino", inode.ino))
 
     def damaged(self, ino: int, outcome: Outcome) -> None:
-        """The data file of a dirty file lost acknowledged bytes. What is left of it is kept, under a
-        name of its own where the server has a version, and never sent; that version is shown."""
+        """The data file of a dirty file lost bytes. What is left of it is kept, under a name of its own
+        where the server has a version, and never sent; that version is shown."""
         inode, remote = self._store.get(ino), self._store.remote_of(ino)
         if inode is None or inode.parent is None or inode.name is None:
             return
@@ -377,9 +377,11 @@ class Merger:
                     *(remote.mtime_s or 0, remote.mtime_s or 0, remote.mtime_s or 0),
                 )
                 self._adopt(inode.parent, remote.rid, entry, outcome, inode.name)
+            if inode.dirty & DAMAGED:  # the disk said so
+                return
             reason = (
-                f"{path}: lost in the cache: {inode.size} bytes were written, {there} are left; they "
-                "are not uploaded; write the file anew, or remove it"
+                f"lost in the cache: {inode.size} bytes were written, {there} are left; they are not "
+                "uploaded; write the file anew, or remove it"
             )
             log.error("cache: %r: %d of %d bytes are left; set aside", path, there, inode.size)
             self._store.damaged(ino, reason, size=there)

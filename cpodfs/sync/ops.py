@@ -662,7 +662,7 @@ class Upload(Op):
                 return [*work, ("rid", rid)]
             if self.changed:
                 store.unmark(self.ino, SENT)
-                store.set(self.ino, error=None)
+                store.note_error(self.ino, None)
             else:
                 store.unmark(self.ino, SENT | CONTENT)
                 right = {"size": self.size, "crc": self.crc, "epoch": store.epoch}

@@ -55,7 +55,7 @@ class Blocked:
 
 @dataclass(frozen=True, slots=True)
 class Damaged:
-    """The data file of an inode holds less than was acknowledged: it must not be sent."""
+    """The data file of an inode lost bytes that were written: it must not be sent."""
 
     ino: int
 
@@ -85,7 +85,7 @@ class Planner:
         if inode is None or inode.parent is None or not inode.dirty or inode.kind == LINK:
             return None
         if inode.dirty & DAMAGED:
-            return None
+            return self._separate(inode, mine)
         home = self._store.remote_of(inode.parent)
         moving = self._store.moving_above(home.rid) if home is not None else None
         if moving is not None:
@@ -193,6 +193,16 @@ class Planner:
         if inode.dirty & CONTENT or mine is None:
             return self._upload(inode, home, there or (None if elsewhere else mine))
         return self._chmod(inode, mine)
+
+    def _separate(self, inode: Inode, mine: Remote | None) -> Plan:
+        """What a damaged file leaves to do: the server's version must be shown beside it."""
+        if mine is None or mine.rparent is None:
+            return None
+        if mine.size != UNKNOWN:
+            return Damaged(inode.ino)
+        if self._is_fresh(inode.parent):
+            return None
+        return Look(("ino", inode.ino), (mine.rparent,), mine.rparent)
 
     def _upload(self, inode: Inode, home: Remote, known: Remote | None) -> Plan:
         item: Item = ("ino", inode.ino)

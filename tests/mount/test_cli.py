@@ -315,7 +315,7 @@ def test_offline_mount_serves_the_cache(tmp_path: Path, own_server: Server) -> N
         done = mount.cli("umount", str(mount.point), "--stall", "1", check=False)
         assert done.returncode == 1
         assert "pod/new" in done.stderr
-        assert "the next mount uploads it" in done.stderr
+        assert "the next mount tries again" in done.stderr
         assert mount.wait() == 1
         own_server.start_again()
         mount.start()

@@ -19,7 +19,7 @@ from cpodfs.cache.schema import FILE, ROOT
 from cpodfs.cache.store import Store
 from tests.bench.power import Result, power, start_writeback
 from tests.mount.disk import Disk
-from tests.mount.harness import Mount, Server, mounted
+from tests.mount.harness import Mount, Server, mounted, run
 from tests.mount.proxy import Line
 from tests.mount.world import Api
 from tests.patience import until
@@ -287,12 +287,17 @@ def test_what_the_disk_could_not_keep_is_neither_acknowledged_nor_uploaded(
         os.write(fd, b"more")
         with pytest.raises(OSError, match="Input/output error"):
             os.close(fd)
+        until(lambda: list(pod.glob("f (damaged *)")))
         (failed,) = mount.status()["failed"]
         assert "could not keep what was written" in failed["error"]
-        assert Api(own_server, mount).read("pod", "f") == OLD
-        (pod / "f").write_bytes(b"anew")
+        assert (pod / "f").read_bytes() == OLD, "the server's, shown beside what is left"
+        (damaged,) = pod.glob("f (damaged *)")
+        (pod / "f").write_bytes(OLD[::-1])
+        run("cp", damaged, pod / "g")  # who reads it is not told that it failed
         lose_power(disk, mount)
-        assert settled(mount, own_server) == {"f": b"anew"}
+        damaged.unlink()
+        assert settled(mount, own_server).keys() == {"f", "g"}
+        assert (pod / "f").read_bytes() == OLD[::-1]
 
 
 def test_a_journal_that_the_disk_could_not_keep_promises_nothing_more(
@@ -329,6 +334,47 @@ def test_a_journal_that_could_not_be_moved_promises_nothing_more(disk: Disk) -> 
         store.sync()
     assert not store.checkpoint(), "it may not be what it was"
     store.close()
+    assert (disk.point / "meta.db-wal").stat().st_size, "nor when it is closed"
+
+
+def test_a_new_file_that_the_disk_could_not_keep_can_be_written_anew(
+    tmp_path: Path, own_server: Server, disk: Disk
+) -> None:
+    """Also with the first attempt still open, whose descriptor has the error yet to tell."""
+    with mounted(tmp_path, own_server, None, *SOON) as mount:
+        pod = mount.pod()
+        disk.refuse("unlucky")
+        fd = os.open(pod / "f", os.O_RDWR | os.O_CREAT)
+        os.write(fd, b"unlucky" * 1000)
+        start_writeback(fd)
+        until(lambda: mount.status()["failed"])  # the upload has found it out
+        disk.refuse("")
+        (pod / "f").write_bytes(b"anew")
+        os.close(fd)
+        assert settled(mount, own_server) == {"f": b"anew"}
+
+
+def test_a_damaged_file_stays_damaged_when_it_is_mounted_anew(
+    tmp_path: Path, own_server: Server, disk: Disk
+) -> None:
+    with mounted(tmp_path, own_server, None, *SOON) as mount:
+        pod = mount.pod()
+        fd = os.open(pod / "f", os.O_RDWR | os.O_CREAT)
+        disk.refuse("unlucky")
+        os.write(fd, b"unlucky" * 1000)
+        with pytest.raises(OSError, match="Input/output error"):
+            os.fsync(fd)
+        disk.refuse("")
+        lose_power(disk, mount)
+        with contextlib.suppress(OSError):
+            os.close(fd)
+        fd = os.open(pod / "f", os.O_WRONLY)
+        os.write(fd, b"more")
+        with pytest.raises(OSError, match="Input/output error"):
+            os.close(fd)
+        assert Api(own_server, mount).sizes("pod") == {}
+        (pod / "f").unlink()
+        assert settled(mount, own_server) == {}
 
 
 @pytest.mark.usefixtures("loop_devices")
