@@ -223,7 +223,8 @@ class Lister:
         await self.refresh(ino)
 
     async def _wait_until_quiet(self, pod: int) -> None:
-        """Return when nothing is being changed in a pod. Raises TimedOut."""
+        """Return when nothing is being changed in a pod, which the caller then must take: others stand
+        back. Raises TimedOut."""
         with trio.move_on_after(min(QUIET_S, self._patience_s * QUIET_SHARE)) as patience:
             await self._locks.wait_free((pod,), moving=pod)
         if patience.cancelled_caught:
@@ -254,12 +255,14 @@ class Lister:
             await self._reopen(pod)
 
     def _may_reopen(self, pod: int) -> bool:
-        """Whether nobody is at work in a pod, and the server can be trusted to open it again: one that
-        it has open is worth more than one that it cannot open."""
+        """Whether nobody is at work in a pod, and it can be opened anew."""
+        return self._is_trusted(pod) and self._locks.blocker((pod,), moving=pod) is None
+
+    def _is_trusted(self, pod: int) -> bool:
+        """Whether the server can be trusted to open a pod again: one that it has open is worth more
+        than one that it cannot open."""
         remote = self._store.remote(pod)
-        if remote is None or remote.absent_s is not None or self._missing.is_fresh_lie:
-            return False
-        return self._locks.blocker((pod,), moving=pod) is None
+        return remote is not None and remote.absent_s is None and not self._missing.is_fresh_lie
 
     async def list_locked(self, rid: int, resolving: int | None = None) -> None:
         """List a remote directory whose lock the caller holds, and, while ``resolving`` whether the
@@ -594,9 +597,10 @@ class Lister:
             # Not in an alarm: that is not settled by asking.
             if rid != ROOT and rid not in self._missing.alarms:
                 pod = pod_of(self._store, remote)
-                if remote.ino is None:
-                    await self._wait_until_quiet(pod)
                 if self._may_reopen(pod):
+                    await self._reopen(pod)
+                elif remote.ino is None and self._is_trusted(pod):
+                    await self._wait_until_quiet(pod)
                     await self._reopen(pod)
             if remote.ino is not None:  # else whoever doubts what is in there asks again
                 await self.refresh(remote.ino)

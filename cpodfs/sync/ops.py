@@ -557,15 +557,17 @@ class Upload(Op):
         if found == (now.size, now.crc):
             store.set(self.ino, epoch=store.epoch)
             return
-        reason = f"{store.path(self.ino)}: the cache has another content than it had"
+        path, reason = store.path(self.ino), "the cache has another content than it had"
         if store.remote_of(self.ino) is None:
             reason += "; it is not uploaded; write the file anew, or remove it"
             store.damaged(self.ino, reason, size=found[0])
-            raise CacheDamaged(reason)
+            raise CacheDamaged(f"{path}: {reason}")
         aside = self.durability.content.set_aside(self.ino)
         store.unmark(self.ino, CONTENT)
         store.set(self.ino, cached=0)
-        raise CacheDamaged(f"{reason}; the server's counts, and this one is kept as {aside}")
+        raise CacheDamaged(
+            f"{path}: {reason}; the server's counts, and this one is kept as {aside}"
+        )
 
     async def _check_version(self, store: Store, dfs: Client, pod: str, path: str) -> None:
         if self.known is None:

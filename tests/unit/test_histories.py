@@ -45,6 +45,7 @@ FOUND = (
     1103920,
     1202686,
     1209616,
+    1300172,
 )
 """Others in which something went wrong once."""
 
