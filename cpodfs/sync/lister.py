@@ -234,6 +234,8 @@ class Lister:
         """Make the server forget a pod in which nothing is being changed."""
         self._locks.take((pod,), moving=pod)
         try:
+            if self._store.remote(pod) is None:  # removed while one waited
+                return
             await self._dfs.refresh_pod(self._store.remote_path(pod)[0])
             self._opened[pod] = time.monotonic()
             self._listed_s = trio.current_time()
