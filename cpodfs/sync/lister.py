@@ -46,6 +46,8 @@ RESOLVE_S = 10.0
 QUIET_S = 60.0
 QUIET_SHARE = 0.8
 """Of the patience, for what keeps a pod from being opened anew; the rest is for the server."""
+PATIENCE_S = 15.0
+"""So long what is to be changed in a pod stands back for a second look at something doubtful in it."""
 REOPEN_MIN_S = 2.0
 RELOOK_MIN_S = 1.0
 """Nobody waits for a listing to be renewed that is younger than this, whatever the metadata TTL."""
@@ -218,17 +220,17 @@ class Lister:
         remote = self._store.remote_of(ino)
         if remote is not None and remote.rid != ROOT:
             pod = pod_of(self._store, remote)
-            await self._wait_until_quiet(pod)
+            if not await self._is_quiet(pod, min(QUIET_S, self._patience_s * QUIET_SHARE)):
+                raise TimedOut("the pod is being written to all the time; try again later")
             await self._reopen(pod)
         await self.refresh(ino)
 
-    async def _wait_until_quiet(self, pod: int) -> None:
-        """Return when nothing is being changed in a pod, which the caller then must take: others stand
-        back. Raises TimedOut."""
-        with trio.move_on_after(min(QUIET_S, self._patience_s * QUIET_SHARE)) as patience:
+    async def _is_quiet(self, pod: int, patience_s: float) -> bool:
+        """Whether nothing is being changed in a pod within that time, for which others stand back. The
+        caller takes it then, or they would go on doing so."""
+        with trio.move_on_after(patience_s) as patience:
             await self._locks.wait_free((pod,), moving=pod)
-        if patience.cancelled_caught:
-            raise TimedOut("the pod is being written to all the time; try again later")
+        return not patience.cancelled_caught
 
     async def _reopen(self, pod: int) -> None:
         """Make the server forget a pod in which nothing is being changed."""
@@ -599,10 +601,7 @@ class Lister:
             # Not in an alarm: that is not settled by asking.
             if rid != ROOT and rid not in self._missing.alarms:
                 pod = pod_of(self._store, remote)
-                if self._may_reopen(pod):
-                    await self._reopen(pod)
-                elif remote.ino is None and self._is_trusted(pod):
-                    await self._wait_until_quiet(pod)
+                if self._is_trusted(pod) and await self._is_quiet(pod, PATIENCE_S):
                     await self._reopen(pod)
             if remote.ino is not None:  # else whoever doubts what is in there asks again
                 await self.refresh(remote.ino)

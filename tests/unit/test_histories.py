@@ -46,6 +46,7 @@ FOUND = (
     1202686,
     1209616,
     1300172,
+    1407773,
 )
 """Others in which something went wrong once."""
 
