@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 AT_ONCE = 200
 """Objects that are marked before others get in between."""
+ALONE = Folder(known=1, missing=1, unchanged=0, whole=True)
+"""What is missing where nothing bears witness of it."""
 PAUSE_S = 0.001
 """Between two slices of a long merge."""
 
@@ -73,7 +75,9 @@ class Inquiry:
         missing += self._still_outdated(tally.outdated)
         if not missing:
             self._missing.calm(rid)
-            if not self._store.has_doubtful(rid):
+            if self._store.has_doubtful(rid):
+                self._missing.look(rid)
+            else:
                 self._missing.settled(rid)
             return
         await self._mark(missing)
@@ -147,8 +151,14 @@ class Inquiry:
         for remote in spare:
             if sure and await self.is_absent(remote):
                 await self.give_up(remote.rid)
-            else:
-                self._missing.suspect(remote.rid)
+                continue
+            self._missing.suspect(remote.rid)
+            # A listing may leave out for ever a name that the server has lost: perhaps this one.
+            if (
+                await self._confirm(remote)
+                and self._missing.judge(remote.rid, ALONE) is Verdict.DELETED
+            ):
+                await self.give_up(remote.rid)
         return doubtful
 
     def _still_outdated(self, outdated: list[Remote]) -> list[Remote]:
@@ -193,10 +203,9 @@ class Inquiry:
             if await look_for(self._dfs, pod, path, is_dir=remote.kind == DIR) is not None:
                 return
         # Step 2: by name, again and again.
-        alone = Folder(known=1, missing=1, unchanged=0, whole=True)
         if not await self._confirm(remote):
             return
-        if self._missing.judge(remote.rid, alone) is Verdict.DELETED:
+        if self._missing.judge(remote.rid, ALONE) is Verdict.DELETED:
             await self.give_up(remote.rid)
         elif remote.rparent is not None:
             self._missing.look(remote.rparent)  # which makes the server forget what it knew

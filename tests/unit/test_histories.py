@@ -47,6 +47,7 @@ FOUND = (
     1209616,
     1300172,
     1407773,
+    1519881,
 )
 """Others in which something went wrong once."""
 
