@@ -19,7 +19,7 @@ import trio
 
 from cpodfs.cache.durability import Durability
 from cpodfs.cache.schema import DIR
-from cpodfs.cache.store import Store, level, trouble
+from cpodfs.cache.store import Remote, Store, level, trouble
 from cpodfs.dfs import Client
 from cpodfs.errors import (
     AlreadyExists,
@@ -523,15 +523,10 @@ class Engine:
         find = self._store.remote_of if item[0] == "ino" else self._store.remote
         moving = find(item[1])
         target = moving.to_parent if moving is not None else None
-        # The target first: the object found there is then not missed where it came from.
-        for rid in sorted(dirs, key=lambda rid: rid != target):
-            await self._lister.list_locked(rid, moving.rid if moving is not None else None)
-            if rid == target and moving is not None and moving.kind == DIR:
-                await self._lister.look_behind(moving)
+        await self._list_around(moving, target, dirs)
         if moving is not None and await self._lister.is_at_orphan(moving):
             assert target is not None
-            for work in moved(self._store, moving.rid, target, moving.to_name or ""):
-                self._schedule(work, 0.0)
+            self._on_work(moved(self._store, moving.rid, target, moving.to_name or ""))
         left = self._store.remote(moving.rid) if moving is not None else None
         if left is not None and left.to_parent is not None:  # not where it was to go
             lost = await self._lister.is_absent(left)
@@ -551,6 +546,24 @@ class Engine:
             # In a directory that nobody here has any more, whose listing shows nothing therefore.
             await self._lister.confirm(known)
 
+    async def _list_around(
+        self, moving: Remote | None, target: int | None, dirs: tuple[int, ...]
+    ) -> None:
+        """List the directories of an operation. A directory that was on its way is looked for in both
+        places, before and after: what a listing says alone would be taken for all that there is."""
+        tree = moving if target is not None and moving is not None and moving.kind == DIR else None
+        if tree is not None:
+            self._on_work(await self._lister.look_behind(tree))
+        # The target first: the object found there is then not missed where it came from.
+        for rid in sorted(dirs, key=lambda rid: rid != target):
+            await self._lister.list_locked(rid, moving.rid if moving is not None else None)
+            if rid == target and tree is not None:
+                self._on_work(await self._lister.look_behind(tree))
+
+    def _on_work(self, items: Iterable[Item]) -> None:
+        for item in items:
+            self._schedule(item, 0.0)
+
     def _succeeded(self, op: Op, work: Iterable[Item], *, again: bool) -> None:
         self._retry.answered()
         self._unanswered.discard(op.item)
@@ -564,8 +577,7 @@ class Engine:
         if self._retry.attempts.pop(op.item, None) is not None and self._have_failed:
             self._have_failed = False
             self._retry_others()
-        for item in work:
-            self._schedule(item, 0.0)
+        self._on_work(work)
         self._schedule(op.item, self._delay_s if again and not self._draining else 0.0)
         self._wake_waiting(op.item)
 

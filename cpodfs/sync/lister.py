@@ -36,7 +36,7 @@ from cpodfs.sync.locks import DirLocks
 from cpodfs.sync.lookahead import Lookahead
 from cpodfs.sync.merge import Merger, Outcome
 from cpodfs.sync.missing import Missing
-from cpodfs.sync.ops import child_path, pod_and_path, pod_of
+from cpodfs.sync.ops import Item, child_path, moved, pod_and_path, pod_of
 
 log = logging.getLogger(__name__)
 
@@ -410,36 +410,71 @@ class Lister:
         await self._dfs.rename_file(pod, old, child_path(self._store, rid, new)[1])
         self._store.set(directory.ino, listed_s=OUTDATED_S)
 
-    async def look_behind(self, before: Remote) -> None:
-        """A directory, known as ``before``, may have arrived where it was moved to, and be at its old
-        place as well, when it was moved object by object and that was broken off. What is still
-        there follows one by one, as in a ``Rehome``."""
-        moved, rparent = self._store.remote(before.rid), before.rparent
-        if moved is None or rparent is None or moved.to_parent is not None:
-            return
-        if self._store.remote(rparent) is None or self._store.remote_at(rparent, before.name):
-            return
+    async def look_behind(self, before: Remote) -> list[Item]:
+        """A directory, known as ``before``, may be where it was to be moved and at its old place as well,
+        when it was moved object by object and that was broken off. What is still there follows one by
+        one, as in a ``Rehome``. Returns what now needs work. Raises a DfsError, and nothing has changed."""
+        now, rparent = self._store.remote(before.rid), before.rparent
+        if now is None or rparent is None or self._store.remote(rparent) is None:
+            return []
+        to_parent, to_name = now.rparent, now.name
+        if now.to_parent is not None and now.to_name is not None:
+            to_parent, to_name = now.to_parent, now.to_name
+        there = self._store.remote_at(rparent, before.name)
+        if to_parent is None or (there is not None and there.rid != now.rid):
+            return []
+        if (to_parent, to_name) == (rparent, before.name):
+            return []
+        other = self._store.remote_at(to_parent, to_name)
+        if other is not None and other.rid != now.rid:
+            return []
+        pod, old = child_path(self._store, rparent, before.name)
+        _, new = child_path(self._store, to_parent, to_name)
+        both: dict[int, tuple[set[str], set[str]]] = {}
+        await self._list_both(before, pod, old, new, both)
+        if not both:
+            return []
+        with self._store.transaction():
+            work = moved(self._store, now.rid, to_parent, to_name)
+            self._leave_behind(before, rparent, both)
+        return work
+
+    async def _list_both(
+        self,
+        folder: Remote,
+        pod: str,
+        old: str,
+        new: str,
+        both: dict[int, tuple[set[str], set[str]]],
+    ) -> None:
+        """Add the names that are still in a directory, and those that are in its new place, if there
+        are two; the same of those in it."""
         try:
-            left = await self._dfs.list_dir(*child_path(self._store, rparent, before.name))
+            came = {entry.name for entry in await self._dfs.list_dir(pod, new)}
+            left = {entry.name for entry in await self._dfs.list_dir(pod, old)}
         except NotFound:
             return
-        came = {
-            entry.name for entry in await self._dfs.list_dir(*pod_and_path(self._store, moved.rid))
-        }
-        behind = {entry.name for entry in left}
-        with self._store.transaction():
-            old = self._store.add_remote(
-                *(rparent, before.name, DIR), size=0, mtime_s=None, mode=before.mode, ino=None
-            )
-            children = [c for c in self._store.remote_children(moved.rid) if c.name in behind]
-            for child in children:
-                if child.name not in came:
-                    self._store.set_remote(child.rid, rparent=old)
-                    if child.ino is not None:
-                        self._store.replace(child.ino)
-        for child in children:
-            if child.name in came and child.kind == DIR:
-                await self.look_behind(child._replace(rparent=old))
+        both[folder.rid] = left, came
+        for child in self._store.remote_children(folder.rid):
+            if child.kind == DIR and child.name in left & came:
+                await self._list_both(
+                    child, pod, f"{old}/{child.name}", f"{new}/{child.name}", both
+                )
+
+    def _leave_behind(
+        self, folder: Remote, rparent: int, both: dict[int, tuple[set[str], set[str]]]
+    ) -> None:
+        left, came = both[folder.rid]
+        old = self._store.add_remote(
+            *(rparent, folder.name, DIR), size=0, mtime_s=None, mode=folder.mode, ino=None
+        )
+        for child in self._store.remote_children(folder.rid):
+            if child.rid in both:
+                self._leave_behind(child, old, both)
+            elif child.name in left - came:
+                self._store.set_remote(child.rid, rparent=old)
+                if child.ino is not None:
+                    self._store.replace(child.ino)
 
     async def is_at_orphan(self, moving: Remote) -> bool:
         """Whether an object that may have been renamed into a directory that nobody here has any

@@ -48,6 +48,7 @@ FOUND = (
     1300172,
     1407773,
     1519881,
+    1611683,
 )
 """Others in which something went wrong once."""
 
