@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import posixpath
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -431,13 +432,20 @@ class Lister:
         pod, old = child_path(self._store, rparent, before.name)
         _, new = child_path(self._store, to_parent, to_name)
         both: dict[int, tuple[set[str], set[str]]] = {}
-        await self._list_both(before, pod, old, new, both)
+        with suppress(NotFound):
+            # Where a file has such a name by now, the server breaks off when it is to be listed.
+            if await self._shows_dir(pod, new) and await self._shows_dir(pod, old):
+                await self._list_both(before, pod, old, new, both)
         if not both:
             return []
         with self._store.transaction():
             work = moved(self._store, now.rid, to_parent, to_name)
             self._leave_behind(before, rparent, both)
         return work
+
+    async def _shows_dir(self, pod: str, path: str) -> bool:
+        folder, name = posixpath.split(path)
+        return any(e.is_dir and e.name == name for e in await self._dfs.list_dir(pod, folder))
 
     async def _list_both(
         self,
@@ -449,14 +457,11 @@ class Lister:
     ) -> None:
         """Add the names that are still in a directory, and those that are in its new place, if there
         are two; the same of those in it."""
-        try:
-            came = {entry.name for entry in await self._dfs.list_dir(pod, new)}
-            left = {entry.name for entry in await self._dfs.list_dir(pod, old)}
-        except NotFound:
-            return
-        both[folder.rid] = left, came
+        came, left = await self._dfs.list_dir(pod, new), await self._dfs.list_dir(pod, old)
+        dirs = {e.name for e in came if e.is_dir} & {e.name for e in left if e.is_dir}
+        both[folder.rid] = {e.name for e in left}, {e.name for e in came}
         for child in self._store.remote_children(folder.rid):
-            if child.kind == DIR and child.name in left & came:
+            if child.kind == DIR and child.name in dirs:
                 await self._list_both(
                     child, pod, f"{old}/{child.name}", f"{new}/{child.name}", both
                 )

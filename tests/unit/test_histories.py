@@ -49,6 +49,7 @@ FOUND = (
     1407773,
     1519881,
     1611683,
+    1703279,
 )
 """Others in which something went wrong once."""
 
