@@ -41,12 +41,14 @@ class Tally:
     unchanged: int = 0
     missing: list[Remote] = field(default_factory=list)
     outdated: list[Remote] = field(default_factory=list)
+    replaced: set[int] = field(default_factory=set)
 
     def add(self, outcome: Outcome) -> None:
         self.shown += outcome.shown
         self.unchanged += outcome.unchanged
         self.missing += outcome.missing
         self.outdated += outcome.outdated
+        self.replaced.update(outcome.replaced)
 
 
 class Inquiry:
@@ -71,7 +73,7 @@ class Inquiry:
 
     async def judge(self, rid: int, tally: Tally, entries: int) -> None:
         """What becomes of what a listing of so many entries did not show."""
-        missing = await self._settle(rid, tally.missing, entries)
+        missing = await self._settle(rid, tally, entries)
         missing += self._still_outdated(tally.outdated)
         if not missing:
             self._missing.calm(rid)
@@ -137,12 +139,12 @@ class Inquiry:
         else:
             self.believe_gone(rid)
 
-    async def _settle(self, rid: int, missing: list[Remote], entries: int) -> list[Remote]:
+    async def _settle(self, rid: int, tally: Tally, entries: int) -> list[Remote]:
         """What there is to doubt of what is missing: not an object that was to be deleted, nor one that
         was only supposed to have arrived and is sent again."""
         doubtful: list[Remote] = []
         spare: list[Remote] = []
-        for remote in missing:
+        for remote in tally.missing:
             if self._store.remote(remote.rid) is None or self._store.moving_above(remote.rid):
                 continue
             supposed = remote.size == UNKNOWN and self._merger.is_sent_again(remote)
@@ -153,12 +155,12 @@ class Inquiry:
                 await self.give_up(remote.rid)
                 continue
             self._missing.suspect(remote.rid)
-            # A listing may leave out for ever a name that the server has lost: perhaps this one.
-            if (
-                await self._confirm(remote)
-                and self._missing.judge(remote.rid, ALONE) is Verdict.DELETED
-            ):
+            # A listing leaves out for ever a name that the server has lost: that of a file where by now
+            # a directory is can be one.
+            lost = remote.rid in tally.replaced and await self._confirm(remote)
+            if lost and self._missing.judge(remote.rid, ALONE) is Verdict.DELETED:
                 await self.give_up(remote.rid)
+                self._missing.look(rid)  # for that directory
         return doubtful
 
     def _still_outdated(self, outdated: list[Remote]) -> list[Remote]:

@@ -71,7 +71,8 @@ class Outcome:
     had been missing. ``outdated``: files that it shows in an earlier version than the one known, as
     the server does when it cannot read the newest; nothing was changed for that.
     ``clashing``: names of files beside directories of the same name, which the server allows: here
-    there is room for one, so the file needs another name at the server.
+    there is room for one, so the file needs another name at the server. ``replaced``: files that are
+    known, and not shown, where a directory is.
     """
 
     changes: list[NameChange] = field(default_factory=list)
@@ -79,6 +80,7 @@ class Outcome:
     missing: list[Remote] = field(default_factory=list)
     outdated: list[Remote] = field(default_factory=list)
     clashing: list[str] = field(default_factory=list)
+    replaced: list[int] = field(default_factory=list)
     shown: int = 0
     unchanged: int = 0
     returned: list[Remote] = field(default_factory=list)
@@ -423,6 +425,8 @@ class Merger:
                         self._set_aside(local, outcome)
                 elif rid in seen:
                     outcome.clashing.append(entry.name)
+                elif entry.is_dir:
+                    outcome.replaced.append(rid)
                 elif not entry.is_dir:
                     # Not asked for by name: where a file is, the server breaks the connection.
                     seen.add(rid)
