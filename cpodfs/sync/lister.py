@@ -436,7 +436,7 @@ class Lister:
             # Where a file has such a name by now, the server breaks off when it is to be listed.
             if await self._shows_dir(pod, new) and await self._shows_dir(pod, old):
                 await self._list_both(before, pod, old, new, both)
-        if not both:
+        if not both or self._store.remote(now.rid) != now:  # gone meanwhile, with its pod
             return []
         with self._store.transaction():
             work = moved(self._store, now.rid, to_parent, to_name)

@@ -269,6 +269,14 @@ def test_the_first_file_of_a_new_cache_is_durable(
         assert settled(mount, own_server) == {"f": OLD}
 
 
+def check_sync_fails(disk: Disk, fd: int) -> None:
+    """Also when the disk is well again: the kernel has told of it then."""
+    for _ in range(2):
+        with pytest.raises(OSError, match="Input/output error"):
+            os.fsync(fd)
+        disk.refuse("")
+
+
 def test_what_the_disk_could_not_keep_is_neither_acknowledged_nor_uploaded(
     tmp_path: Path, own_server: Server, disk: Disk
 ) -> None:
@@ -280,10 +288,7 @@ def test_what_the_disk_could_not_keep_is_neither_acknowledged_nor_uploaded(
         fd = os.open(pod / "f", os.O_WRONLY)
         disk.refuse("unlucky")
         os.write(fd, b"unlucky" * 1000)
-        for _ in range(2):
-            with pytest.raises(OSError, match="Input/output error"):
-                os.fsync(fd)
-            disk.refuse("")
+        check_sync_fails(disk, fd)
         os.write(fd, b"more")
         with pytest.raises(OSError, match="Input/output error"):
             os.close(fd)
@@ -310,10 +315,7 @@ def test_a_journal_that_the_disk_could_not_keep_promises_nothing_more(
         disk.refuse("unlucky")
         (pod / "unlucky").mkdir()
         fd = os.open(pod, os.O_RDONLY)
-        for _ in range(2):
-            with pytest.raises(OSError, match="Input/output error"):
-                os.fsync(fd)
-            disk.refuse("")
+        check_sync_fails(disk, fd)
         os.close(fd)
         until(lambda: mount.status()["failed"])
         assert "mounted anew" in mount.status()["failed"][0]["error"]
