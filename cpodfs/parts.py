@@ -23,6 +23,7 @@ from cpodfs.fs.files import Files
 from cpodfs.fs.guard import Guard
 from cpodfs.fs.handles import Handles
 from cpodfs.fs.operations import Operations
+from cpodfs.fs.provenance import Provenance
 from cpodfs.fs.requests import Requests
 from cpodfs.fs.tree import Tree
 from cpodfs.limits import raise_open_files
@@ -66,6 +67,7 @@ class Parts:
             *(cache.folder / "runs", settings.mountpoint),
             environment=environment,
             on_end=self._on_run_end,
+            on_over=self._on_run_over,
             cancel_grace_s=settings.run_grace_s,
             keep=settings.keep_runs,
         )
@@ -121,8 +123,9 @@ class Parts:
         )
         tree = Tree(store, self._handles, self.engine, self.lister, self._files)
         book = TrustBook(trust_file(self._cache.folder))
-        guard = Guard(
-            *(tree, book, self._holds, settings.sandbox),
+        provenance = Provenance(store, self._holds.holding, self.runs.is_of_run)
+        guard = self._guard = Guard(
+            *(tree, book, self._holds, provenance, settings.sandbox),
             local_market=settings.local_market,
             unconfined=settings.unconfined,
         )
@@ -141,7 +144,7 @@ class Parts:
             b"stall": self._command_stall,
         }
         self.operations = Operations(
-            *(tree, self._run_files, attributes),
+            *(tree, self._run_files, attributes, provenance),
             fsync_remote=settings.fsync_remote,
             timeout_s=min(KERNEL_TIMEOUT_S, settings.attr_ttl_s),
         )
@@ -194,6 +197,9 @@ class Parts:
             pyfuse3.invalidate_entry_async(
                 pyfuse3.InodeT(change.parent), os.fsencode(change.name), ignore_enoent=True
             )
+
+    async def _on_run_over(self, pod: str) -> None:
+        await self._guard.settle(pod)
 
     def _on_run_end(self, pod: str) -> None:
         """Tell the kernel that ``.run`` is gone: who watches it with inotify hears of it. What the

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from rich.filesize import pick_unit_and_suffix
 
 _UNITS = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"]
@@ -29,3 +32,16 @@ def printable(text: str) -> str:
 def line(text: str) -> str:
     """`printable` text that stays in its line."""
     return printable(text).replace("\n", "\\n")
+
+
+def name(path: str) -> str:
+    """A file's name, in quotes unless it is a plain one: it must not look like what follows it."""
+    # However wide the terminal: spaces must not put what stands behind them into the next line.
+    shown = re.sub(" {2,}", lambda spaces: "\\x20" * len(spaces[0]), line(path))
+    return shown if re.fullmatch(r"[\w@%+=:,./-]+", shown) else f"'{shown}'"
+
+
+def some(paths: Sequence[str], limit: int = 3) -> str:
+    """The first names of a list: ``a, b, c and 4 more``."""
+    more = f" and {len(paths) - limit} more" if len(paths) > limit else ""
+    return ", ".join(name(path[:200]) for path in paths[:limit]) + more

@@ -61,11 +61,12 @@ def trust(pod: str, yes: bool, own: bool, revoke: bool) -> None:
     if report["own"]:
         say("It is your own: it runs without being asked for.")
         return
-    if report["trusted"] == report["hash"] and not own:
+    if report["trusted"] and not own:
         say("It is trusted already.")
         return
-    if report["trusted"] not in (None, report["hash"]):
-        say("It has CHANGED since it was trusted.")
+    if report["trusted"] is False:
+        which = f": {report['changed']}" if report["changed"] else ""
+        say(f"It has CHANGED since it was trusted{which}")
     if not yes:
         question = "Is it your own, and all that it will become?" if own else _HOW[report["how"]][1]
         click.confirm(question, abort=True, err=True)
@@ -93,10 +94,10 @@ def _show(pod: Pod, report: dict[str, Any]) -> None:
     say(f"{_HOW[report['how']][0]}{why}")
     say_lines(f"\nIts code, {report['count']} files and folders:")
     for path, size, executable in report["files"]:
-        say(f"  {_name(path)}  {words.size(size)}{'  executable' if executable else ''}")
+        say(f"  {words.name(path)}  {words.size(size)}{'  executable' if executable else ''}")
     if report["count"] > len(report["files"]):
         say(f"  and {report['count'] - len(report['files'])} more, not shown")
-    if left_out := [_name(f"{folder}/") for folder in report["left_out"]]:
+    if left_out := [words.name(f"{folder}/") for folder in report["left_out"]]:
         some = " and ".join(filter(None, (", ".join(left_out[:-1]), left_out[-1])))
         say(f"{some} {'are' if left_out[1:] else 'is'} not part of what you trust")
     say_lines(f"\nHash: {report['hash']}")
@@ -105,12 +106,6 @@ def _show(pod: Pod, report: dict[str, Any]) -> None:
 def _line(text: str) -> str:
     """A stranger's text that stays in its line, whatever it is, and however wide the terminal."""
     return re.sub(" {2,}", lambda spaces: "\\x20" * len(spaces[0]), words.line(text))
-
-
-def _name(path: str) -> str:
-    """A file's name, in quotes unless it is a plain one: it must not look like what follows it."""
-    line = _line(path)
-    return line if re.fullmatch(r"[\w@%+=:,./-]+", line) else f"'{line}'"
 
 
 @click.command()

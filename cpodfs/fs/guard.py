@@ -9,17 +9,20 @@ from __future__ import annotations
 import logging
 import posixpath
 import re
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 import trio
 
+from cpodfs import words
 from cpodfs.cache.schema import LINK
 from cpodfs.cache.store import Inode
 from cpodfs.errors import NotNow, NotTrusted, RunError
+from cpodfs.fs.provenance import Provenance
 from cpodfs.fs.tree import Tree
-from cpodfs.recipe import Recipe
+from cpodfs.recipe import Recipe, is_recipe_name
 from cpodfs.runs import sandbox
-from cpodfs.runs.trust import Fingerprint, TrustBook
+from cpodfs.runs.trust import Fingerprint, TrustBook, Vouched
 from cpodfs.sync.holds import Extent, Holds
 
 log = logging.getLogger(__name__)
@@ -73,6 +76,7 @@ class Guard:
         tree: Tree,
         book: TrustBook,
         holds: Holds,
+        provenance: Provenance,
         mode: str,
         *,
         local_market: bool,
@@ -81,6 +85,8 @@ class Guard:
         self.book = book
         self._tree = tree
         self._holds = holds
+        self._provenance = provenance
+        self._admitted: dict[str, PodRecipe] = {}
         self._mode = mode
         self._local_market = local_market
         self._unconfined = unconfined
@@ -99,9 +105,12 @@ class Guard:
                     f"it and say yes: cpodfs trust {what.name}"
                 )
             self._holds.begin(what.name, _extent(what.recipe))
-            if (await self.fingerprint(what)).hexdigest() != trusted:
+            self._provenance.begin(what.name)
+            changed = await self.changed(what, await self.fingerprint(what))
+            if changed is not None:
+                named = f": {words.some(changed)}" if changed else ""
                 raise NotTrusted(
-                    f"{what.name}: its code has changed since it was trusted; look "
+                    f"{what.name}: its code has changed since it was trusted{named}; look "
                     f"again: cpodfs trust {what.name}"
                 )
         how = await self.outlook(what, own=own)
@@ -116,6 +125,7 @@ class Guard:
             log.warning("no sandbox pod=%r: %s", what.name, how.why)
         if not own:
             self._holds.seal(what.name)
+            self._admitted[what.name] = what
         return how.bwrap
 
     def is_running(self, pod: str) -> bool:
@@ -124,7 +134,54 @@ class Guard:
 
     def let_go(self, pod: str) -> None:
         """No run of the pod has begun."""
+        self._admitted.pop(pod, None)
+        self._provenance.end(pod)
         self._holds.end(pod)
+
+    async def changed(self, what: PodRecipe, sheet: Fingerprint) -> list[str] | None:
+        """What is not as it was when the pod was trusted, by name; None if it is trusted as it is. The
+        names of earlier versions' records are not known."""
+        vouched = await trio.to_thread.run_sync(self.book.vouched, what.name)
+        if vouched is None:
+            if sheet.hexdigest() != self.book.trusted(what.name):
+                return []
+            await self.vouch(what.name, sheet)
+            return None
+        found = vouched.changed(sheet.entries)
+        return list(dict.fromkeys(path or what.recipe.file for path in found)) or None
+
+    async def vouch(self, pod: str, sheet: Fingerprint) -> None:
+        """Keep what is behind a hash that is, or is about to be, trusted."""
+        vouched = Vouched(sheet.hexdigest(), sheet.entries)
+        await trio.to_thread.run_sync(self.book.note, pod, vouched)
+
+    async def settle(self, pod: str) -> None:
+        """A run is over, and nothing of it is left that could change anything. What it has changed
+        itself, it and nobody else, does not end the trust in it, except for what it starts from:
+        the recipe, the script folder, and what of the rest the command names."""
+        what = self._admitted.pop(pod, None)
+        try:
+            if what is not None and self._provenance.wrote(pod):
+                await self._note_doings(what)
+        except (NotTrusted, OSError) as error:
+            log.warning("what the run changed is not noted pod=%r: %s", pod, error)
+        finally:
+            self._provenance.end(pod)
+
+    async def _note_doings(self, what: PodRecipe) -> None:
+        vouched = await trio.to_thread.run_sync(self.book.vouched, what.name)
+        if vouched is None:
+            return
+        entries = (await self.fingerprint(what)).entries
+        own = {
+            path
+            for path in vouched.changed(entries)
+            if not starts_from(what.recipe, path, vouched.files)
+            and self._provenance.is_own_doing(what.name, what.pod.ino, path)
+        }
+        after = vouched.with_made(entries, own)
+        if after != vouched:
+            await trio.to_thread.run_sync(self.book.note, what.name, after)
 
     async def outlook(self, what: PodRecipe, *, own: bool) -> Outlook:
         """How it would be run, were it trusted."""
@@ -197,6 +254,33 @@ def not_code(recipe: Recipe) -> tuple[str, ...]:
     return tuple(f for f in dict.fromkeys(folders) if not f"{f}/".startswith(inside))
 
 
+def starts_from(recipe: Recipe, path: str, vouched: Container[str]) -> bool:
+    """Whether a path is of what a run starts from, which even its own program does not change without
+    being looked at again. At a provider that is all that is sent there, for results come from there."""
+    if not path or ("/" not in path and is_recipe_name(path)):
+        return True
+    sent = (recipe.script,) if recipe.runtime is None else (recipe.script, recipe.payload)
+    if any(_is_in(path, folder) for folder in sent):
+        return True
+    return path in vouched and any(_is_in(path, name) for name in named(recipe.exec_argv))
+
+
+def named(argv: Iterable[str]) -> list[str]:
+    """The paths that a command may name: as they are, in a line for a shell, or as modules."""
+    found = []
+    for word in argv:
+        for name in (word, *re.findall(r"[\w./+-]+", word)):
+            path = posixpath.normpath(name)
+            module = name.replace(".", "/")
+            found += [path, f"{path}/__main__.py", f"{module}.py", f"{module}/__main__.py"]
+            found.append(posixpath.dirname(module) or path)
+    return found
+
+
+def _is_in(path: str, folder: str) -> bool:
+    return f"{path}/".startswith(f"{folder}/")
+
+
 def _extent(recipe: Recipe) -> Extent:
     """The folders of a pod whose contents `Guard.fingerprint` looks at."""
     without = not_code(recipe)
@@ -206,13 +290,13 @@ def _extent(recipe: Recipe) -> Extent:
 
 def _starts_script(recipe: Recipe) -> bool:
     """Whether exec does nothing but start a file of the script folder, itself or by an interpreter."""
-    program, *words = recipe.exec_argv
+    program, *rest = recipe.exec_argv
     if _can_lead_anywhere(recipe.exec_argv):
         return False
     for interpreter, flag in _INTERPRETERS.items():
         if re.fullmatch(interpreter, posixpath.basename(program)):
             # Not any option: the word after it may belong to it.
-            program = next((word for word in words if not re.fullmatch(flag, word)), "")
+            program = next((word for word in rest if not re.fullmatch(flag, word)), "")
             break
     return posixpath.normpath(program).startswith(f"{recipe.script}/")
 

@@ -34,6 +34,7 @@ from cpodfs.fs.control import (
     pod_of,
 )
 from cpodfs.fs.pods import check_writable, inode_of, oserror
+from cpodfs.fs.provenance import Provenance
 from cpodfs.fs.tree import Times, Tree
 from cpodfs.paths import RUN_NAME, decode_name
 
@@ -83,6 +84,7 @@ class Operations(pyfuse3.Operations):
         tree: Tree,
         runs: RunFiles,
         attributes: Attributes,
+        provenance: Provenance,
         *,
         timeout_s: float,
         fsync_remote: bool = False,
@@ -91,9 +93,9 @@ class Operations(pyfuse3.Operations):
         self._tree = tree
         self._runs = runs
         self._attributes = attributes
+        self._provenance = provenance
         self._timeout_s = timeout_s
         self._fsync_remote = fsync_remote
-        self._reading: set[int] = set()
         self.absences = Absences()
         self._uid, self._gid = os.getuid(), os.getgid()
 
@@ -200,7 +202,10 @@ class Operations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        return self._entry(await self._tree.set_attributes(inode, change, fh))
+        changed = await self._tree.set_attributes(inode, change, fh)
+        if fields.update_mode or fields.update_size:
+            self._provenance.changed(inode, ctx.pid)
+        return self._entry(changed)
 
     def _check_owner(self, attr: EntryAttributes, fields: pyfuse3.SetattrFields) -> None:
         """All belongs to whoever mounted; to say so again (``cp -a``, ``rsync``) is no error."""
@@ -228,6 +233,7 @@ class Operations(pyfuse3.Operations):
         made = await self._tree.mkdir(parent_inode, text, mode & ~ctx.umask)
         if parent_inode == ROOT:
             self._runs.made(text)
+        self._provenance.changed(made.ino, ctx.pid)
         return self._given(made)
 
     @_answer
@@ -247,7 +253,9 @@ class Operations(pyfuse3.Operations):
         text = decode_name(name)
         if self._runs.is_run_name(parent_inode, text):
             raise oserror(errno.EPERM, RUN_NAME)
-        return self._given(await self._tree.symlink(parent_inode, text, decode_name(target)))
+        made = await self._tree.symlink(parent_inode, text, decode_name(target))
+        self._provenance.changed(made.ino, ctx.pid)
+        return self._given(made)
 
     @_answer
     async def link(
@@ -262,12 +270,14 @@ class Operations(pyfuse3.Operations):
             await self._runs.cancel(parent_inode)
             return
         await self._tree.unlink(parent_inode, text)
+        self._provenance.removed(parent_inode, text, ctx.pid)
 
     @_answer
     async def rmdir(self, parent_inode: int, name: bytes, ctx: RequestContext) -> None:
         text = decode_name(name)
         self._runs.check_idle(parent_inode, text)
         await self._tree.rmdir(parent_inode, text)
+        self._provenance.removed(parent_inode, text, ctx.pid)
         if parent_inode == ROOT:
             self._runs.not_ours([text])
 
@@ -288,6 +298,10 @@ class Operations(pyfuse3.Operations):
             raise oserror(errno.EPERM, RUN_NAME)
         self._runs.check_idle(parent_inode_old, old)
         await self._tree.rename(parent_inode_old, old, parent_inode_new, new, flags)
+        self._provenance.removed(parent_inode_old, old, ctx.pid)
+        for parent, name in ((parent_inode_old, old), (parent_inode_new, new)):
+            if (moved := self._tree.store.child(parent, name)) is not None:
+                self._provenance.changed(moved.ino, ctx.pid)
         if parent_inode_old == ROOT and old != new:
             self._runs.moved(old, new)
 
@@ -308,6 +322,7 @@ class Operations(pyfuse3.Operations):
         if found is not None:  # since the kernel looked, somebody made it elsewhere
             return await self.open(found.ino, flags, ctx), self._given(found)
         inode, handle = await self._tree.create(parent_inode, text, mode & ~ctx.umask)
+        self._provenance.opened(handle, inode.ino, ctx.pid)
         return FileInfo(fh=handle, keep_cache=True), self._given(inode)
 
     @_answer
@@ -326,8 +341,8 @@ class Operations(pyfuse3.Operations):
             handle = self._tree.files.open(inode)
         else:
             handle = await self._tree.files.open_to_read(inode)
-        if flags & os.O_ACCMODE == os.O_RDONLY:
-            self._reading.add(handle)
+        if flags & os.O_ACCMODE != os.O_RDONLY or flags & os.O_TRUNC:
+            self._provenance.opened(handle, inode, ctx.pid)
         return FileInfo(fh=handle, keep_cache=cached)
 
     @_answer
@@ -349,7 +364,7 @@ class Operations(pyfuse3.Operations):
         try:
             await self._tree.files.flush(fh)
         except CacheDamaged:
-            if fh not in self._reading:  # who only reads may be rescuing what is left
+            if self._provenance.is_writer(fh):  # who only reads may be rescuing what is left
                 raise
 
     @_answer
@@ -358,7 +373,7 @@ class Operations(pyfuse3.Operations):
             self._runs.release(fh)
         else:
             self._tree.handles.release(fh)
-            self._reading.discard(fh)
+            self._provenance.closed(fh)
 
     @_answer
     async def fsync(self, fh: int, datasync: bool) -> None:

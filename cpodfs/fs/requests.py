@@ -10,18 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import posixpath
 import re
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
-from cpodfs import paths
+from cpodfs import paths, words
 from cpodfs.cache.schema import ROOT
 from cpodfs.cache.store import Inode
 from cpodfs.dfs import Client
 from cpodfs.errors import AlreadyExists, ConfigError, CpodfsError, NotFound, NotTrusted, Refused
 from cpodfs.fs.control import RunFiles, advice
-from cpodfs.fs.guard import Guard, not_code
+from cpodfs.fs.guard import Guard, named, not_code
 from cpodfs.fs.pods import check_writable
 from cpodfs.fs.tree import Tree
 from cpodfs.recipe import Recipe
@@ -125,9 +124,12 @@ class Requests:
         how = await self._guard.outlook(what, own=own or book.is_own(pod))
         # What was trusted to run in a sandbox is not trusted to run without.
         lapsed = self._guard.is_boxed(what) and how.kind == "bare" and not how.by_choice
+        known = book.trusted(pod) is not None and not lapsed
+        changed = await self._guard.changed(what, sheet) if known else None
         return {
             "own": book.is_own(pod),
-            "trusted": None if lapsed else book.trusted(pod),
+            "trusted": changed is None if known else None,
+            "changed": words.some(changed or ()),
             "how": how.kind,
             "why": how.why,
             "hash": sheet.hexdigest(),
@@ -140,9 +142,11 @@ class Requests:
 
     async def _confirm(self, pod: str, digest: str) -> Answer:
         what = await self._runs.recipe((await self._pod(pod)).ino)
-        if (await self._guard.fingerprint(what)).hexdigest() != digest:
+        sheet = await self._guard.fingerprint(what)
+        if sheet.hexdigest() != digest:
             raise NotTrusted(f"{pod}: changed while you looked; look again")
         how = await self._guard.outlook(what, own=False)
+        await self._guard.vouch(pod, sheet)
         self._guard.book.trust(pod, digest, boxed=how.kind != "bare")
         log.info("pod trusted pod=%r hash=%s", pod, digest)
         return {}
@@ -233,14 +237,14 @@ _File = tuple[str, int, bool]
 
 def _shown(recipe: Recipe, files: list[_File]) -> list[_File]:
     """As many as an answer can hold, what is executed first: padding must not hide it."""
-    named = {path: at for at, path in reversed(list(enumerate(_named(recipe.exec_argv))))}
+    at = {path: at for at, path in reversed(list(enumerate(named(recipe.exec_argv))))}
 
     def rank(file: _File) -> tuple[int, int]:
         path = file[0]
         if path == recipe.file:
             return 0, 0
-        if path in named:
-            return 1, named[path]
+        if path in at:
+            return 1, at[path]
         return (2 if f"{path}/".startswith(f"{recipe.script}/") else 3), 0
 
     shown: list[_File] = []
@@ -251,14 +255,3 @@ def _shown(recipe: Recipe, files: list[_File]) -> list[_File]:
             break
         shown.append((path[:500], size, executable))
     return shown
-
-
-def _named(argv: Iterable[str]) -> list[str]:
-    """The paths that a command may name: as they are, in a line for a shell, or as modules."""
-    found = []
-    for word in argv:
-        for name in (word, *re.findall(r"[\w./+-]+", word)):
-            path = posixpath.normpath(name)
-            module = name.replace(".", "/")
-            found += [path, f"{path}/__main__.py", f"{module}.py", f"{module}/__main__.py"]
-    return found

@@ -27,7 +27,7 @@ _LOCK_RETRY_S = 0.5
 @dataclass
 class Run:
     """``lock`` is held until the supervisor has it, None from then on; ``pidfd`` is set once the
-    supervisor listens to signals."""
+    supervisor listens to signals. ``supervisor``: its pid, while it is a child of this process."""
 
     pod: str
     id: str
@@ -35,6 +35,7 @@ class Run:
     record: Record
     lock: int | None = None
     pidfd: int | None = None
+    supervisor: int | None = None
     cancelled: bool = False
     ended: trio.Event = field(default_factory=trio.Event)
 

@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class RunManager:
     for what programs get beyond the usual (YAGNA_APPKEY, …); its PATH, if any, goes before
     everything else on the program's. It may block for a moment and may raise. ``on_end(pod)`` is
     called in the trio thread when a run is over and its logs are complete; it must not block.
+    ``on_over(pod)`` is awaited just before that, while nobody can start another: nothing of the run is
+    left that could change anything.
     ``cancel_grace_s``: from SIGINT to SIGKILL. ``keep``: runs remembered per pod.
     ``publish_s``: how long a supervisor goes on trying to reach the mount after the program's end.
 
@@ -61,6 +63,7 @@ class RunManager:
         *,
         environment: Callable[[], Mapping[str, str]],
         on_end: Callable[[str], None],
+        on_over: Callable[[str], Awaitable[None]] | None = None,
         cancel_grace_s: float = 10.0,
         keep: int = 20,
         publish_s: float = 60.0,
@@ -70,6 +73,7 @@ class RunManager:
         self._mountpoint = Path(os.path.abspath(mountpoint))
         self._environment = environment
         self._on_end = on_end
+        self._on_over = on_over
         self._grace_s = cancel_grace_s
         self._keep = keep
         self._publish_s = publish_s
@@ -132,6 +136,14 @@ class RunManager:
     def in_progress(self, pod: str) -> bool:
         """Whether the pod has a run; unlike `current` it reads nothing."""
         return pod in self._active
+
+    def is_of_run(self, pod: str, task: int) -> bool:
+        """Whether a thread or process belongs to the pod's run, if this driver has begun that. To be asked
+        while the process waits for an answer, so that its number is its own."""
+        run = self._active.get(pod)
+        return (
+            run is not None and run.supervisor is not None and state.descends(task, run.supervisor)
+        )
 
     def pods(self) -> list[str]:
         """The pods that have a run."""
@@ -268,6 +280,7 @@ class RunManager:
         }
         assert run.lock is not None
         process = await open_supervisor(run.folder, run.lock, [])
+        run.supervisor = process.pid
         os.close(run.lock)
         run.lock = None
         # A job half sent is a run lost, so a cancelled driver still hands over what it has begun.
@@ -276,6 +289,7 @@ class RunManager:
         run.pidfd = pidfd_of_child(process)
         run.pass_on_cancel()
         await process.wait()
+        run.supervisor = None
 
     async def _adopt(self, run: Run) -> None:
         """A run of an earlier driver: its supervisor is not our child."""
@@ -322,6 +336,11 @@ class RunManager:
             run.let_go()
         if debts.owes(run.record):
             self._started().start_soon(self._settle_debts, run.folder)
+        if self._on_over is not None:
+            try:
+                await self._on_over(run.pod)
+            except Exception:
+                log.exception("on_over failed pod=%r", run.pod)
         self._forget(run)
 
     async def _settle_debts(self, folder: Path) -> None:

@@ -311,6 +311,17 @@ def descendants(ancestor: int) -> list[int]:
     return found
 
 
+def descends(task: int, ancestor: int) -> bool:
+    """Whether a thread (or process) belongs to the process ``ancestor`` or to one below it."""
+    if os.path.exists(f"/proc/{ancestor}/task/{task}"):
+        return True
+    while (process := _look_at(task)) is not None and process.parent:
+        task = process.parent
+        if task == ancestor:
+            return True
+    return False
+
+
 def is_stopped(pid: int) -> bool:
     """Whether a process is stopped, by a signal or by whoever traces it."""
     process = _look_at(pid)

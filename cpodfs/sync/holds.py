@@ -81,19 +81,19 @@ class Holds:
 
     def covers(self, ino: int) -> bool:
         """Whether it is code that a run needs, or is about to need."""
-        return self._hold(ino) is not None
+        return self.holding(ino) is not None
 
     def is_held(self, ino: int) -> bool:
         """Whether the server may not change it here: a folder that was listed, a file whose content is
         here, and once the hold is sealed everything."""
-        found = self._hold(ino)
+        found = self.holding(ino)
         if found is None:
             return False
         inode = self._store.get(ino)
         known = inode is not None and bool(inode.listed_s if inode.is_dir else inode.cached)
         return found in self._sealed or known
 
-    def _hold(self, ino: int) -> str | None:
+    def holding(self, ino: int) -> str | None:
         """The pod whose hold covers an inode: a folder in its extent, or what is directly in one."""
         if not self._sealed and not self._begun:
             return None

@@ -16,7 +16,7 @@ from cpodfs.recipe import parse_recipe
 from cpodfs.runs import changes, keep, sandbox
 from cpodfs.runs.provider_books import hired_for
 from cpodfs.runs.provider_status import Status
-from cpodfs.runs.trust import Fingerprint, TrustBook
+from cpodfs.runs.trust import Fingerprint, TrustBook, Vouched
 
 # -- the record -----------------------------------------------------------------------------------
 
@@ -133,6 +133,39 @@ def test_a_record_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         book.own("p")
     assert not book.is_own("p")
+
+
+# -- what runs make of it -------------------------------------------------------------------------
+
+
+def test_what_a_run_has_made_stands_as_the_run_left_it() -> None:
+    seen = Vouched("abc", {"a": "1", "b": "1", "c": "1"})
+    now = {"a": "2", "b": "2", "d": "1"}
+    assert seen.changed(now) == ["a", "b", "c", "d"]
+    after = seen.with_made(now, {"a", "c", "d"})
+    assert after.changed(now) == ["b"]
+    assert after.changed({"a": "3", "b": "1", "c": "2", "d": "2"}) == ["a", "c", "d"]
+    assert after.changed(seen.files) == []
+    # The next run is another one: what the first has made stands, what it makes itself is new.
+    again = after.with_made({"b": "1", "d": "2", "e": "1"}, {"d"})
+    assert again.made == {"c": None, "d": "2"}
+    assert again.changed({"b": "1", "d": "2", "e": "1"}) == ["a", "e"]
+
+
+def test_what_was_vouched_for_outlives_its_book(path: Path) -> None:
+    book = TrustBook(path)
+    assert book.vouched("theirs") is None
+    book.note("theirs", Vouched("abc", {"a": "1"}, {"b": None}))
+    assert book.vouched("theirs") is None
+    book.trust("theirs", "abc")
+    assert TrustBook(path).vouched("theirs") == Vouched("abc", {"a": "1"}, {"b": None})
+    book.trust("theirs", "abd")
+    assert book.vouched("theirs") is None
+    (sheet,) = path.parent.glob("*/*.json")
+    book.trust("theirs", "abc")
+    for broken in ("", "[]", "{}", sheet.read_text().replace('"files": {', '"files": 1, "x": {')):
+        sheet.write_text(broken)
+        assert book.vouched("theirs") is None
 
 
 # -- the hash -------------------------------------------------------------------------------------
