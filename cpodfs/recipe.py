@@ -1,6 +1,6 @@
 """Recipes: which file of a pod is its recipe, what it may say, and what it means.
 
-A leaf: imports errors and pydantic only, touches no file. What it reads was written by strangers:
+A leaf: imports errors, commands and pydantic only, touches no file. What it reads was written by strangers:
 whatever the bytes, the answer is a `Recipe` or a one-line `RecipeError` naming file and field.
 A `Runtime` is handed to the provider run as plain JSON: keep its fields JSON values.
 """
@@ -29,6 +29,7 @@ from pydantic import (
     model_validator,
 )
 
+from cpodfs import commands
 from cpodfs.errors import RecipeError
 
 RECIPE_LIMIT_BYTES = 1024 * 1024
@@ -43,6 +44,10 @@ COMMAND_LIMIT_CHARS = 64 * 1024
 _NAME_LIMIT_BYTES = 255
 _WARNINGS_LIMIT = 10
 _PROBLEMS_LIMIT = 5
+_FOR_A_SHELL = "sh -c '…'"
+_SAFE = """sh -c '… "$1" …' sh {}"""
+"""How a shell is told a file's name: whatever that is, ``"$1"`` is one word to it."""
+
 _SHELL_WORD = re.compile(
     r"""'[^']*'|"(?:\\.|[^"\\])*"|\\.|(?<!\S)(&&?|\|\|?|\d?>>?|\d>&\d|<|;)(?!\S)""", re.DOTALL
 )
@@ -143,6 +148,7 @@ def parse_recipe(data: bytes, *, file: str, others: Sequence[str] = ()) -> Recip
     except ValidationError as exc:
         raise RecipeError(f"{_shown(file)}: {_problems(exc)}") from None
     golem = document.golem
+    foreach = golem.runtime is not None and golem.runtime.foreach is not None
     extra = dict(document.model_extra or {})
     extra |= {f"golem.{key}": value for key, value in (golem.model_extra or {}).items()}
     if golem.runtime is not None:
@@ -162,7 +168,7 @@ def parse_recipe(data: bytes, *, file: str, others: Sequence[str] = ()) -> Recip
         log=golem.log,
         runtime=None if golem.runtime is None else golem.runtime.result(),
         extra=extra,
-        warnings=_warnings(file, golem.command, extra, others),
+        warnings=_warnings(file, golem.command, extra, others, foreach=foreach),
         raw=raw,
     )
 
@@ -385,6 +391,18 @@ class _Golem(BaseModel):
                 raise ValueError(f"script must not lie inside the {field} folder")
         return self
 
+    @model_validator(mode="after")
+    def _names_are_no_program(self) -> _Golem:
+        if self.runtime is not None and self.runtime.foreach is not None:
+            word = commands.unsafe_place(self.argv)
+            if word is not None:
+                what = "{} in" if commands.PLACE in word else "in the place of"
+                raise ValueError(
+                    f"exec: {what} '{_shown(word)}' a file's name would be a piece of the program; pass "
+                    f"it as an argument: {_SAFE}"
+                )
+        return self
+
 
 class _Document(BaseModel):
     model_config = ConfigDict(extra="allow")
@@ -398,14 +416,14 @@ class _Document(BaseModel):
 
 
 def _warnings(
-    file: str, command: str, extra: dict[str, Any], others: Sequence[str]
+    file: str, command: str, extra: dict[str, Any], others: Sequence[str], *, foreach: bool
 ) -> tuple[str, ...]:
     found = [f"{_shown(file)}: {_shown(key)}: unknown key, kept" for key in extra]
     if for_a_shell := next(filter(None, (m[1] for m in _SHELL_WORD.finditer(command))), None):
         found.insert(
             0,
             f"{_shown(file)}: golem.exec: no shell runs it, so {for_a_shell} is but an argument; if it "
-            "is meant for a shell: sh -c '…'",
+            f"is meant for a shell: {_SAFE if foreach else _FOR_A_SHELL}",
         )
     if others:
         listed = ", ".join(_shown(name) for name in others[:_WARNINGS_LIMIT])

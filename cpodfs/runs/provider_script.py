@@ -259,7 +259,7 @@ def parse_report(text: str) -> Report:
 def words_for(argv: tuple[str, ...], path: str, script: str) -> list[str]:
     """The program's words for one file of ``foreach``.
 
-    The file replaces each ``{}``. If there is none, it replaces the last word, unless that is the
+    The file replaces each ``{}``, which the recipe has only where a name is data (`commands`). If there is none, it replaces the last word, unless that is the
     program itself or lies in the folder ``script``: then the file is added after it.
     """
     if any("{}" in word for word in argv):

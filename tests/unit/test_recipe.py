@@ -218,6 +218,78 @@ def test_runtime_errors_name_the_field(block, reason):
     assert golem_refusal(runtime={"image": "x"}) == "a.recipe: golem.runtime.budget: is missing"
 
 
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        ("sh -c 'wc < {}'", "wc < {}"),
+        ("sh -c 'wc {} > output/x' sh {}", "wc {} > output/x"),
+        ("""sh -ec 'cat "{}"'""", 'cat "{}"'),
+        ("bash -o pipefail -c -x {}", "{}"),
+        ("/bin/sh -c {}", "{}"),
+        ("env A=1 timeout 5 busybox sh -c ./{}", "./{}"),
+        ("env -S 'sh -c wc${IFS}{}'", "sh -c wc${IFS}{}"),
+        ("su x -c 'wc {}'", "wc {}"),
+        ("python3 -u -W ignore -c 'open(\"{}\")'", 'open("{}")'),
+        ("python3 -cprint({})", "-cprint({})"),
+        ("perl -ne {}", "{}"),
+        ("node --eval={}", "--eval={}"),
+        ("awk -F , {} payload/x", "{}"),
+        ("sed -n s,x,{}, payload/x", "s,x,{},"),
+        ("sed -e s/x/{}/ payload/x", "s/x/{}/"),
+        ("x 'a {}'", "a {}"),
+        ("x a;{}", "a;{}"),
+    ],
+)
+def test_a_files_name_is_never_a_piece_of_a_program(command, word):
+    block = {"image": "x", "budget": 1, "foreach": "payload/*"}
+    reason = golem_refusal(exec=command, runtime=block).removeprefix("a.recipe: golem: exec: ")
+    assert reason.startswith(f"{{}} in '{word}' a file's name would be a piece of the program")
+    assert reason.endswith("""pass it as an argument: sh -c '… "$1" …' sh {}""")
+    del block["foreach"]
+    assert parse({"exec": command, "runtime": block}).exec_argv[-1]
+
+
+@pytest.mark.parametrize("command", ["sh -c 'cat payload/*'", "python3 -c 1", "awk 1", "sed p"])
+def test_nor_does_it_take_the_place_of_one(command):
+    reason = golem_refusal(
+        exec=command, runtime={"image": "x", "budget": 1, "foreach": "payload/*"}
+    )
+    assert "exec: in the place of '" in reason
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("""sh -c 'wc < "$1"' sh {}""", "sh -c 'x \"$@\"' sh {} output/{}.txt", "sh {}"),
+        *(
+            "sh script/run.sh -c {}",
+            "wc -c {}",
+            "grep -e x {}",
+            "dd if={} of=output/x",
+            "x --in={}",
+        ),
+        *("python3 -c 'import sys' {}", "python3 -m x {}", "python3 script/x.py -c {}", "{}"),
+        *(
+            "awk '{print}' {}",
+            "sed -n 5p {}",
+            "find payload -exec cat {} +",
+            "perl -ne 1 {}",
+            "x y",
+        ),
+    ],
+)
+def test_where_a_files_name_is_data(command):
+    assert parse(
+        {"exec": command, "runtime": {"image": "x", "budget": 1, "foreach": "payload/*"}}
+    ).warnings in ((),)
+
+
+def test_the_hint_for_a_shell_has_the_safe_form():
+    block = {"image": "x", "budget": 1, "foreach": "payload/*"}
+    (warning,) = parse({"exec": "wc {} > output/x", "runtime": block}).warnings
+    assert warning.endswith("""if it is meant for a shell: sh -c '… "$1" …' sh {}""")
+
+
 def test_unknown_keys_of_the_runtime_are_warned_about():
     recipe = parse({"runtime": {"image": "x", "budget": 1, "gpu": True}})
     assert recipe.extra == {"golem.runtime.gpu": True}
