@@ -58,12 +58,13 @@ _SHELL_WORD = re.compile(
 class Runtime:
     """``golem.runtime``: rent the machine, and for how much. Prices and budget are in GLM.
 
-    ``image`` is a hash (``image_is_hash``) or a tag. ``timeout_s`` covers the whole run,
+    ``image`` is a hash (``image_is_hash``) or a tag; ``type`` the name of the runtime it is for. ``timeout_s`` covers the whole run,
     ``offer_timeout_s`` the wait for the first agreement. ``max_*`` None: no limit but the budget.
     ``foreach``: a glob relative to the pod, one task per file; None: one program on one provider.
     """
 
     image: str
+    type: str
     budget: float
     min_mem_gib: float
     min_cpu_threads: int
@@ -323,6 +324,12 @@ _Seconds = Annotated[float, BeforeValidator(_duration_s)]
 _Word = Annotated[StrictStr, AfterValidator(_text), Field(pattern=r"^[A-Za-z0-9_.:/@+-]{1,200}$")]
 
 
+# What Golem calls experimental begins with "!"; nothing here can end a constraint or mean another.
+_Capability = Annotated[
+    StrictStr, AfterValidator(_text), Field(pattern=r"^!?[A-Za-z0-9_.:/@+-]{1,200}$")
+]
+
+
 class _MaxPrice(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -335,11 +342,12 @@ class _Runtime(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     image: _Word
+    type: _Word = "vm"
     budget: Annotated[StrictFloat, Field(gt=0, le=1e9)]
     min_mem_gib: Annotated[StrictFloat, Field(gt=0, le=1e5)] = 0.5
     min_cpu_threads: Annotated[StrictInt, Field(ge=1, le=10_000)] = 1
     min_storage_gib: Annotated[StrictFloat, Field(ge=0, le=1e6)] = 2.0
-    capabilities: Annotated[list[_Word], Field(max_length=20)] = []
+    capabilities: Annotated[list[_Capability], Field(max_length=20)] = []
     timeout: Annotated[_Seconds, Field(ge=1, le=30 * 86400)] = 1800.0
     offer_timeout: Annotated[_Seconds, Field(ge=1, le=86400)] = 60.0
     subnet: _Word | None = None

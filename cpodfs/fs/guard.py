@@ -262,7 +262,9 @@ def starts_from(recipe: Recipe, path: str, vouched: Container[str]) -> bool:
     sent = (recipe.script,) if recipe.runtime is None else (recipe.script, recipe.payload)
     if any(_is_in(path, folder) for folder in sent):
         return True
-    return path in vouched and any(_is_in(path, name) for name in named(recipe.exec_argv))
+    modules = [posixpath.dirname(word.replace(".", "/")) for word in recipe.exec_argv]
+    names = [*named(recipe.exec_argv), *filter(None, modules)]
+    return path in vouched and any(_is_in(path, name) for name in names)
 
 
 def named(argv: Iterable[str]) -> list[str]:
@@ -273,7 +275,6 @@ def named(argv: Iterable[str]) -> list[str]:
             path = posixpath.normpath(name)
             module = name.replace(".", "/")
             found += [path, f"{path}/__main__.py", f"{module}.py", f"{module}/__main__.py"]
-            found.append(posixpath.dirname(module) or path)
     return found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -150,7 +151,7 @@ class Session:
         image = {"image_hash" if runtime.image_is_hash else "image_tag": runtime.image}
         try:
             async with asyncio.timeout(_IMAGE_S):
-                return await vm.repo(
+                package = await vm.repo(
                     **image,
                     min_mem_gib=runtime.min_mem_gib,
                     min_storage_gib=runtime.min_storage_gib,
@@ -163,6 +164,7 @@ class Session:
             if ": 404" in str(error):
                 raise RunFailed(f"image unknown: {runtime.image}") from None
             raise RunFailed(f"image {runtime.image}: {describe(error)}") from None
+        return for_runtime(package, runtime.type)
 
     def _golem(self) -> tuple[Golem, Strategy]:
         runtime, status = self._runtime, self._reporter.status
@@ -217,6 +219,13 @@ class Session:
         books = self._books
         allocation = engine._budget_allocations[0]
         await pay(engine._payment_api, allocation, limits, books.paid, books.refuse)
+
+
+def for_runtime(package: Any, name: str) -> Payload:
+    """A package of `vm.repo` for the runtime of this name, such as ``vm-nvidia``; yapapi's own can only be
+    asked for from ``vm``, though the others take the same images and commands."""
+    constraints = dataclasses.replace(package.constraints, runtime=name)
+    return dataclasses.replace(package, constraints=constraints)
 
 
 def limit_files(scratch: Path) -> None:

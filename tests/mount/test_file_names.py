@@ -10,7 +10,7 @@ from tests.mount.compute import record, run_to_end
 from tests.mount.provider_pods import check_tidy, market_mounted, provider_pod
 from tests.mount.strangers import reason, touch
 
-NAMES = ("a b", "c;echo INJECTED.txt", "$(touch output/evil)", 'it\'s "x"', "`id`", "*", "-n")
+NAMES = ("a b", "c;echo INJECTED.txt", "$(touch evil)", 'it\'s "x"', "`id`", "*", "-n")
 
 
 def test_a_files_name_is_not_run_at_the_provider(tmp_path: Path) -> None:

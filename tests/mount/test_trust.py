@@ -238,8 +238,8 @@ def test_ones_own_and_trusted_pods_survive_the_cache_but_not_the_record(
         mount.remount(wipe=True)
         run_to_end(own)
         run_to_end(theirs)
-        records = list((tmp_path / "state/cpodfs/trust").iterdir())
-        assert [path.stat().st_mode & 0o777 for path in records] == [0o600]
+        records = list((tmp_path / "state/cpodfs/trust").rglob("*.json"))
+        assert [path.stat().st_mode & 0o777 for path in records] == [0o600, 0o600]
         assert mount.stop() == 0
         shutil.rmtree(tmp_path / "state")
         mount.start()

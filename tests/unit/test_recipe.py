@@ -208,6 +208,10 @@ def test_runtime_is_parsed():
         ({"max_price": {"cpu": 1}}, "max_price.cpu: is not known"),
         ({"max_price": {"start": -1}}, "max_price.start: Input should be greater than or equal"),
         ({"capabilities": "vpn"}, "capabilities: must be a list, not text"),
+        ({"capabilities": ["a)(b"]}, "capabilities.0: String should match pattern"),
+        ({"capabilities": ["*"]}, "capabilities.0: String should match pattern"),
+        ({"type": "!vm"}, "type: String should match pattern"),
+        ({"type": ""}, "type: String should match pattern"),
         ({"workers": 0}, "workers: Input should be greater than or equal to 1"),
         ({"retries": "2"}, "retries: must be a whole number, not text"),
     ],
@@ -288,6 +292,13 @@ def test_the_hint_for_a_shell_has_the_safe_form():
     block = {"image": "x", "budget": 1, "foreach": "payload/*"}
     (warning,) = parse({"exec": "wc {} > output/x", "runtime": block}).warnings
     assert warning.endswith("""if it is meant for a shell: sh -c '… "$1" …' sh {}""")
+
+
+def test_capabilities_and_runtimes_as_golem_writes_them():
+    names = ["!exp:gpu", "vpn", "inet", "manifest-support"]
+    asked = runtime(type="vm-nvidia", capabilities=names)
+    assert (asked.type, asked.capabilities) == ("vm-nvidia", tuple(names))
+    assert runtime().type == "vm"
 
 
 def test_unknown_keys_of_the_runtime_are_warned_about():
