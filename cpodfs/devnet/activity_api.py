@@ -1,22 +1,30 @@
 """The Activity API: create, exec, results by long poll or as an event stream, state, usage.
 
-Imports `activity`, `rest`, and `agreements` for whose activity it is. Every call counts as a sign
-of life of the agreement's requestor; an open event stream does so as long as it can be written.
+Imports `activity`, `batch`, `pace`, `rest`, and `agreements` for whose activity it is. What is done at the
+provider takes a way there and one back. Every call counts as a sign of life of the agreement's
+requestor; an open event stream does so as long as it can be written.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from cpodfs.devnet.activity import Activity, Batch, parse_script
+from cpodfs.devnet.activity import TERMINATED, Activity
 from cpodfs.devnet.agreements import Agreement
+from cpodfs.devnet.batch import Batch, Reader, parse_script
+from cpodfs.devnet.pace import Pace
 from cpodfs.devnet.rest import Problem, body_json, body_object, hold_s, text_field
 
-_KEEP_ALIVE_S = 10.0
-_DEFAULT_HOLD_S = 5.0
+_KEEP_ALIVE_S = 15.0
+_LOOK_S = 1.0
+"""How often a stream on which nothing comes is looked after."""
+_DEFAULT_TIMEOUT_S = 5.0
+_TIMEOUT_MARGIN_S = 1.0
 
 Creator = Callable[[str], Awaitable[Activity]]
 Ender = Callable[[Activity], Awaitable[None]]
@@ -26,9 +34,14 @@ class ActivityApi:
     """``create`` makes an activity for an agreement id, ``end`` ends and books one."""
 
     def __init__(
-        self, activities: dict[str, tuple[Agreement, Activity]], create: Creator, end: Ender
+        self,
+        activities: dict[str, tuple[Agreement, Activity]],
+        create: Creator,
+        end: Ender,
+        pace: Pace,
     ) -> None:
         self._activities = activities
+        self._pace = pace
         self._create = create
         self._end = end
 
@@ -47,10 +60,9 @@ class ActivityApi:
     def _find(self, request: web.Request) -> tuple[Agreement, Activity]:
         key = request.match_info["id"]
         if key not in self._activities:
-            raise Problem(404, f"activity {key} is not known")
+            raise Problem(500, "DAO error: Not found")
         agreement, activity = self._activities[key]
         agreement.seen_now()
-        _check_there(agreement)
         return agreement, activity
 
     async def create(self, request: web.Request) -> web.Response:
@@ -58,103 +70,156 @@ class ActivityApi:
         key = text_field(body, "agreementId") if isinstance(body, dict) else body
         if not isinstance(key, str):
             raise Problem(400, "an agreement id is expected")
-        activity = await self._create(key)
+        async with self._pace.at_provider():
+            activity = await self._create(key)
         if isinstance(body, dict):
-            found = {"activityId": activity.id, "credentials": None}
-            return web.json_response(found, status=201)
-        return web.json_response(activity.id, status=201)
+            return web.json_response({"activityId": activity.id, "credentials": None})
+        return web.json_response(activity.id)
 
     async def destroy(self, request: web.Request) -> web.Response:
-        _agreement, activity = self._find(request)
-        await self._end(activity)
+        """Waits for the exe-unit; 408 when that takes longer than ``timeout`` (s; 5) and one more."""
+        agreement, activity = self._find(request)
+        timeout_s = hold_s(request, _DEFAULT_TIMEOUT_S) + _TIMEOUT_MARGIN_S
+        ending = asyncio.ensure_future(self._destroy(agreement, activity))
+        # It goes on in any case.
+        done, _ = await asyncio.wait([ending], timeout=timeout_s)
+        if not done:
+            ending.add_done_callback(lambda task: task.cancelled() or task.exception())
+            raise Problem(408, "Timeout")
+        ending.result()
         return web.json_response(None)
 
+    async def _destroy(self, agreement: Agreement, activity: Activity) -> None:
+        async with self._pace.at_provider():
+            if agreement.provider.gone:
+                raise agreement.provider.unreachable("activity")
+            await self._end(activity)
+
     async def exec(self, request: web.Request) -> web.Response:
-        _agreement, activity = self._find(request)
+        agreement, activity = self._find(request)
         commands = parse_script(text_field(await body_object(request), "text"))
-        return web.json_response(activity.send(commands).id)
+        async with self._pace.at_provider():
+            if agreement.provider.gone:
+                raise activity.unreachable()
+            batch = activity.send(commands)
+        return web.json_response(batch.id)
 
     async def state(self, request: web.Request) -> web.Response:
-        _agreement, activity = self._find(request)
+        _agreement, activity = await self._asked(request)
         found = {
-            "state": [activity.state, None],
+            "state": [activity.state, activity.pending],
             "reason": activity.reason,
             "errorMessage": activity.reason,
         }
         return web.json_response(found)
 
+    async def _asked(self, request: web.Request) -> tuple[Agreement, Activity]:
+        """An activity after its provider was asked; one that is over is known here."""
+        agreement, activity = self._find(request)
+        if activity.state != TERMINATED or agreement.provider.gone:
+            async with self._pace.at_provider():
+                if agreement.provider.gone:
+                    raise agreement.provider.unreachable("activity")
+        return agreement, activity
+
     async def usage(self, request: web.Request) -> web.Response:
-        _agreement, activity = self._find(request)
-        found = {"currentUsage": activity.usage, "timestamp": int(activity.duration_s)}
+        _agreement, activity = await self._asked(request)
+        found = {"currentUsage": activity.usage, "timestamp": int(time.time())}
         return web.json_response(found)
 
     async def running(self, request: web.Request) -> web.Response:
-        _agreement, activity = self._find(request)
-        return web.json_response(
-            [
-                {"batchId": batch.id, "command": batch.commands[len(batch.results)][0]}
-                for batch in activity.batches.values()
-                if not batch.finished
-            ]
-        )
+        _agreement, activity = await self._asked(request)
+        found = [
+            dict([batch.commands[len(batch.results)]])
+            for batch in activity.batches.values()
+            if not batch.finished and len(batch.results) < len(batch.commands)
+        ]
+        if not found:
+            raise Problem(404, f"Not found: No running command within activity: {activity.id}")
+        return web.json_response(found)
 
     async def results(self, request: web.Request) -> web.StreamResponse:
+        """All of a batch once it is done, or those that there are after ``timeout`` (s; 0)."""
         agreement, activity = self._find(request)
-        batch = activity.batches.get(request.match_info["batch"])
-        if batch is None:
-            raise Problem(404, f"batch {request.match_info['batch']} is not known")
-        if "text/event-stream" in request.headers.get("Accept", ""):
-            return await _stream(request, agreement, batch)
-        timeout_s = hold_s(request, _DEFAULT_HOLD_S)
+        key = request.match_info["batch"]
+        if request.headers.get("Accept") == "text/event-stream":
+            return await self._stream(request, agreement, activity)
+        timeout_s = hold_s(request, 0.0)
         agreement.polls += 1
         try:
-            await batch.changed.until(
-                lambda: batch.finished or len(batch.results) > batch.delivered, timeout_s
-            )
+            async with self._pace.at_provider():
+                batch = _batch(agreement, activity, key)
+                found = await batch.results_after(timeout_s)
+                _batch(agreement, activity, key)
         finally:
             agreement.polls -= 1
             agreement.seen_now()
-        _check_there(agreement)
-        batch.delivered = len(batch.results)
-        return web.json_response(batch.results)
+        return web.json_response(found)
+
+    async def _stream(
+        self, request: web.Request, agreement: Agreement, activity: Activity
+    ) -> web.StreamResponse:
+        """What a batch says from now on; afterwards signs of life for ever, as yagna does."""
+        response = web.StreamResponse()
+        response.content_type = "text/event-stream"
+        await response.prepare(request)
+        await self._pace.cross()
+        reader = Reader(self._pace.provider_latency_s)
+        try:
+            batch = _batch(agreement, activity, request.match_info["batch"])
+            batch.readers.add(reader)
+        except Problem:
+            _break_off(request)
+            return response
+        try:
+            await _pass_on(request, response, reader, agreement)
+            while not _is_gone(request):
+                await response.write(b":ping\n")
+                await asyncio.sleep(_KEEP_ALIVE_S)
+        except ConnectionError:
+            pass  # the reader has what it wanted, or is gone
+        finally:
+            batch.readers.discard(reader)
+        return response
 
 
-def _check_there(agreement: Agreement) -> None:
-    """Raise what yagna says of a provider that it cannot reach."""
-    if agreement.provider.gone:
-        raise Problem(
-            500, f"GSB error: endpoint address not found: /net/{agreement.provider.node_id}"
-        )
+def _batch(agreement: Agreement, activity: Activity, key: str) -> Batch:
+    """A batch as its exe-unit knows it. Raises Problem."""
+    if agreement.provider.gone or activity.state == TERMINATED:
+        raise activity.unreachable()
+    if key not in activity.batches:
+        raise Problem(404, f"Not found: batch_id = {key}")
+    return activity.batches[key]
 
 
-async def _stream(request: web.Request, agreement: Agreement, batch: Batch) -> web.StreamResponse:
-    """All events of a batch from the one after ``Last-Event-Id`` on, until it has finished."""
-    last = request.headers.get("Last-Event-Id", "")
-    sent = int(last) if last.isdecimal() else 0
-    response = web.StreamResponse(headers={"Cache-Control": "no-cache"})
-    response.content_type = "text/event-stream"
-    await response.prepare(request)
-    reader = object()
-    try:
-        while True:
-            if agreement.provider.gone:
-                raise ConnectionResetError
-            for number, event in [kept for kept in batch.events if kept[0] > sent]:
-                data = json.dumps(event, ensure_ascii=False)
-                await response.write(f"event: runtime\nid: {number}\ndata: {data}\n\n".encode())
-                sent = batch.readers[reader] = number
-                batch.read.fire()
-            agreement.seen_now()
-            if batch.finished and sent == batch.emitted:
-                return response
-            if not await batch.changed.until(_more_than(batch, sent), _KEEP_ALIVE_S):
-                await response.write(b": still there\n\n")
-    except ConnectionError:
-        return response  # the reader has what it wanted, or is gone
-    finally:
-        batch.readers.pop(reader, None)
-        batch.read.fire()
+async def _pass_on(
+    request: web.Request, response: web.StreamResponse, reader: Reader, agreement: Agreement
+) -> None:
+    """Write events until there will be no more. Raises ConnectionError when the stream is over."""
+    number = 0
+    while True:
+        events = await reader.arrived(_LOOK_S)
+        agreement.seen_now()
+        said = b""
+        for event in events:
+            data = json.dumps(event, ensure_ascii=False)
+            said += f"event: runtime\ndata: {data}\nid: {number}\n\n".encode()
+            number += 1
+        if said:
+            await response.write(said)
+        elif agreement.provider.gone or reader.lagged:
+            _break_off(request)
+        elif reader.ended:
+            return
+        if _is_gone(request):
+            raise ConnectionResetError
 
 
-def _more_than(batch: Batch, sent: int) -> Callable[[], bool]:
-    return lambda: batch.emitted > sent
+def _break_off(request: web.Request) -> None:
+    """End the connection without an end of the answer: the reader is to know that it is none."""
+    if request.transport is not None:
+        request.transport.abort()
+
+
+def _is_gone(request: web.Request) -> bool:
+    return request.transport is None or request.transport.is_closing()

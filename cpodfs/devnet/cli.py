@@ -71,6 +71,21 @@ _CHANCE = click.FloatRange(0.0, 1.0)
     help="A provider of its own instead, with speed, bandwidth (bytes/s), cpu_price, duration_price, "
     "start_price, cores, threads, mem_gib, storage_gib, subnet. Can be repeated.",
 )
+@click.option(
+    "--provider-latency",
+    "provider_latency_s",
+    type=click.FloatRange(0.0, 60.0),
+    envvar="CPODFS_DEVNET_PROVIDER_LATENCY",
+    help="Market: seconds from the requestor's daemon to a provider, and as many back.  [default: 0]",
+)
+@click.option(
+    "--vm-pace",
+    "vm",
+    is_flag=True,
+    default=None,
+    envvar="CPODFS_DEVNET_VM_PACE",
+    help="Market: deploying, starting and transfers take as long as in a virtual machine.",
+)
 @click.option("--no-offers", is_flag=True, help="Market: nobody answers a demand.")
 @click.option("--reject-proposals", type=_CHANCE, help="Market: chance of a refusal.")
 @click.option("--fail-command", type=_CHANCE, help="Market: chance that a command fails.")
@@ -149,6 +164,7 @@ _MISBEHAVIOUR = (
     *("transfer_bandwidth", "lose_invoice", "invoice_delay_s", "unknown_image"),
     *("refuse_activity", "overbill"),
 )
+_PACE = ("provider_latency_s", "vm")
 
 
 def _market_options(
@@ -156,14 +172,17 @@ def _market_options(
 ) -> dict[str, Any]:
     """The market's part of the `serve.Options`, taken out of ``given``. Raises ValueError."""
     from cpodfs.devnet.misbehave import Misbehaviour
+    from cpodfs.devnet.pace import Pace
     from cpodfs.devnet.provider import DEFAULT_PROVIDERS, numbered, parse_spec
 
     amiss = {name: given.pop(name) for name in _MISBEHAVIOUR if name in given}
+    pace = {name: given.pop(name) for name in _PACE if name in given}
     named = tuple(map(parse_spec, specs))
     default = DEFAULT_PROVIDERS if providers is None else numbered(providers)
     return {
         "providers": named or default,
         "misbehave": Misbehaviour.parse(amiss),
+        "pace": Pace(**pace),
         "seed": given.get("seed", 0),
     }
 

@@ -29,6 +29,7 @@ from cpodfs.devnet.market_api import MarketApi
 from cpodfs.devnet.misbehave import MisbehaveApi, Misbehaviour
 from cpodfs.devnet.negotiation import Negotiation
 from cpodfs.devnet.net_api import NetApi
+from cpodfs.devnet.pace import Pace
 from cpodfs.devnet.payment_api import PaymentApi
 from cpodfs.devnet.provider import (
     CHOSEN_PLATFORM,
@@ -63,11 +64,13 @@ class Market:
         gftp_dir: Path,
         requestor_idle_s: float,
         sandbox: bool,
+        pace: Pace,
     ) -> None:
         self._state_dir = state_dir
         self._sandbox = sandbox
         self._idle_s = requestor_idle_s
         self._misbehave = misbehave
+        self._pace = pace
         self._isolation = Isolation(None, "it was not asked for")
         self._ledger = Ledger(state_dir)
         self._transfers = Transfers(Registry(gftp_dir))
@@ -90,10 +93,12 @@ class Market:
         return None if self._isolation.bwrap is not None else self._isolation.missing
 
     def routes(self) -> list[web.RouteDef]:
-        activity = ActivityApi(self._activities, self._create_activity, self._end_activity)
+        activity = ActivityApi(
+            self._activities, self._create_activity, self._end_activity, self._pace
+        )
         return [
             web.get("/me", self._me),
-            *MarketApi(self.negotiation).routes(),
+            *MarketApi(self.negotiation, self._pace).routes(),
             *activity.routes(),
             *self._payment.routes(),
             *NetApi().routes(),
@@ -230,6 +235,8 @@ class Market:
         agreement.seen_now()
         key = new_id()
         provider = agreement.provider
+        if provider.gone:
+            raise provider.unreachable("activity")
         if provider.draws(self._misbehave.refuse_activity):
             raise Problem(500, "the provider did not make the activity")
         container = Container(
@@ -244,6 +251,7 @@ class Market:
             self._transfers,
             key=key,
             misbehave=self._misbehave,
+            pace=self._pace,
             on_change=self._book_activity,
             on_vanish=lambda: self._vanish_soon(provider),
         )
@@ -315,6 +323,7 @@ def create_market_app(
     gftp_dir: Path,
     requestor_idle_s: float = 60.0,
     sandbox: bool = True,
+    pace: Pace | None = None,
 ) -> web.Application:
     """The market as an aiohttp application; ``state_dir`` gets the ledger and providers' folders.
 
@@ -333,7 +342,7 @@ def create_market_app(
     ``shutdown_timeout`` bounds the wait for long polls. One market per ``state_dir`` at a time.
 
     ``requestor_idle_s``: agreements whose requestor gives no sign of life for so many seconds
-    are ended by their providers. ``sandbox``: confine tasks with bubblewrap if it works here;
+    are ended by their providers. ``pace``: how long things take. ``sandbox``: confine tasks with bubblewrap if it works here;
     whether it does is said in the log. Raises OSError or sqlite3.Error when the state cannot be opened.
     """
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -345,6 +354,7 @@ def create_market_app(
         gftp_dir=gftp_dir,
         requestor_idle_s=requestor_idle_s,
         sandbox=sandbox,
+        pace=pace or Pace(),
     )
     app = web.Application(
         middlewares=[

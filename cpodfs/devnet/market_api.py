@@ -1,6 +1,6 @@
 """The Market API: HTTP to `Negotiation` and back, with its long polls.
 
-Imports `agreements`, `negotiation`, `rest`.
+Imports `agreements`, `negotiation`, `pace`, `rest`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from aiohttp import web
 
 from cpodfs.devnet.agreements import Agreement, Demand, Proposal
 from cpodfs.devnet.negotiation import Negotiation
+from cpodfs.devnet.pace import Pace
 from cpodfs.devnet.rest import (
     Json,
     Problem,
@@ -23,8 +24,9 @@ from cpodfs.devnet.rest import (
 
 
 class MarketApi:
-    def __init__(self, negotiation: Negotiation) -> None:
+    def __init__(self, negotiation: Negotiation, pace: Pace) -> None:
         self._market = negotiation
+        self._pace = pace
 
     def routes(self, root: str = "/market-api/v1") -> list[web.RouteDef]:
         demand, proposal = f"{root}/demands/{{id}}", f"{root}/demands/{{id}}/proposals/{{proposal}}"
@@ -108,6 +110,7 @@ class MarketApi:
     async def counter(self, request: web.Request) -> web.Response:
         proposal = self._proposal(request)
         properties, constraints = _base(await body_object(request))
+        await self._pace.round_trip()
         said = self._market.counter(proposal.demand, proposal, properties, constraints)
         return web.json_response(said.id)
 
@@ -134,7 +137,9 @@ class MarketApi:
         return web.json_response(self._agreement(request).json())
 
     async def confirm(self, request: web.Request) -> web.Response:
-        self._market.confirm(self._agreement(request))
+        agreement = self._agreement(request)
+        await self._pace.round_trip()
+        self._market.confirm(agreement)
         return web.Response(status=204)
 
     async def wait(self, request: web.Request) -> web.Response:
@@ -153,6 +158,7 @@ class MarketApi:
     async def terminate(self, request: web.Request) -> web.Response:
         agreement = self._agreement(request)
         reason = await body_object(request) if request.can_read_body else {}
+        await self._pace.round_trip()
         await self._market.terminate(agreement, "Requestor", reason)
         return web.Response(status=204)
 

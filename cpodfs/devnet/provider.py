@@ -1,6 +1,6 @@
 """What providers are: their names, prices, speeds and offers.
 
-Imports `constraints`. Pure data and arithmetic, no I/O: what a provider *does* is in `activity`
+Imports `constraints`, and `rest` for what is said of one that is gone. Pure data and arithmetic, no I/O: what a provider *does* is in `activity`
 and `container`. Prices are per second of use, as in an offer's coefficients.
 """
 
@@ -15,6 +15,7 @@ from decimal import Decimal
 from typing import Any
 
 from cpodfs.devnet.constraints import Filter, parse
+from cpodfs.devnet.rest import Problem
 
 USAGE_VECTOR = ("golem.usage.cpu_sec", "golem.usage.duration_sec")
 
@@ -196,6 +197,14 @@ class Provider:
         """Whether the payment platform that a requestor has chosen, if any, is one of ours."""
         chosen = demand.get(CHOSEN_PLATFORM)
         return chosen is None or chosen in self.spec.platforms
+
+    def unreachable(self, service: str) -> Problem:
+        """What yagna's central net says of a service of a node that is not there."""
+        address = f"/net/{self.node_id}/{service}"
+        return Problem(
+            500,
+            f"GSB error: Remote service at `{address}` error: Bad request: endpoint address not found",
+        )
 
     def draws(self, chance: float) -> bool:
         return chance > 0 and self.dice.random() < chance

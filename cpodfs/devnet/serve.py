@@ -26,6 +26,7 @@ from cpodfs.devnet.dfs_routes import SERVER
 from cpodfs.devnet.dfs_server import TOKEN_LIFETIME_S, create_app
 from cpodfs.devnet.faults import Faults
 from cpodfs.devnet.misbehave import Misbehaviour
+from cpodfs.devnet.pace import Pace
 from cpodfs.devnet.provider import DEFAULT_PROVIDERS, ProviderSpec
 from cpodfs.devnet.state import announced, bound_socket, locked, secret_file
 
@@ -48,6 +49,7 @@ class Options:
     token_lifetime_s: float | None = None
     providers: tuple[ProviderSpec, ...] = DEFAULT_PROVIDERS
     misbehave: Misbehaviour = field(default_factory=Misbehaviour)
+    pace: Pace = field(default_factory=Pace)
     seed: int = 0
 
 
@@ -125,6 +127,7 @@ async def _market(options: Options) -> AsyncIterator[dict[str, Any]]:
         gftp_dir=gftp_dir,
         providers=options.providers,
         misbehave=options.misbehave,
+        pace=options.pace,
         seed=options.seed,
     )
     program = write_gftp_program(state / "tools")

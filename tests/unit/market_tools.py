@@ -29,12 +29,19 @@ PLATFORM = "erc20-holesky-tglm"
 ONE = (ProviderSpec("solo"),)
 THREE = tuple(ProviderSpec(name, cpu_price=1e-4) for name in "abc")
 
+_NO_TIMEOUT = aiohttp.ClientTimeout(total=None)
+
 Commands = list[dict[str, Any]]
 INIT: Commands = [{"deploy": {}}, {"start": {"args": []}}]
 
 
+GO = "/golem/input/go"
+
+
 def run(entry_point: str, *args: str, **capture: Any) -> dict[str, Any]:
-    return {"run": {"entry_point": entry_point, "args": list(args), "capture": capture}}
+    """A command whose output is streamed, or captured as it is said."""
+    modes = {"stdout": {"stream": {}}, "stderr": {"stream": {}}} | capture
+    return {"run": {"entry_point": entry_point, "args": list(args), "capture": modes}}
 
 
 def shell(command: str, **capture: Any) -> dict[str, Any]:
@@ -50,6 +57,11 @@ class Served:
     @property
     def market_dir(self) -> Path:
         return self.folder / "market"
+
+    def let_go(self, activity: str) -> None:
+        """Make the file that the commands of `Requestor.stream` wait for."""
+        [folder] = self.market_dir.glob(f"providers/*/{activity}/golem/input")
+        (folder / Path(GO).name).touch()
 
     def ledger(self) -> list[LedgerRow]:
         return ledger_table(self.market_dir)
@@ -176,8 +188,11 @@ class Requestor:
 
     async def activity(self, agreement: str) -> str:
         body = {"agreementId": agreement}
-        found = await self.market.call("POST", "/activity-api/v1/activity", body, 201)
+        found = await self.market.call("POST", "/activity-api/v1/activity", body)
         return str(found["activityId"])
+
+    async def state(self, activity: str) -> dict[str, Any]:
+        return dict(await self.market.call("GET", f"/activity-api/v1/activity/{activity}/state"))
 
     async def exec(self, activity: str, commands: Commands) -> str:
         path = f"/activity-api/v1/activity/{activity}/exec"
@@ -193,31 +208,35 @@ class Requestor:
                 return list(found)
 
     async def stream(
-        self, activity: str, batch: str, until: str, last: str = ""
-    ) -> list[tuple[str, dict[str, Any]]]:
-        """(id, kind) of each event of a batch, up to the first of kind ``until``."""
-        found, number = [], ""
-        headers = {"Accept": "text/event-stream", "Last-Event-Id": last}
-        url = f"{self.market.url}/activity-api/v1/activity/{activity}/exec/{batch}"
-        async with self.market.http.get(url, headers=headers) as response:
-            assert response.content_type == "text/event-stream"
-            async for raw in response.content:
-                line = raw.decode().rstrip("\n")
-                if line.startswith("id: "):
-                    number = line[4:]
-                if line.startswith("data: "):
-                    event = json.loads(line[6:])
-                    assert event["batch_id"] == batch
-                    found.append((number, event["kind"]))
-                    if until in event["kind"]:
-                        break
-        return found
+        self, activity: str, commands: Commands, until: str = "finished"
+    ) -> list[dict[str, Any]]:
+        """What commands say, up to the first event of kind ``until`` of the last one.
 
-    async def printed(self, activity: str, commands: Commands) -> str:
-        """Send a batch and wait until it has printed something; its id."""
-        batch = await self.exec(activity, commands)
-        assert await asyncio.wait_for(self.stream(activity, batch, "stdout"), PATIENCE_S)
-        return batch
+        They wait until the stream is open: what is said before is lost.
+        """
+        wait = f"until [ -e {GO} ]; do echo; sleep 0.02; done; rm {GO}"
+        batch = await self.exec(activity, [shell(wait), *commands])
+        found = []
+        async with self.open_stream(activity, batch) as response:
+            async for event in events_of(response):
+                assert event["batch_id"] == batch
+                if event["index"] == 0 and "stdout" in event["kind"]:
+                    self.market.let_go(activity)
+                elif event["index"] > 0:
+                    found.append(event["kind"])
+                    if until in event["kind"] and event["index"] == len(commands):
+                        return found
+        raise AssertionError(f"the stream broke off: {found}")
+
+    def open_stream(self, activity: str, batch: str, **headers: str) -> Any:
+        url = f"{self.market.url}/activity-api/v1/activity/{activity}/exec/{batch}"
+        headers = {"Accept": "text/event-stream", **headers}
+        return self.market.http.get(url, headers=headers, timeout=_NO_TIMEOUT)
+
+    async def printed(self, activity: str, commands: Commands) -> None:
+        """Send a batch and wait until its last command has printed something."""
+        async with asyncio.timeout(PATIENCE_S):
+            await self.stream(activity, commands, "stdout")
 
     async def ready(self) -> str:
         """A started activity in an agreement of its own."""
@@ -236,6 +255,17 @@ class Requestor:
                 if event["eventType"] == kind:
                     return dict(event)
             after = found[-1]["eventDate"].replace("+", "%2B")
+
+
+async def events_of(response: aiohttp.ClientResponse) -> AsyncIterator[dict[str, Any]]:
+    """The events of an open stream, until it ends or breaks off (aiohttp.ClientPayloadError)."""
+    assert response.content_type == "text/event-stream"
+    rest = b""
+    async for chunk in response.content.iter_any():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data: "):
+                yield json.loads(line[6:])
 
 
 def processes_with(word: str) -> list[int]:

@@ -7,6 +7,7 @@ import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 from click.testing import CliRunner
 
@@ -75,16 +76,16 @@ async def test_a_provider_that_vanishes(market: Served) -> None:
     agreement = await requestor.agree()
     activity = await requestor.activity(agreement)
     await requestor.results(activity, INIT)
-    batch = await requestor.exec(activity, [shell("echo up; sleep 4711")])
-    url = f"{market.url}/activity-api/v1/activity/{activity}/exec/{batch}"
-    async with market.http.get(url, headers={"Accept": "text/event-stream"}) as response:
-        while b'"stdout"' not in await response.content.readline():
+    batch = await requestor.exec(activity, [shell("while :; do echo up; sleep 0.4711; done")])
+    async with requestor.open_stream(activity, batch) as response:
+        while b'"stdout"' not in await response.content.readany():
             pass
         assert await market.call("POST", "/devnet/vanish", {}) == {"provider": "solo"}
         # No last event: the line just breaks off.
-        assert b"finished" not in await asyncio.wait_for(response.content.read(), 10)
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await asyncio.wait_for(_assert_unfinished(response), PATIENCE_S)
     async with asyncio.timeout(PATIENCE_S):  # what was killed takes a moment to be gone
-        while processes_with("sleep 4711"):
+        while processes_with("sleep 0.4711"):
             await asyncio.sleep(0.05)
     for method, rest in (("GET", "/state"), ("GET", "/usage"), ("GET", f"/exec/{batch}")):
         path = f"/activity-api/v1/activity/{activity}{rest}"
@@ -95,6 +96,11 @@ async def test_a_provider_that_vanishes(market: Served) -> None:
     assert await requestor.events(await requestor.demand(), timeout_s=0.1) == []
     assert open_points(market.market_dir) == []
     await market.call("POST", "/devnet/vanish", {}, status=404)
+
+
+async def _assert_unfinished(response: aiohttp.ClientResponse) -> None:
+    while said := await response.content.readany():
+        assert b"finished" not in said
 
 
 async def test_vanishing_by_name_leaves_the_others(tmp_path: Path) -> None:

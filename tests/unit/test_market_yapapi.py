@@ -9,12 +9,25 @@ from pathlib import Path
 import pytest
 from market_tools import ONE, THREE, Requestor, Served, processes_with, served
 
+from cpodfs.devnet.pace import Pace
+
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+# What yapapi says of a stream that began before it listened is nothing: a machine takes long enough.
+PACES = [
+    pytest.param(Pace(vm=True), id="near"),
+    pytest.param(Pace(provider_latency_s=0.15, vm=True), id="far"),
+]
+LATENCIES = [
+    pytest.param(Pace(), id="near"),
+    pytest.param(Pace(provider_latency_s=0.15), id="far"),
+]
 
 
 def assert_settled(market: Served, agreements: int) -> None:
@@ -27,17 +40,19 @@ def assert_settled(market: Served, agreements: int) -> None:
     assert list(market.market_dir.glob("providers/*/*")) == []
 
 
-async def test_hello_world(tmp_path: Path) -> None:
-    async with served(tmp_path, providers=ONE) as market:
+@pytest.mark.parametrize("pace", LATENCIES)
+async def test_hello_world(tmp_path: Path, pace: Pace) -> None:
+    async with served(tmp_path, pace=pace, providers=ONE) as market:
         # Nothing on standard error: no library's warning either, on no version of Python.
         assert await market.ended_script("hello.py") == ("Hello, work!\n", "", 0)
         assert_settled(market, agreements=1)
 
 
-async def test_many_tasks_on_three_providers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pace", LATENCIES)
+async def test_many_tasks_on_three_providers(tmp_path: Path, pace: Pace) -> None:
     words = [f"word{number}\n" for number in range(1, 136)]
     (tmp_path / "words.txt").write_text("".join(words))
-    async with served(tmp_path, providers=THREE) as market:
+    async with served(tmp_path, pace=pace, providers=THREE) as market:
         found = json.loads(await market.run_script("crack.py", "3", str(tmp_path)))
         assert found["total"] == 135
         assert found["providers"] == ["a", "b", "c"]
@@ -47,17 +62,19 @@ async def test_many_tasks_on_three_providers(tmp_path: Path) -> None:
         assert_settled(market, agreements=4)
 
 
-async def test_failed_command_is_retried(tmp_path: Path) -> None:
-    async with served(tmp_path, providers=THREE) as market:
+@pytest.mark.parametrize("pace", LATENCIES)
+async def test_failed_command_is_retried(tmp_path: Path, pace: Pace) -> None:
+    async with served(tmp_path, pace=pace, providers=THREE) as market:
         found = json.loads(await market.run_script("retry.py"))
         assert found["result"] == "fine\n"
         [failure] = found["failed"]
-        assert failure == {"message": "command exited with code 3", "stderr": "broken\n"}
+        assert failure == {"message": "ExeScript command exited with code 3", "stderr": "broken\n"}
         assert_settled(market, agreements=2)
 
 
-async def test_streamed_output(tmp_path: Path) -> None:
-    async with served(tmp_path, providers=ONE) as market:
+@pytest.mark.parametrize("pace", PACES)
+async def test_streamed_output(tmp_path: Path, pace: Pace) -> None:
+    async with served(tmp_path, pace=pace, providers=ONE) as market:
         seen = json.loads(await market.run_script("stream.py"))
         output = [(kind, text) for kind, text, _at in seen if "Std" in kind]
         assert output == [
@@ -70,10 +87,11 @@ async def test_streamed_output(tmp_path: Path) -> None:
         assert_settled(market, agreements=1)
 
 
-async def test_killed_requestor_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pace", PACES)
+async def test_killed_requestor_leaves_nothing(tmp_path: Path, pace: Pace) -> None:
     # Another run of the tests on this machine has another.
     mark = f"98705.{os.getpid()}"
-    async with served(tmp_path, providers=ONE, requestor_idle_s=5.0) as market:
+    async with served(tmp_path, pace=pace, providers=ONE, requestor_idle_s=5.0) as market:
         process = await market.start_script("hang.py", mark)
         assert process.stdout
         async for line in process.stdout:

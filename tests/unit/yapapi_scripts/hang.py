@@ -11,7 +11,9 @@ from yapapi.payload import vm
 async def worker(context, tasks):
     async for task in tasks:
         script = context.new_script(timeout=timedelta(minutes=5))
-        script.run("/bin/sh", "-c", f"echo started; sleep {sys.argv[1]}; true")
+        # Said again and again: what is said before yapapi listens is lost.
+        say = "while :; do echo running; sleep 0.5; done"
+        script.run("/bin/sh", "-c", f"({say}) & sleep {sys.argv[1]}; true")
         yield script
         task.accept_result()
 
