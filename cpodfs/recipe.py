@@ -95,7 +95,8 @@ class Recipe:
     The folder names are relative to the pod's root, normalised (no ``.``, ``..``, doubled or outer
     slashes). ``runtime`` is None for a requestor session. ``extra`` holds the keys that we do not
     know, those inside ``golem`` as ``golem.<key>``, inside that as ``golem.runtime.<key>``.
-    ``raw`` is the document as it was written; treat it as read-only.
+    ``budget`` (GLM) and ``stop_after`` (agreements that failed alike, in a row) bound a requestor
+    session. ``raw`` is the document as it was written; treat it as read-only.
     """
 
     file: str
@@ -109,6 +110,8 @@ class Recipe:
     payload: str
     output: str
     log: str
+    budget: float | None
+    stop_after: int | None
     runtime: Runtime | None
     extra: dict[str, Any]
     warnings: tuple[str, ...]
@@ -167,6 +170,8 @@ def parse_recipe(data: bytes, *, file: str, others: Sequence[str] = ()) -> Recip
         payload=golem.payload,
         output=golem.output,
         log=golem.log,
+        budget=golem.budget,
+        stop_after=golem.stop_after,
         runtime=None if golem.runtime is None else golem.runtime.result(),
         extra=extra,
         warnings=_warnings(file, golem.command, extra, others, foreach=foreach),
@@ -383,11 +388,21 @@ class _Golem(BaseModel):
     payload: _Folder = "payload"
     output: _Folder = "output"
     log: _Folder = "logs"
+    budget: Annotated[StrictFloat, Field(gt=0, le=1e9)] | None = None
+    stop_after: Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = None
     runtime: _Runtime | None = None
 
     @property
     def argv(self) -> tuple[str, ...]:
         return tuple(shlex.split(self.command))
+
+    @model_validator(mode="after")
+    def _limits_are_of_sessions(self) -> _Golem:
+        if self.runtime is not None and (self.budget or self.stop_after):
+            raise ValueError(
+                "budget and stop_after are for programs that hire providers themselves"
+            )
+        return self
 
     @model_validator(mode="after")
     def _results_stay_out_of_the_script(self) -> _Golem:

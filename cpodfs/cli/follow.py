@@ -203,7 +203,8 @@ def _in_words(state: dict[str, Any], seconds: int) -> str:
     tasks = golem.get("tasks")
     counts = tasks.items() if isinstance(tasks, dict) else ()
     words += "".join(f", {value} {key}" for key, value in counts if value)
-    return line(f"{words}, {golem.get('spent')} of {golem.get('budget')} GLM spent")
+    of = "" if golem.get("budget") is None else f" of {golem['budget']}"
+    return line(f"{words}, {golem.get('spent')}{of} GLM spent")
 
 
 class ProgressLine:

@@ -47,7 +47,20 @@ _CELL_LIMIT = 200
     help="For this run only: golem.exec, a key of golem.runtime, or any name, which the program "
     "finds as CPODFS_SET_NAME. It is kept in run.json. Repeatable.",
 )
-def run(pod: str, wait: bool, settings: Sequence[str]) -> None:
+@click.option("--max-cost", metavar="GLM", help="The run may cost so much: golem.budget.")
+@click.option(
+    "--stop-after",
+    metavar="N",
+    type=WholeNumber(1),
+    help="End it when the first batch of N agreements in a row has failed alike.",
+)
+def run(
+    pod: str,
+    wait: bool,
+    settings: Sequence[str],
+    max_cost: str | None,
+    stop_after: int | None,
+) -> None:
     """Run POD as touching its .run would, and print the run's id.
 
     With --wait: Ctrl-C cancels the run, a second one leaves it alone. A run that could not be started
@@ -60,6 +73,10 @@ def run(pod: str, wait: bool, settings: Sequence[str]) -> None:
         if not equals or not key:
             raise ConfigError(f"--set {setting}: must be KEY=VALUE")
         changes[key] = value
+    if max_cost is not None:
+        changes["golem.budget"] = max_cost
+    if stop_after is not None:
+        changes["golem.stop_after"] = str(stop_after)
     answer = _begin(found, changes)
     if not wait:
         say(answer["run"])

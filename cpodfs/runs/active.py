@@ -41,8 +41,10 @@ class Run:
 
     @property
     def hires(self) -> bool:
-        """Whether it is a provider run."""
-        return bool(self.record["private"].get("hires"))
+        """Whether there may be agreements of it to be ended, which takes some time."""
+        if self.record["private"].get("hires"):
+            return True
+        return bool((state.read_record(self.folder) or {}).get("golem"))
 
     def signal(self, number: signal.Signals) -> None:
         """Signal the supervisor, if it is there and listens."""

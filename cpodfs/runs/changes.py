@@ -1,7 +1,8 @@
 """What the user changes for one run of a pod: ``cpodfs run --set key=value``.
 
-Imports recipe and errors. Three kinds of keys: ``golem.exec``, the command; ``golem.runtime.…``, what
-is asked of providers (the value is JSON where it can be read as such, else text); and any plain
+Imports recipe and errors. Kinds of keys: ``golem.exec``, the command; ``golem.runtime.…``, what
+is asked of providers (the value is JSON where it can be read as such, else text), with
+``golem.budget`` and ``golem.stop_after``, what bounds the run; and any plain
 name, which the program finds in its environment as ``CPODFS_SET_<NAME>`` (not at a provider, where
 programs get no environment).
 """
@@ -19,6 +20,7 @@ from cpodfs.errors import ConfigError
 from cpodfs.recipe import Recipe, parse_recipe
 
 EXEC, RUNTIME = "golem.exec", "golem.runtime."
+BUDGET, STOP_AFTER = "golem.budget", "golem.stop_after"
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LIMIT_BYTES = 32 * 1024
 
@@ -32,6 +34,10 @@ def apply(recipe: Recipe, changes: Mapping[str, str]) -> tuple[Recipe, dict[str,
             raise ConfigError(f"--set {key}: the value is too long, or has a NUL character in it")
         if key == EXEC:
             raw["golem"]["exec"] = value
+        elif key == BUDGET and recipe.runtime is not None:
+            _set(raw, recipe, f"{RUNTIME}budget", value)
+        elif key in (BUDGET, STOP_AFTER):
+            raw["golem"][key.removeprefix("golem.")] = _value(value)
         elif key.startswith(RUNTIME):
             _set(raw, recipe, key, value)
         elif _PLAIN.fullmatch(key):
@@ -40,7 +46,7 @@ def apply(recipe: Recipe, changes: Mapping[str, str]) -> tuple[Recipe, dict[str,
             env[f"CPODFS_SET_{key.upper()}"] = value
         else:
             raise ConfigError(
-                f"--set {key}: not a plain name, {EXEC} or something in {RUNTIME.rstrip('.')}"
+                f"--set {key}: not a plain name, {EXEC}, {BUDGET}, {STOP_AFTER} or something in {RUNTIME.rstrip('.')}"
             )
     if raw == recipe.raw:
         return recipe, env
@@ -60,7 +66,11 @@ def _set(raw: dict[str, Any], recipe: Recipe, key: str, text: str) -> None:
         where = inner
     if not name:
         raise ConfigError(f"--set {key}: no name")
+    where[name] = _value(text)
+
+
+def _value(text: str) -> Any:
     try:
-        where[name] = json.loads(text)
+        return json.loads(text)
     except ValueError:
-        where[name] = text
+        return text

@@ -271,6 +271,7 @@ class RunManager:
         folders = {name: getattr(recipe, name) for name in ("script", "payload", "output", "log")}
         job = {
             **program_start(how, self._mountpoint / run.pod, self._environment(), os.environ),
+            "limits": {"limit": recipe.budget, "stop_after": recipe.stop_after},
             "provider": None if recipe.runtime is None else asdict(recipe.runtime),
             "keep": self._keep,
             "mountpoint": str(self._mountpoint),

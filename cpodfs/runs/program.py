@@ -31,7 +31,8 @@ class Program:
     """``status``: as `subprocess` has it, once it has ended. ``cancelled``: it was asked to end.
 
     ``beyond_us``: it became another user, whom we may not signal. ``sandboxed``: what was started is
-    a sandbox around it. ``meddled``: it stopped the sandbox, and was killed for that.
+    a sandbox around it. ``meddled``: it stopped the sandbox, and was killed for that. ``others``:
+    children of ours that are not the program's, and are left alone.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], *, sandboxed: bool = False) -> None:
@@ -39,6 +40,7 @@ class Program:
         self.status: int | None = None
         self.beyond_us = False
         self.meddled = False
+        self.others: set[int] = set()
         self._watch_at = time.monotonic()
         self._process = process
         self._sandboxed = sandboxed
@@ -95,7 +97,11 @@ class Program:
             late = self._killed and self._grace_ends is not None
             return late and time.monotonic() >= (self._grace_ends or 0) + _KILL_LIMIT_S
         # Cancelled: what the program started may still be putting its affairs in order.
-        return self._grace_ends is None or self._killed or not state.children(os.getpid())
+        return self._grace_ends is None or self._killed or not self.children()
+
+    def children(self) -> list[int]:
+        """The pids of what the program has started and left to us, and of itself."""
+        return [pid for pid in state.children(os.getpid()) if pid not in self.others]
 
     def reap(self) -> None:
         """Collect dead children, ours and those that the program left to us."""
@@ -113,6 +119,7 @@ class Program:
                 else:
                     self._pass_on_term()
             _, status = os.waitpid(dead.si_pid, 0)
+            self.others.discard(dead.si_pid)
             if dead.si_pid == self.pid:
                 self.status = self._process.returncode = os.waitstatus_to_exitcode(status)
 
@@ -122,7 +129,7 @@ class Program:
         deadline = time.monotonic() + _KILL_LIMIT_S
         while time.monotonic() < deadline:
             self.reap()
-            pids = state.children(os.getpid())
+            pids = self.children()
             if not pids:
                 return
             for pid in pids:
@@ -155,7 +162,7 @@ class Program:
 
     def _pass_on_term(self) -> None:
         # Those in a session of their own did not get the group's signals.
-        for pid in state.children(os.getpid()):
+        for pid in self.children():
             if pid != self.pid:
                 self._send(pid, signal.SIGTERM)
 

@@ -218,7 +218,7 @@ class Session:
         limits = {one.agreement: self._bills.most(one.agreement) for one in self._books.owed()}
         books = self._books
         allocation = engine._budget_allocations[0]
-        await pay(engine._payment_api, allocation, limits, books.paid, books.refuse)
+        await pay(engine._payment_api, [allocation], limits, books.paid, books.refuse)
 
 
 def for_runtime(package: Any, name: str) -> Payload:

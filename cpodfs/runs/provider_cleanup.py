@@ -14,11 +14,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
+import ya_market
 from ya_payment.exceptions import ApiException
 from yapapi import rest
 from yapapi.config import ApiConfig
@@ -44,9 +45,9 @@ class WrongYagna(Exception):
 async def clean_up(job: dict[str, Any]) -> dict[str, Any]:
     """Destroy activities, terminate agreements, pay what is billed. Waits for `INVOICES_S` at most.
 
-    ``job``: agreements as in the record, `provider_status.Hired.shown`; allocation and payer as
-    there; last: whether the allocation is released though not all is paid; until: when the run
-    ended, or null. Raises WrongYagna.
+    ``job``: agreements as in the record, `provider_status.Hired.shown` or `gateway_books.Rented`'s;
+    payer as there; demands: to be unsubscribed; allocations: from which bills are paid; last: whether
+    these are released though not all is paid; until: when the run ended, or null. Raises WrongYagna.
     """
     configuration = rest.Configuration(ApiConfig())
     ended: dict[str, Any] = {}
@@ -63,10 +64,13 @@ async def clean_up(job: dict[str, Any]) -> dict[str, Any]:
         activity = rest.Activity(await stack.enter_async_context(configuration.activity()))
         await _check_payer(payment, job["payer"])
         limits = {}
+        for demand in job["demands"]:
+            with contextlib.suppress(ya_market.ApiException):
+                await market._api.unsubscribe_demand(demand)
         for one in job["agreements"]:
-            if one["activity"]:
+            for key in one.get("activities") or filter(None, [one["activity"]]):
                 with contextlib.suppress(Exception):
-                    await (await activity.use_activity(one["activity"])).destroy()
+                    await (await activity.use_activity(key)).destroy()
             key = one["agreement"]
             agreement = rest.market.Agreement(market._api, key)
             if await agreement.terminate(_REASON) or await is_over(agreement):
@@ -74,17 +78,19 @@ async def clean_up(job: dict[str, Any]) -> dict[str, Any]:
                 # One that nobody had ended until now may have gone on all the time.
                 over = one["agreement_state"] == "terminated"
                 limits[key] = _most(one, job["until"] if over else None)
-        allocation = await _allocation(payment, job["allocation"])
-        if allocation is not None:
+        found = [await _allocation(payment, key) for key in job["allocations"]]
+        allocations = [allocation for allocation in found if allocation is not None]
+        if allocations:
             worked = any(one["activity"] for one in job["agreements"])
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(INVOICES_S if worked else IDLE_INVOICES_S):
-                    await pay(payment, allocation, limits, on_paid, on_refused)
+                    await pay(payment, allocations, limits, on_paid, on_refused)
             late = [
                 one for one in job["agreements"] if is_owed(one | ended.get(one["agreement"], {}))
             ]
             if job["last"] or not late:
-                await allocation.delete()
+                for allocation in allocations:
+                    await allocation.delete()
     return ended
 
 
@@ -120,12 +126,12 @@ async def is_over(agreement: Any) -> bool:
         details = await agreement.get_details()
     except Exception as error:  # noqa: BLE001 - yagna may fail in any way
         return getattr(error, "status", None) in GONE
-    return str(details.raw_details.state) in ("Terminated", "Expired")
+    return str(details.raw_details.state) in ("Terminated", "Expired", "Rejected", "Cancelled")
 
 
 async def pay(
     payment: Any,
-    allocation: Any,
+    allocations: Sequence[Any],
     limits: dict[str, Decimal],
     on_paid: Callable[[str, Decimal], None],
     on_refused: Callable[[str, str], None],
@@ -148,12 +154,23 @@ async def pay(
                     on_refused(invoice.agreement_id, str(error))
                     continue
                 if invoice.status == "RECEIVED":
-                    await invoice.accept(amount=amount, allocation=allocation)
+                    await _accept(invoice, amount, allocations)
                 elif invoice.status not in ("ACCEPTED", "SETTLED"):
                     continue
                 owed.discard(invoice.agreement_id)
                 on_paid(invoice.agreement_id, amount)
         await asyncio.sleep(_POLL_S)
+
+
+async def _accept(invoice: Any, amount: Decimal, allocations: Sequence[Any]) -> None:
+    """From the first allocation of its platform that has enough. Raises ApiException."""
+    fitting = [one for one in allocations if one.payment_platform == invoice.payment_platform]
+    *others, last = fitting or allocations
+    for allocation in others:
+        with contextlib.suppress(ApiException):
+            await invoice.accept(amount=amount, allocation=allocation)
+            return
+    await invoice.accept(amount=amount, allocation=last)
 
 
 def main() -> int:

@@ -52,7 +52,8 @@ def clean_up(
     open_ones = [one for one in status["providers"] if _is_open(one)]
     job = {
         "agreements": open_ones,
-        "allocation": status["allocation"],
+        "allocations": status.get("allocations") or [status["allocation"]],
+        "demands": status.get("demands", []),
         "payer": status.get("payer"),
         "last": last,
         "until": until,
@@ -70,16 +71,21 @@ def clean_up(
         )
         ended = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
-        ended = {}
+        ended = None
     for one in open_ones:
-        one.update(ended.get(one["agreement"], {}))
+        one.update((ended or {}).get(one["agreement"], {}))
     for total in ("spent", "accepted"):
         status[total] = round(sum(one[total] for one in status["providers"]), 12)
     left = [
-        one for one in open_ones if one["agreement"] not in ended or (is_owed(one) and not last)
+        one
+        for one in open_ones
+        if one["agreement"] not in (ended or {}) or (is_owed(one) and not last)
     ]
-    status["phase"] = "unsettled" if left else "over"
-    if left:
+    if ended is not None and not left:
+        status["phase"] = "over"
+        status |= {key: [] for key in ("demands", "allocations") if key in status}
+    else:
+        status["phase"] = "unsettled"
         with contextlib.suppress(OSError):  # a full disk
             os.write(
                 words, b"cpodfs: not all agreements are ended and paid; see golem in run.json\n"
@@ -99,7 +105,7 @@ def is_any_approved(status: dict[str, Any]) -> bool:
 
 def _is_open(hired: dict[str, Any]) -> bool:
     """Whether an agreement is to be ended, or to be paid."""
-    return hired["agreement_state"] == "approved" or is_owed(hired)
+    return hired["agreement_state"] in ("approved", "confirming") or is_owed(hired)
 
 
 class Link:

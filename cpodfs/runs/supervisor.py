@@ -19,7 +19,7 @@ import sys
 import time
 
 from cpodfs.limits import give_back_open_files
-from cpodfs.runs import box, keep, keyring, mirror, provider_link, state
+from cpodfs.runs import box, gateway_link, keep, keyring, mirror, provider_link, state
 from cpodfs.runs.program import Program
 from cpodfs.runs.stream import LOG_LIMIT_BYTES, Spool, Stream
 
@@ -36,12 +36,13 @@ _PR_SET_CHILD_SUBREAPER = 36
 def read_job(data: bytes) -> dict[str, Any] | None:
     """The job that the driver sends, or None when it died while sending.
 
-    env: the program's whole environment but for CPODFS_*; the app-key is in it, so it is never
-    written anywhere. mountpoint: path. folders: script, payload, output, log, relative to the pod.
+    env: the program's whole environment but for CPODFS_*; yagna's app-key is in it, so it is never
+    written anywhere, and a program on this machine gets another one, its gateway's. mountpoint: path. folders: script, payload, output, log, relative to the pod.
     grace_s: from SIGINT to SIGKILL. publish_s: how long to go on trying to complete the copy in
     the pod after the end. keep: run folders that stay in the pod. wrap: what goes before the
     program's argv, if it runs in a sandbox. open_files: the program's soft limit. provider: the recipe's ``Runtime`` as an object, or
     null; if it is there the program runs on a provider, and `provider_link` speaks to who sees to it.
+    limits: of a requestor session, limit (GLM) and stop_after, or nulls; see `gateway.Job`.
     """
     try:
         job = json.loads(data)
@@ -64,7 +65,10 @@ class Supervisor:
         self._spools: list[Spool] = []
         self._streams: list[Stream | provider_link.Link] = []
         self._link: provider_link.Link | None = None
-        self._link_env: dict[str, str] = {}
+        self._gateway: gateway_link.Gateway | None = None
+        self._yagna_env: dict[str, str] = {}
+        self._warnings = record["warnings"]
+        self._stop: str | None = None
         self._follower = mirror.Follower(
             mirror.Mirror(folder, job["mountpoint"], record["pod"], record["log"])
         )
@@ -82,6 +86,8 @@ class Supervisor:
         try:
             self._start()
         except (OSError, ValueError) as exc:
+            if self._gateway is not None:
+                self._gateway.finish()
             error = _why_not(exc, self._record["exec"][0], self._pod)
             self._spools[1].write(f"cpodfs: {error}\n".encode(errors="backslashreplace"))
             state.end_record(self._record, state.FAILED, error)
@@ -119,9 +125,13 @@ class Supervisor:
         env["CPODFS_POD"] = self._record["pod"]
         env["CPODFS_RUN_LOG"] = os.path.join(self._pod, self._record["log"])
         self._record["started"] = state.utc_now()
+        self._yagna_env = env | {"PYTHONPATH": _with_ours(env.get("PYTHONPATH"))}
+        if not self._job.get("provider") and env.get(gateway_link.KEY):
+            self._gateway = gateway_link.Gateway(env, self._job["limits"])
+            env = self._gateway.env
         give_back_open_files(self._job["open_files"])
         if self._job.get("provider"):
-            self._start_link(env)
+            self._start_link()
             return
         if self._job["wrap"] and (own := box.named(env)):
             self._box = box.Box(own, [self._pod])
@@ -145,18 +155,15 @@ class Supervisor:
             if pipe is not None
         ]
 
-    def _start_link(self, env: dict[str, str]) -> None:
+    def _start_link(self) -> None:
         """Start the process that hires providers, hand it its job, and listen to it."""
-        ours = os.environ.get("PYTHONPATH", "")
-        env["PYTHONPATH"] = os.pathsep.join(p for p in (env.get("PYTHONPATH"), ours) if p)
-        self._link_env = env
         process = subprocess.Popen(
             provider_link.command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             cwd=self._pod,
-            env=env,
+            env=self._yagna_env,
             process_group=0,
         )
         self._program = Program(process)
@@ -164,8 +171,7 @@ class Supervisor:
         assert pipes[0] is not None
         assert pipes[1] is not None
         assert pipes[2] is not None
-        by_name = dict(zip(("stdout", "stderr"), self._spools, strict=True))
-        self._link = provider_link.Link(pipes[1].fileno(), by_name, self._take_status)
+        self._link = provider_link.Link(pipes[1].fileno(), self._named_spools(), self._take_status)
         self._streams = [self._link, Stream(pipes[2].fileno(), self._spools[1])]
         job = {
             "runtime": self._job["provider"],
@@ -182,9 +188,32 @@ class Supervisor:
             # It died; what it said last is in the log.
             pass
 
+    def _named_spools(self) -> dict[str, Spool]:
+        return dict(zip(("stdout", "stderr"), self._spools, strict=True))
+
     def _take_status(self, status: dict[str, Any]) -> None:
         self._record["golem"] = state.bounded(status)
         self._save(durable=False)
+
+    def _take_session(self, status: dict[str, Any]) -> None:
+        """A status of the gateway's: what it warns of stands with the recipe's warnings."""
+        warnings, self._stop = status.pop("warnings"), status.pop("stop", None)
+        self._record["warnings"] = [*self._warnings, *state.bounded(warnings)]
+        self._take_status(status)
+        if self._stop is not None:
+            self._program.cancel(self._job["grace_s"])
+
+    def _open_gateway(self, gateway: gateway_link.Gateway) -> list[Stream | provider_link.Link]:
+        """The program wants to speak to yagna: start who passes that on."""
+        try:
+            streams = gateway.start(self._record["id"], self._named_spools(), self._take_session)
+        except OSError as exc:
+            self._spools[1].offer(f"cpodfs: no gateway to yagna: {exc.strerror}\n".encode())
+            return []
+        if gateway.pid is not None:
+            self._program.others.add(gateway.pid)
+        self._streams += streams
+        return streams
 
     def _mind(self) -> None:
         """Serve the pipes and the signals until the program has ended (and its group, if asked)."""
@@ -193,11 +222,21 @@ class Supervisor:
         by_pipe = {stream.pipe: stream for stream in self._streams}
         for pipe in by_pipe:
             poll.register(pipe, select.POLLIN)
+        caller = None if self._gateway is None else self._gateway.pipe
+        if caller is not None:
+            poll.register(caller, select.POLLIN)
         full: list[Stream | provider_link.Link] = []
         while not self._program.over():
             for fd, _ in poll.poll(self._timeout_ms(bool(full))):
                 if fd == self._wake:
                     self._signals()
+                    continue
+                if fd == caller and self._gateway is not None:
+                    poll.unregister(fd)
+                    caller = None
+                    for stream in self._open_gateway(self._gateway):
+                        by_pipe[stream.pipe] = stream
+                        poll.register(stream.pipe, select.POLLIN)
                     continue
                 stream = by_pipe[fd]
                 moved = stream.pump()
@@ -241,6 +280,8 @@ class Supervisor:
     def _end(self) -> None:
         """Kill what is left, take in the last output, write down how it ended."""
         self._program.kill_children(self._wake)
+        if self._gateway is not None:
+            self._end_session(self._gateway)
         for stream in self._streams:
             while stream.pump():
                 pass
@@ -251,6 +292,8 @@ class Supervisor:
         outcome = state.FINISHED if status == 0 else state.FAILED
         error = self._complaint()
         state.end_record(self._record, state.CANCELLED if cancelled else outcome, error)
+        if self._stop is not None:
+            state.end_record(self._record, state.FAILED, f"stopped: {self._stop}")
         if self._link is not None:
             self._end_link(self._link, cancelled)
         elif status is None:
@@ -266,13 +309,24 @@ class Supervisor:
         program = self._program
         if program.meddled:
             return "it stopped its sandbox's own process, and was killed for that"
-        if program.beyond_us and (program.status is None or state.children(os.getpid())):
+        if program.beyond_us and (program.status is None or program.children()):
             return "it could not be ended: processes of it belong to another user, and go on"
         if lost := sum(spool.lost + len(spool.pending) for spool in self._spools):
             return f"{lost} bytes or more of output were lost: no space for the log"
         if over := sum(spool.thrown_away for spool in self._spools):
             return f"{over} bytes of output were thrown away: a log is {LOG_LIMIT_BYTES} at most"
         return None
+
+    def _end_session(self, gateway: gateway_link.Gateway) -> None:
+        """What the program has left at the market is ended and paid."""
+        heard = gateway.finish()
+        golem = self._record.get("golem")
+        if golem is None:
+            return
+        if not heard:
+            self._spools[1].offer(b"cpodfs: the gateway to yagna died\n")
+        if golem["phase"] != "over":
+            provider_link.clean_up(golem, self._yagna_env, self._spools[1].fd)
 
     def _end_link(self, link: provider_link.Link, cancelled: bool) -> None:
         """What the process said last, or that it said nothing."""
@@ -289,7 +343,7 @@ class Supervisor:
             code = status if status > 0 else None
         golem = self._record.get("golem")
         if golem and (link.end is None or provider_link.is_any_approved(golem)):
-            provider_link.clean_up(golem, self._link_env, self._spools[1].fd)
+            provider_link.clean_up(golem, self._yagna_env, self._spools[1].fd)
             self._follower.notify()
         if (code or link.end is None) and not cancelled:
             self._record["state"] = state.FAILED
@@ -313,6 +367,11 @@ class Supervisor:
                 time.sleep(mirror.RETRY_S)
             else:
                 return
+
+
+def _with_ours(path: str | None) -> str:
+    """A PYTHONPATH on which this package is found, too."""
+    return os.pathsep.join(p for p in (path, os.environ.get("PYTHONPATH", "")) if p)
 
 
 def _signal_name(number: int) -> str:

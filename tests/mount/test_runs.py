@@ -105,8 +105,16 @@ def test_a_yagna_of_ones_own(tmp_path: Path, server: Server) -> None:
         mount.start()
         folder = run_to_end(compute_pod(mount, "yagna", "env"))
         lines = (folder / "stdout.log").read_text().splitlines()
-        assert {"YAGNA_APPKEY=their-key", "YAGNA_API_URL=http://127.0.0.1:1/"} <= set(lines)
-        assert not any(SECRET in line for line in lines)
+        assert not any(SECRET in line or "their-key" in line for line in lines)
+        ask = "import os, urllib.request as u; u.urlopen(os.environ['YAGNA_API_URL'] + '/me')"
+        folder = run_to_end(compute_pod(mount, "refused", ["python3", "-c", ask]))
+        assert "HTTP Error 401" in text(folder / "stderr.log")
+        bearer = "{'Authorization': 'Bearer ' + os.environ['YAGNA_APPKEY']}"
+        ask = ask.replace("'/me'", f"'/me', headers={bearer}").replace(
+            "u.urlopen(", "u.urlopen(u.Request("
+        )
+        folder = run_to_end(compute_pod(mount, "gone", ["python3", "-c", ask + ")"]))
+        assert "HTTP Error 504" in text(folder / "stderr.log")
         assert mount.stop() == 0
     finally:
         if mount.process is not None:

@@ -146,9 +146,13 @@ async def test_the_environment_is_clean(bench, monkeypatch):
     env = json.loads(bench.published(record, "stdout.log"))
     assert not any("secret" in value for value in env.values())
     pod = str(bench.mount / "pod")
+    # Its own key to its own gateway, for no more than this run.
+    key, url = env.pop("YAGNA_APPKEY"), env.pop("YAGNA_API_URL")
+    assert len(key) == 32
+    assert APP_KEY not in env.values()
+    assert url.startswith("http://127.0.0.1:")
+    assert url != extra["YAGNA_API_URL"]
     wanted = {
-        "YAGNA_APPKEY": APP_KEY,
-        "YAGNA_API_URL": "http://127.0.0.1:1",
         "CPODFS_RUN_ID": record["id"],
         "CPODFS_POD": "pod",
         "CPODFS_SCRIPT": f"{pod}/script",
@@ -407,7 +411,7 @@ async def test_no_environment(bench, problem, shown):
 
 
 async def test_an_environment_that_cannot_be_passed_on(bench):
-    async with bench.managed(environment=lambda: {"YAGNA_APPKEY": "a\0b"}):
+    async with bench.managed(environment=lambda: {"ELSE": "a\0b"}):
         record = await bench.run(recipe("true"))
     assert record["error"] == "golem.exec: 'true': cannot be started (ValueError)"
 
