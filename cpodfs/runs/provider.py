@@ -19,11 +19,12 @@ import signal
 import sys
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
-from yapapi import Golem, rest
+from yapapi import Golem
 from yapapi.engine import NoPaymentAccountError
 from yapapi.payload import Payload, vm
 from yapapi.payload.package import PackageException
@@ -31,19 +32,22 @@ from yapapi.payload.package import PackageException
 from cpodfs.recipe import Runtime
 from cpodfs.runs.provider_bills import Bills
 from cpodfs.runs.provider_books import SETTLE_S, Books
-from cpodfs.runs.provider_cleanup import is_over, pay
 from cpodfs.runs.provider_each import EachWork
+from cpodfs.runs.provider_ends import RUN_OVER, Payer, destroy, release, terminate
 from cpodfs.runs.provider_errors import RunFailed, describe
 from cpodfs.runs.provider_files import MAX_BYTES, matching
 from cpodfs.runs.provider_market import FAILED, Crew, Strategy
-from cpodfs.runs.provider_status import Reporter, Status
+from cpodfs.runs.provider_remote import Yagna
+from cpodfs.runs.provider_status import OPEN, Reporter, Status
 from cpodfs.runs.provider_work import Job, Shop, SingleWork
 
 _CANCEL_SETTLE_S = 12.0
 _IMAGE_S = 60.0
 _YAGNA_S = 20.0
 """How long yagna may take to begin, and to end; it answers in milliseconds, or not at all."""
-_VERIFY_S = 5.0
+_PAY_EVERY_S = 1.0
+_ALLOCATION_MARGIN = timedelta(days=1)
+"""Beyond the run's timeout: invoices may come late. Then yagna releases the money by itself."""
 
 _T = TypeVar("_T")
 
@@ -84,6 +88,8 @@ class Session:
         self._bills = Bills()
         self._books = Books(reporter, self._bills)
         self._stop = asyncio.Event()
+        # A little before: yagna's clock may be another.
+        self._begun = datetime.now(UTC) - timedelta(minutes=5)
         self.settled = True
         """Nothing is open at the market, for all one knows."""
 
@@ -99,6 +105,7 @@ class Session:
         except RunFailed as error:
             return Outcome(str(error), FAILED)
         golem, strategy = self._golem()
+        engine = golem._engine
         try:
             # To its end even when stopped: half a start leaves money set aside.
             async with asyncio.timeout(_YAGNA_S):
@@ -107,22 +114,38 @@ class Session:
             return Outcome(str(error), FAILED)
         except Exception as error:  # noqa: BLE001 - yagna may fail in any way
             return Outcome(f"yagna cannot be used: {describe(error)}", FAILED)
-        allocation = golem._engine._budget_allocations[0]
-        self._reporter.status.allocation = allocation.id
-        self._reporter.status.payer = allocation.payment_address
-        self._reporter.tell()
+        allocation = engine._budget_allocations[0]
+        yagna = self._begin(engine, allocation)
+        payer = asyncio.create_task(self._payer(engine, allocation).forever(_PAY_EVERY_S))
         failure: str | None = None
-        crew = Crew(golem, self._runtime, self._reporter, strategy, work)
+        crew = Crew(golem, yagna, self._runtime, self._reporter, strategy, work)
         try:
             await self._unless_stopped(crew.run(payload))
         except RunFailed as error:
             failure = str(error)
-        unpaid = await self._settle(golem)
-        if failure is None and unpaid:
-            failure = f"payment is not settled: {', '.join(unpaid)}"
+        await self._settle(golem, allocation)
+        payer.cancel()
         if failure is not None:
             return Outcome(failure, FAILED)
         return Outcome(work.error, work.exit_code if work.exit_code is not None else FAILED)
+
+    def _begin(self, engine: Any, allocation: Any) -> Yagna:
+        """Write down what is set aside, and take paying into our own hands: yapapi stops for good when
+        yagna does not answer once."""
+        for service in engine._services:
+            service.cancel()
+        status = self._reporter.status
+        status.allocation, status.payer = allocation.id, allocation.payment_address
+        status.begun = self._begun.isoformat(timespec="milliseconds")
+        self._reporter.tell()
+        session, root = engine._root_api_session, engine._api_config.root_url
+        yagna = Yagna(session, root, self._reporter.note)
+        yagna.identity = allocation.payment_address
+        return yagna
+
+    def _payer(self, engine: Any, allocation: Any) -> Payer:
+        books, api = self._books, engine._payment_api._api
+        return Payer(api, [allocation], self._begun, books.check, books.paid, books.refuse)
 
     async def _unless_stopped(self, doing: Coroutine[Any, Any, _T]) -> _T:
         """Its result; when stopped, it is cancelled and waited for. Raises RunFailed then."""
@@ -144,7 +167,7 @@ class Session:
         if not paths:
             raise RunFailed(f"golem.runtime.foreach: no file matches {pattern!r}")
         shop = Shop(self._job, self._reporter, frozenset(paths))
-        return EachWork(shop, paths, retries)
+        return EachWork(shop, paths, self._runtime.poll_s, retries)
 
     async def _payload(self) -> Payload:
         runtime = self._runtime
@@ -168,7 +191,7 @@ class Session:
 
     def _golem(self) -> tuple[Golem, Strategy]:
         runtime, status = self._runtime, self._reporter.status
-        strategy = Strategy(runtime, lambda: status.budget - status.committed(), self._bills)
+        strategy = Strategy(runtime, lambda: status.budget - status.committed())
         golem = Golem(
             budget=status.budget,
             strategy=strategy,
@@ -176,49 +199,65 @@ class Session:
             payment_driver=runtime.driver,
             payment_network=runtime.network,
             event_consumer=self._books,
-            stream_output=True,
         )
+        engine = golem._engine
+        engine._create_allocations = lambda: self._set_aside(engine)
         return golem, strategy
 
-    async def _settle(self, golem: Golem) -> list[str]:
-        """Wait for the invoices, pay, leave the market; what is not paid, and why."""
-        helper = asyncio.create_task(self._pay_ourselves(golem._engine))
+    async def _set_aside(self, engine: Any) -> Any:
+        """As yapapi does, but not for ten years, should we be unable to release it."""
+        engine._budget_allocations.append(
+            await engine._payment_api.new_allocation(
+                engine._budget_amount,
+                payment_platform="-".join(
+                    (engine._payment_driver, engine._payment_network, engine._payment_token)
+                ),
+                payment_address=await engine._id(),
+                expires=self._begun
+                + timedelta(seconds=self._runtime.timeout_s)
+                + _ALLOCATION_MARGIN,
+            ).__aenter__()
+        )
+        return await engine._payment_api.decorate_demand([engine._budget_allocations[0].id])
+
+    async def _settle(self, golem: Golem, allocation: Any) -> None:
+        """End and pay what is open, leave the market; what cannot be done now is left to others."""
+        engine = golem._engine
+        ending = asyncio.create_task(self._end_all(engine))
         unpaid = await self._books.settle(
             lambda: _CANCEL_SETTLE_S if self._stop.is_set() else SETTLE_S
         )
-        helper.cancel()
-        # yapapi forgets to end this when it is not to wait, and then waits for it all the same.
-        golem._engine._process_invoices_job.cancel()
-        over = await self._all_are_over(golem._engine._market_api)
-        late = [one for one in self._books.owed() if one.agreement_state != "vanished"]
-        self.settled = over and not late
-        if self.settled:
+        await ending
+        if unpaid:
+            self._reporter.note(f"not all is paid: {', '.join(unpaid)}")
+        status = self._reporter.status
+        is_open = any(one.agreement_state in OPEN for one in status.hired.values())
+        if not (is_open or status.signing or self._books.owed()):
             # Else the allocation must stay: it is what the rest will be paid from.
-            with contextlib.suppress(Exception):
-                async with asyncio.timeout(_YAGNA_S):
-                    await golem.stop(wait_for_payments=False)
-        return unpaid
+            self.settled = await release(engine._payment_api._api, allocation.id)
+        else:
+            self.settled = False
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(_YAGNA_S):
+                await golem.stop(wait_for_payments=False)
 
-    async def _all_are_over(self, market: Any) -> bool:
-        """Whether yagna itself says so: yapapi tells of an end that it could not bring about, too."""
-        hired = self._reporter.status.hired.values()
-        agreements = [rest.market.Agreement(market._api, one.agreement) for one in hired]
-        over = [False for _ in agreements]
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_VERIFY_S):
-                over = await asyncio.gather(*map(is_over, agreements))
-        for one, ended in zip(hired, over, strict=True):
-            if not ended and one.agreement_state == "terminated":
-                one.agreement_state = "approved"
-        return all(over)
+    async def _end_all(self, engine: Any) -> None:
+        """Once more, for all whose end yagna has not confirmed."""
+        status, control = self._reporter.status, engine._activity_api._api
+        market = engine._market_api._api
 
-    async def _pay_ourselves(self, engine: Any) -> None:
-        """yapapi stops paying for good when yagna does not answer once: then we see to it."""
-        await asyncio.wait([engine._process_invoices_job])
-        limits = {one.agreement: self._bills.most(one.agreement) for one in self._books.owed()}
-        books = self._books
-        allocation = engine._budget_allocations[0]
-        await pay(engine._payment_api, [allocation], limits, books.paid, books.refuse)
+        async def end(key: str) -> None:
+            hired = status.hired.get(key)
+            if hired is not None and hired.activity is not None:
+                await destroy(control, hired.activity)
+            if await terminate(market, key, RUN_OVER):
+                if hired is None:
+                    status.signing.remove(key)
+                else:
+                    hired.agreement_state = "terminated"
+
+        left = [key for key, one in status.hired.items() if one.agreement_state in OPEN]
+        await asyncio.gather(*map(end, {*left, *status.signing}))
 
 
 def for_runtime(package: Any, name: str) -> Payload:

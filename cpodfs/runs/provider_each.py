@@ -10,19 +10,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Any
+
+from yapapi.script.command import SendFile
 
 from cpodfs.runs.provider_errors import RunFailed
 from cpodfs.runs.provider_files import NotThere, TaskLog, sha256_in
-from cpodfs.runs.provider_market import FAILED
-from cpodfs.runs.provider_script import INCOMING, words_for
+from cpodfs.runs.provider_market import FAILED, STRIKES
+from cpodfs.runs.provider_remote import Remote, Say
+from cpodfs.runs.provider_script import IF_WELL, INCOMING, words_for
 from cpodfs.runs.provider_status import Hired
-from cpodfs.runs.provider_work import Say, Shop, complete, into, report_in
+from cpodfs.runs.provider_work import Shop, Watch
 
-HOLD_S = 5.0
-"""How long a failed task waits for another provider than the one where it failed."""
 LANE_FAILURES = 8
 """So many providers in a row that fail before they have done anything end the run."""
 _LOG_EVERY_S = 0.2
@@ -30,24 +29,26 @@ _LOG_EVERY_S = 0.2
 
 @dataclass
 class Task:
-    """``failed_on``: provider ids, with the monotonic time of the last failure there."""
+    """``failed_on``: the ids of the providers that have failed it, and do not get it again."""
 
     number: int
     path: str
     state: str = "waiting"
     attempts: int = 0
-    failed_on: dict[str, float] = field(default_factory=dict)
+    failed_on: set[str] = field(default_factory=set)
     error: str | None = None
 
 
 class EachWork:
     """The tasks and who does them. ``over`` is set when each is done or failed for good."""
 
-    def __init__(self, shop: Shop, paths: list[str], retries: int) -> None:
+    def __init__(self, shop: Shop, paths: list[str], poll_s: float, retries: int) -> None:
         self.over = asyncio.Event()
         self.tasks = [Task(number, path) for number, path in enumerate(paths, 1)]
         self._shop = shop
+        self._poll_s = poll_s
         self._retries = retries
+        self._blamed: Counter[str] = Counter()
         self._running: dict[str, Task] = {}
         self._barren = 0
         self._count()
@@ -93,32 +94,12 @@ class EachWork:
 
     # -- one provider -----------------------------------------------------------------------------
 
-    async def lane(self, context: Any, hired: Hired) -> AsyncGenerator[Any, Any]:
-        script, _said = self._shop.open(context, await self._shop.packed())
-        yield script
-        complete(script)
-        while (task := await self._next(hired)) is not None:
+    async def lane(self, remote: Remote, hired: Hired) -> None:
+        await self._shop.set_up(remote)
+        while (task := self._next(hired)) is not None:
             log = _Log(self._shop, task, hired)
             try:
-                begun = time.monotonic()
-                source = self._shop.job.pod / task.path
-                digest = await self._shop.in_pod(sha256_in, self._shop.job.pod, task.path)
-                script = context.new_script()
-                script.upload_file(str(source), INCOMING)
-                job = self._shop.job
-                words, output = words_for(job.argv, task.path, job.script), job.output
-                script.add(Say(["task", digest, task.path, output, *words], log.add))
-                packing: list[str] = []
-                script.add(Say(["whole", output], into(packing, log.add)))
-                archive = self._shop.fetch(script)
-                yield script
-                complete(script)
-                report = report_in(packing)
-                # Before the task is over, for with the last one the lane may be ended.
-                await log.close()
-                if report.exit_code == 0:
-                    await self._shop.take(archive, report)
-                self._finish(task, hired, report.exit_code, time.monotonic() - begun)
+                await self._do(remote, hired, task, log)
             except NotThere:
                 del self._running[hired.agreement]
                 task.attempts = self._retries
@@ -126,21 +107,44 @@ class EachWork:
             finally:
                 await log.close()
 
-    async def _next(self, hired: Hired) -> Task | None:
-        """The next task for a provider; None when another provider would be better, or none is left."""
-        while waiting := self._in("waiting"):
-            fresh = [task for task in waiting if hired.id not in task.failed_on]
-            if not fresh and hired.done:
-                return None
-            now = time.monotonic()
-            held = [task for task in waiting if now - task.failed_on.get(hired.id, 0) > HOLD_S]
-            for task in fresh or held:
-                task.state = "running"
-                self._running[hired.agreement] = task
-                return task
-            # It was hired although it has failed these: there is nobody else, it seems.
-            await asyncio.sleep(HOLD_S / 10)
-        return None
+    async def _do(self, remote: Remote, hired: Hired, task: Task, log: _Log) -> None:
+        begun, job = time.monotonic(), self._shop.job
+        digest = await self._shop.in_pod(sha256_in, job.pod, task.path)
+        words, key = words_for(job.argv, task.path, job.script), f"{task.number}.{task.attempts}"
+        begin = [
+            SendFile(str(job.pod / task.path), INCOMING),
+            Say("task", key, digest, task.path, job.output, *words),
+        ]
+        watch = Watch(self._shop, remote, log.add, IF_WELL)
+        exit_code = await watch.to_its_end(self._poll_s, begin)
+        # Before the task is over, for with the last one the lane may be ended.
+        await log.close()
+        self._finish(task, hired, exit_code, time.monotonic() - begun)
+
+    def wants(self, provider_id: str) -> bool:
+        """Whether there is a task for this provider. It is not given what it has failed, nor
+        anything after `STRIKES` failures."""
+        fresh = any(provider_id not in task.failed_on for task in self._in("waiting"))
+        return fresh and self._blamed[provider_id] < STRIKES
+
+    def _next(self, hired: Hired) -> Task | None:
+        """The next task for a provider; None when there is none for it."""
+        waiting = self._in("waiting") if self.wants(hired.id) else []
+        task = next((task for task in waiting if hired.id not in task.failed_on), None)
+        if task is not None:
+            task.state = "running"
+            self._running[hired.agreement] = task
+        return task
+
+    def nobody(self, why: str) -> None:
+        """Nobody is left to be hired. Raises RunFailed unless some tasks were tried."""
+        tried = [task for task in self._in("waiting") if task.attempts]
+        if len(tried) < len(self._in("waiting")):
+            raise RunFailed(why)
+        for task in tried:
+            task.state = "failed"
+            self._say(f"{task.path}: {task.error}, is given up: {why}")
+        self._count()
 
     def _finish(self, task: Task, hired: Hired, exit_code: int | None, took_s: float) -> None:
         del self._running[hired.agreement]
@@ -148,6 +152,8 @@ class EachWork:
         hired.done += 1
         if exit_code == 0:
             task.state, task.error = "done", None
+            # It was not the task's fault, then.
+            self._blamed.update(task.failed_on)
             self._say(f"{task.path}: done by {hired.name} in {took_s:.2f} s")
             self._count()
         else:
@@ -155,7 +161,7 @@ class EachWork:
 
     def _failed(self, task: Task, hired: Hired, error: str) -> None:
         task.attempts += 1
-        task.failed_on[hired.id] = time.monotonic()
+        task.failed_on.add(hired.id)
         task.error = f"{error} on {hired.name}"
         again = task.attempts <= self._retries
         task.state = "waiting" if again else "failed"
@@ -164,7 +170,7 @@ class EachWork:
         self._count()
 
     def _say(self, text: str) -> None:
-        self._shop.reporter.log("stdout", f"{text}\n")
+        self._shop.reporter.log("stdout", f"{text}\n".encode(errors="backslashreplace"))
 
     def lane_ended(self, hired: Hired, error: str | None) -> None:
         task = self._running.pop(hired.agreement, None)
@@ -173,6 +179,8 @@ class EachWork:
             task.state = "waiting"
         elif task is not None:
             self._failed(task, hired, str(error))
+        if error is not None:
+            self._blamed[hired.id] += 1
         if error is not None and not hired.done:
             self._barren += 1
             if self._barren >= LANE_FAILURES:
@@ -191,8 +199,8 @@ class _Log:
         self._closing = False
         self._writer = asyncio.create_task(self._write())
 
-    def add(self, _stream: str, text: str) -> None:
-        self._pending += self._shop.within_limit(text.encode(errors="backslashreplace"))
+    def add(self, _stream: str, data: bytes) -> None:
+        self._pending += self._shop.within_limit(data)
         self._news.set()
 
     async def close(self) -> None:

@@ -6,7 +6,6 @@ The provider run's process; imports yapapi's errors only.
 from __future__ import annotations
 
 import aiohttp
-from yapapi.rest.activity import BatchError, CommandExecutionError
 
 
 class RunFailed(Exception):
@@ -21,14 +20,19 @@ class Vanished(LaneFailed):
     """A provider that does not answer any more."""
 
 
+class CommandFailed(LaneFailed):
+    """A command that the provider could not carry out; ``message`` and ``stderr`` are its words."""
+
+    def __init__(self, message: str | None, stderr: str | None) -> None:
+        said = (stderr or "").strip().splitlines()
+        words = [text for text in (message, said[-1] if said else None) if text]
+        super().__init__(f"command failed: {': '.join(words) or 'no reason given'}")
+
+
 def describe(error: BaseException) -> str:
     """One line for an error of yapapi or of the network, without secrets."""
     if isinstance(error, LaneFailed):
         return str(error)
-    if isinstance(error, CommandExecutionError):
-        return f"command failed: {error.message or error.stderr or 'no reason given'}"
-    if isinstance(error, BatchError):
-        return f"command failed: {' '.join(map(str, error.args)) or type(error).__name__}"
     status = getattr(error, "status", None)
     if status is not None and hasattr(error, "body"):
         return f"yagna said {status}: {str(error.body)[:200]}"
@@ -39,5 +43,22 @@ def describe(error: BaseException) -> str:
 
 
 def is_gone(error: BaseException) -> bool:
-    body = str(getattr(error, "body", ""))
-    return getattr(error, "status", None) == 500 and "endpoint address not found" in body
+    """Whether yagna says that the provider is not to be found in the network."""
+    return _says(error, 500, "endpoint address not found")
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether yagna says that it knows nothing of an activity."""
+    return _says(error, 404) or _says(error, 410) or _says(error, 500, "DAO error: Not found")
+
+
+def _says(error: BaseException, status: int, words: str = "") -> bool:
+    return getattr(error, "status", None) == status and words in str(getattr(error, "body", ""))
+
+
+def is_silence(error: BaseException) -> bool:
+    """Whether a call failed for want of an answer: yagna's, or the provider's as yagna says."""
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and hasattr(error, "body"):
+        return status == 408 or status >= 500
+    return isinstance(error, aiohttp.ClientError | TimeoutError | OSError)

@@ -6,6 +6,7 @@ ours, but what it passes on is not: a line that is not understood is text for th
 
 from __future__ import annotations
 
+import binascii
 import contextlib
 import json
 import os
@@ -38,7 +39,7 @@ def clean_up(
     last: bool = False,
     until: str | None = None,
 ) -> None:
-    """End and pay what a process that died left at the market; ``status`` is brought up to date.
+    """End and pay what a run left at the market; ``status`` is brought up to date.
 
     Takes `GRACE_S` at most. ``words``: a descriptor for what there is to complain of. ``env``: with
     the app-key. ``last``: nobody will try again, so invoices that have not come are forgotten.
@@ -49,12 +50,13 @@ def clean_up(
 
     if status["phase"] == "over":
         return
-    open_ones = [one for one in status["providers"] if _is_open(one)]
+    open_ones = [one for one in status["providers"] if is_open(one) or is_owed(one)]
     job = {
         "agreements": open_ones,
-        "allocations": status.get("allocations") or [status["allocation"]],
-        "demands": status.get("demands", []),
-        "payer": status.get("payer"),
+        "signing": status.get("signing") or [],
+        "demands": status.get("demands") or [],
+        "allocations": status.get("allocations") or list(filter(None, [status["allocation"]])),
+        **{key: status.get(key) for key in ("payer", "begun", "expires")},
         "last": last,
         "until": until,
     }
@@ -71,41 +73,34 @@ def clean_up(
         )
         ended = json.loads(done.stdout)
     except (OSError, ValueError, subprocess.TimeoutExpired):
-        ended = None
+        ended = {}
     for one in open_ones:
-        one.update((ended or {}).get(one["agreement"], {}))
+        one.update(ended.get(one["agreement"], {}))
     for total in ("spent", "accepted"):
         status[total] = round(sum(one[total] for one in status["providers"]), 12)
-    left = [
-        one
-        for one in open_ones
-        if one["agreement"] not in (ended or {}) or (is_owed(one) and not last)
-    ]
-    if ended is not None and not left:
+    if ended.get("released"):
         status["phase"] = "over"
-        status |= {key: [] for key in ("demands", "allocations") if key in status}
-    else:
-        status["phase"] = "unsettled"
-        with contextlib.suppress(OSError):  # a full disk
-            os.write(
-                words, b"cpodfs: not all agreements are ended and paid; see golem in run.json\n"
-            )
+        status |= {key: [] for key in ("signing", "demands", "allocations") if key in status}
+        return
+    status["phase"] = "unsettled"
+    with contextlib.suppress(OSError):  # a full disk
+        os.write(words, b"cpodfs: not all agreements are ended and paid; see golem in run.json\n")
 
 
 def is_owed(hired: dict[str, Any]) -> bool:
     """Whether a provider has worked and has neither been paid nor billed too much."""
-    worked = hired["activity"] is not None and hired["agreement_state"] != "vanished"
+    worked = hired["activity"] is not None and hired["agreement_state"] != "expired"
     return worked and not hired["paid"] and not hired.get("refused")
 
 
-def is_any_approved(status: dict[str, Any]) -> bool:
-    """Whether there are agreements that cost something as long as nobody ends them."""
-    return any(one["agreement_state"] == "approved" for one in status["providers"])
+def is_open(hired: dict[str, Any]) -> bool:
+    """Whether an agreement is to be ended: it may cost something as long as nobody does."""
+    return hired["agreement_state"] in ("approved", "confirming", "vanished")
 
 
-def _is_open(hired: dict[str, Any]) -> bool:
-    """Whether an agreement is to be ended, or to be paid."""
-    return hired["agreement_state"] in ("approved", "confirming") or is_owed(hired)
+def is_any_open(status: dict[str, Any]) -> bool:
+    """Whether there are agreements that are to be ended."""
+    return any(map(is_open, status["providers"])) or bool(status.get("signing"))
 
 
 class Link:
@@ -147,8 +142,8 @@ class Link:
         try:
             message = json.loads(line)
             if "log" in message:
-                text = message["text"].encode(errors="backslashreplace")
-                self._spools[message["log"]].offer(text)
+                data = binascii.a2b_base64(message["data"])
+                self._spools[message["log"]].offer(data)
             elif "status" in message:
                 self._on_status(dict(message["status"]))
             elif "end" in message:

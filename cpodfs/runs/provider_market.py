@@ -1,10 +1,10 @@
 """Hiring for a provider run: offers, agreements, activities, what they cost, and their ends.
 
-asyncio, in the provider run's own process; imports yapapi, `recipe`, `provider_status`. It drives
-yapapi's engine as yapapi's own Executor and ServiceRunner do (`Job`, `start_worker`,
-`process_batches`), because the Executor starts one worker in two seconds, retries anywhere, and
-hears nothing of a provider that is gone. One lane is one agreement with one activity; it is never
-used again. Invariant: whatever ends a lane, its activity is destroyed and its agreement terminated.
+asyncio, in the provider run's own process; imports yapapi, `recipe`, ``provider_*``. It drives
+yapapi's engine as yapapi's own Executor and ServiceRunner do (`Job`, `start_worker`), because the
+Executor starts one worker in two seconds, retries anywhere, and hears nothing of a provider that is
+gone. One lane is one agreement with one activity; it is never used again. Invariant: whatever ends a
+lane, its activity is destroyed and its agreement terminated, or whoever settles is told that it is not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import partial
@@ -22,28 +22,32 @@ from yapapi import Golem
 from yapapi.engine import Job
 from yapapi.payload import Payload
 from yapapi.props.com import Counter
-from yapapi.rest.activity import BatchError
 from yapapi.strategy import SCORE_REJECTED, LeastExpensiveLinearPayuMS
 
 from cpodfs.recipe import Runtime
-from cpodfs.runs.provider_bills import Bills, is_sane
+from cpodfs.runs.provider_bills import is_sane
 from cpodfs.runs.provider_books import hired_for
-from cpodfs.runs.provider_errors import LaneFailed, RunFailed, Vanished, describe, is_gone
+from cpodfs.runs.provider_ends import destroy
+from cpodfs.runs.provider_errors import (
+    CommandFailed,
+    LaneFailed,
+    RunFailed,
+    Vanished,
+    describe,
+    is_silence,
+)
 from cpodfs.runs.provider_pool import Pool, affordable
+from cpodfs.runs.provider_remote import Remote, Yagna
 from cpodfs.runs.provider_status import Hired, Reporter, Status
 
 STRIKES = 3
 """A provider that has failed so often in this run is not hired again."""
-SILENCE_S = 15.0
-"""A provider that answers nothing for so long has vanished."""
-REFUSALS = 3
-"""Or one of whom yagna says so often, a second apart, that it is not to be found."""
 FAILED = 125
 """Exit code for a failure that is not the program's."""
 _EXPIRY_MARGIN = timedelta(minutes=5)
 _WATCH_S = 1.0
 _ANSWER_S = 5.0
-_LANES_END_S = 10.0
+_LANES_END_S = 17.0
 _RETRY_S = 0.5
 
 
@@ -55,17 +59,23 @@ class Work(Protocol):
     def lanes_wanted(self) -> int:
         """How many providers would have something to do now."""
 
-    def lane(self, context: Any, hired: Hired) -> AsyncGenerator[Any, Any]:
-        """The scripts for one provider. Raises LaneFailed; its end ends the lane."""
+    def wants(self, provider_id: str) -> bool:
+        """Whether this provider would have something to do."""
+
+    async def lane(self, remote: Remote, hired: Hired) -> None:
+        """Work with one provider. Raises LaneFailed; its end ends the lane."""
 
     def lane_ended(self, hired: Hired, error: str | None) -> None:
         """A lane is over; what it had begun must be begun again. Raises RunFailed to give up."""
 
+    def nobody(self, why: str) -> None:
+        """Nobody can be hired for what is left. Gives it up, or raises RunFailed for all of it."""
+
 
 class Strategy(LeastExpensiveLinearPayuMS):  # type: ignore[misc]
-    """The cheapest within the recipe's limits, those that have failed us last; pays what is owed."""
+    """The cheapest within the recipe's limits, those that have failed us last."""
 
-    def __init__(self, runtime: Runtime, budget_left: Callable[[], Decimal], bills: Bills) -> None:
+    def __init__(self, runtime: Runtime, budget_left: Callable[[], Decimal]) -> None:
         limits = {Counter.CPU: runtime.max_cpu_hour, Counter.TIME: runtime.max_env_hour}
         super().__init__(
             max_fixed_price=_decimal(runtime.max_start),
@@ -76,7 +86,6 @@ class Strategy(LeastExpensiveLinearPayuMS):  # type: ignore[misc]
             },
         )
         self._budget_left = budget_left
-        self._bills = bills
         self.strikes: dict[str, int] = {}
         self.too_dear = 0
 
@@ -90,12 +99,6 @@ class Strategy(LeastExpensiveLinearPayuMS):  # type: ignore[misc]
             return float(SCORE_REJECTED)
         return score / (1 + 10 * strikes)
 
-    async def invoice_accepted_amount(self, invoice: Any) -> Decimal:
-        return self._bills.checked(invoice.agreement_id, invoice.amount)
-
-    async def debit_note_accepted_amount(self, debit_note: Any) -> Decimal:
-        return self._bills.checked(debit_note.agreement_id, debit_note.total_amount_due)
-
 
 def _decimal(limit: float | None) -> Decimal:
     # A little more, for yapapi compares it with a float that may stand for a little more.
@@ -106,9 +109,16 @@ class Crew:
     """The providers that work on one run. Use `run` once, inside a started ``golem``."""
 
     def __init__(
-        self, golem: Golem, runtime: Runtime, reporter: Reporter, strategy: Strategy, work: Work
+        self,
+        golem: Golem,
+        yagna: Yagna,
+        runtime: Runtime,
+        reporter: Reporter,
+        strategy: Strategy,
+        work: Work,
     ) -> None:
         self._engine = golem._engine
+        self._yagna = yagna
         self._runtime = runtime
         self._reporter = reporter
         self._strategy = strategy
@@ -125,10 +135,11 @@ class Crew:
     async def run(self, payload: Payload) -> None:
         """See the work through. Raises RunFailed; cancelled, it still ends everything it began."""
         expires = datetime.now(UTC) + timedelta(seconds=self._runtime.timeout_s) + _EXPIRY_MARGIN
+        self._status.expires = expires.isoformat(timespec="milliseconds")
         job = Job(self._engine, expires, payload)
-        job.agreements_pool = Pool(job, self._status)
+        job.agreements_pool = Pool(job, self._reporter, self._work.wants)
         self._engine.add_job(job)
-        offers = asyncio.create_task(job.find_offers())
+        offers = asyncio.create_task(self._find_offers(job))
         self._reporter.phase("searching")
         try:
             async with asyncio.timeout(self._runtime.timeout_s) as limit:
@@ -144,26 +155,43 @@ class Crew:
             await self._dismiss(job)
             self._engine.finalize_job(job)
 
+    async def _find_offers(self, job: Any) -> None:
+        """yapapi gives up at the first call that fails: a yagna that was away has forgotten the demand."""
+        while True:
+            try:
+                await job.find_offers()
+            except Exception as error:
+                if not is_silence(error):
+                    raise
+                self._reporter.note(f"the search for offers begins again: {describe(error)}")
+            await asyncio.sleep(_RETRY_S)
+            await self._yagna.wait()
+
     async def _hire(self, job: Any, offers: asyncio.Task[None]) -> None:
         """Keep as many lanes as there is work for, until the work is over."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._runtime.offer_timeout_s
+        since = loop.time()
         while not self._work.over.is_set():
             if self._failure is not None:
                 raise self._failure
             if offers.done():
                 error = offers.exception() or TimeoutError()
+                if isinstance(error, RunFailed):
+                    raise error
                 raise RunFailed(f"the market does not answer: {describe(error)}")
             with contextlib.suppress(Exception):
                 await job.agreements_pool.cycle()
             wanted = min(self._runtime.workers, self._work.lanes_wanted())
             if len(self._workers) < wanted and await self._start_lane(job):
-                deadline = loop.time() + self._runtime.offer_timeout_s
+                since = loop.time()
                 continue
             if self._workers or not wanted:
-                deadline = loop.time() + self._runtime.offer_timeout_s
-            elif loop.time() >= deadline:
-                raise RunFailed(self._why_nobody(job))
+                since = loop.time()
+            # A yagna that was away knows no offers when it comes back.
+            elif loop.time() - max(since, self._yagna.back_at) >= self._runtime.offer_timeout_s:
+                await self._yagna.wait()
+                if loop.time() - self._yagna.back_at >= self._runtime.offer_timeout_s:
+                    self._work.nobody(self._why_nobody(job))
             await self._wait_for_news(_RETRY_S)
 
     async def _start_lane(self, job: Any) -> bool:
@@ -229,8 +257,8 @@ class Crew:
     def _lane_in(self, job: Any) -> Callable[[Any], Any]:
         async def run_worker(context: Any) -> bool:
             await self._lane(job, context)
-            # yapapi ends the activity and the agreement only after an error.
-            raise LaneFailed("over")
+            # yapapi need not end the activity and the agreement: that is done.
+            return True
 
         return run_worker
 
@@ -240,29 +268,29 @@ class Crew:
         self._status.phase = "running"
         # At once, for whoever has to clean up after us.
         self._reporter.tell()
-        work = asyncio.create_task(self._process(job, context, hired))
-        watch = asyncio.create_task(self._watch(context, hired))
+        remote = Remote(context, self._yagna)
+        work = asyncio.create_task(self._work.lane(remote, hired))
+        watch = asyncio.create_task(self._watch(remote, context, hired))
         stop = asyncio.create_task(self._stop.wait())
         error: str | None = None
         try:
             await asyncio.wait([work, watch, stop], return_when=asyncio.FIRST_COMPLETED)
             if not stop.done() or work.done():
-                error = await self._why_ended(work, watch, context)
+                error = await self._why_ended(work, watch, context, hired)
         finally:
             for task in (work, watch, stop):
                 task.cancel()
             await asyncio.wait([work, watch, stop])
-            with contextlib.suppress(Exception):
-                async with asyncio.timeout(_ANSWER_S):
-                    await self._take_cost(context, hired)
-            await self._close_lane(job, hired, error)
+            await self._close_lane(job, context, hired, error)
 
-    async def _close_lane(self, job: Any, hired: Hired, error: str | None) -> None:
-        hired.activity_state = "ended"
-        self._lane_over(hired, error)
+    async def _close_lane(self, job: Any, context: Any, hired: Hired, error: str | None) -> None:
         with contextlib.suppress(Exception):
             async with asyncio.timeout(_ANSWER_S):
-                await self._engine.accept_payments_for_agreement(job.id, hired.agreement)
+                await self._take_cost(context, hired)
+        hired.activity_state = "ended"
+        self._lane_over(hired, error)
+        await destroy(context._activity._api, context.id)
+        await job.agreements_pool.end(hired.agreement)
 
     def _lane_over(self, hired: Hired, error: str | None) -> None:
         hired.error = error
@@ -276,38 +304,21 @@ class Crew:
         self._news.set()
         self._reporter.changed()
 
-    async def _process(self, job: Any, context: Any, hired: Hired) -> None:
-        scripts = self._work.lane(context, hired)
-        try:
-            await self._engine.process_batches(job.id, hired.agreement, context._activity, scripts)
-        except StopAsyncIteration:
-            pass
-        finally:
-            await scripts.aclose()
-
     async def _why_ended(
-        self, work: asyncio.Task[None], watch: asyncio.Task[None], context: Any
+        self, work: asyncio.Task[None], watch: asyncio.Task[None], context: Any, hired: Hired
     ) -> str | None:
-        if not work.done():
-            error = watch.exception()
-            if isinstance(error, RunFailed):
-                self._failure = self._failure or error
-                return None
-            return describe(error) if error else "the watch ended"
-        error = work.exception()
+        """What went wrong; None when nothing did, or when it is the whole run that fails."""
+        error = (work if work.done() else watch).exception()
         if isinstance(error, RunFailed):
             self._failure = self._failure or error
             return None
-        if error is None or isinstance(error, LaneFailed):
-            return None if error is None else str(error)
-        if isinstance(error, BatchError):
-            return await self._lost(context) or describe(error)
-        # yagna itself refused or broke off: the watch finds out who is still there.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(SILENCE_S + _ANSWER_S):
-                await asyncio.wait([watch])
-        verdict = watch.exception() if watch.done() else None
-        return str(verdict) if isinstance(verdict, LaneFailed) else describe(error)
+        if isinstance(error, Vanished):
+            hired.agreement_state = "vanished"
+        if isinstance(error, CommandFailed):
+            return await self._lost(context) or str(error)
+        if error is None:
+            return None if work.done() else "the watch ended"
+        return describe(error)
 
     async def _lost(self, context: Any) -> str | None:
         """Whether the activity is no more; asked when something failed for whatever reason."""
@@ -320,23 +331,17 @@ class Crew:
             return None
         return f"activity lost: {state.error_message or state.reason or 'ended by the provider'}"
 
-    async def _watch(self, context: Any, hired: Hired) -> None:
+    async def _watch(self, remote: Remote, context: Any, hired: Hired) -> None:
         """Follow what the lane costs. Ends by LaneFailed (lost, vanished) or RunFailed (budget)."""
-        loop = asyncio.get_running_loop()
-        heard, refused = loop.time(), 0
+
+        async def look() -> Any:
+            async with asyncio.timeout(_ANSWER_S):
+                await self._take_cost(context, hired)
+                return await context.get_raw_state()
+
         while True:
             await asyncio.sleep(_WATCH_S)
-            try:
-                async with asyncio.timeout(_ANSWER_S):
-                    await self._take_cost(context, hired)
-                    state = await context.get_raw_state()
-            except Exception as error:  # noqa: BLE001 - what it is shows how long it lasts
-                refused = refused + 1 if is_gone(error) else 0
-                if refused >= REFUSALS or loop.time() - heard > SILENCE_S:
-                    hired.agreement_state = "vanished"
-                    raise Vanished(f"provider vanished: {describe(error)}") from None
-                continue
-            heard, refused = loop.time(), 0
+            state = await remote.patiently(look)
             hired.activity_state = str(state.state[0]).lower()
             if "Terminated" in state.state:
                 raise LaneFailed(await self._lost(context) or "activity lost")
@@ -364,7 +369,6 @@ class Crew:
             _, late = await asyncio.wait(self._workers, timeout=_LANES_END_S)
             for worker in late:
                 worker.cancel()
-        reason = {"message": "The run is over", "golem.requestor.code": "Success"}
         with contextlib.suppress(Exception):
             async with asyncio.timeout(_LANES_END_S):
-                await job.agreements_pool.terminate_all(reason=reason)
+                await job.agreements_pool.terminate_all(reason={})

@@ -1,16 +1,18 @@
-"""The shell script that works for us inside the container, and what its lines mean.
+"""The shell script that works for us inside the container, and what its answers mean.
 
-Imports nothing of ours. It needs ``sh``, ``tar``, ``find``, ``sha256sum``, ``head``, ``tail``, ``wc``
-(GNU or busybox). yagna runs the commands of an activity one after another, so a program that runs in
-the foreground would keep us from its files: ``start`` puts it in the background, ``watch`` streams
-what it has printed since the last time, ``pack`` archives what it has written since. For one task of
-many ``task`` runs it to its end and ``whole`` archives all its output. Of the output folder only
+Imports nothing of ours. It needs ``sh``, ``tar``, ``find``, ``sha256sum``, ``head``, ``tail``, ``wc``,
+``tr`` and ``base64`` or ``od`` (GNU or busybox). yagna runs the commands of an activity one after
+another, so a program that runs in the foreground would keep us from its files: ``begin`` and ``task``
+put it in the background, and its output into files. ``watch`` waits a little and answers what is new
+since what the requestor has: pieces of the output, and an archive of results. An answer may get lost
+on its way, so each command can be sent again and then does or says the same. Of the output folder only
 files and folders are archived; what else is in it is told of on stderr. The program's words are
 arguments here and never looked at by a shell.
 """
 
 from __future__ import annotations
 
+import base64
 import posixpath
 from dataclasses import dataclass
 
@@ -20,6 +22,13 @@ BASE = "/golem/work"
 HELPER = f"{BASE}/cpodfs.sh"
 INCOMING = f"{BASE}/cpodfs.in"
 OUTGOING = f"{BASE}/cpodfs.out"
+SLICED = f"{BASE}/cpodfs.log"
+ALWAYS, IF_WELL = "always", "well"
+"""When `watch` archives results: each time, or only after the program's success."""
+PIECES_BYTES = 192 << 10
+"""Of output in one answer."""
+ARCHIVE_BYTES = 48 << 10
+"""Of the archive in an answer; a larger one is to be fetched."""
 _NUMBER_CHARS = 20
 
 SCRIPT = r"""#!/bin/sh
@@ -45,15 +54,13 @@ check() {
 }
 
 setup() {  # HASH OUTPUT: unpack what was sent, forget what was there before
+    [ ! -e "$state/set.$1" ] || return 0
     check "$1"
     rm -rf pod "$state"
     mkdir -p "$state" "pod/$2" || exit 92
     tar -xf cpodfs.in -C pod || exit 93
-    rm -f cpodfs.in
-    : > "$state/out"; : > "$state/err"; echo 0 > "$state/out.at"; echo 0 > "$state/err.at"
     : > "$state/never"; touch -t 197001010000 "$state/never"
-    cp -p "$state/never" "$state/since"
-    echo ok
+    : > "$state/set.$1"
 }
 
 become() {  # WORDS: the program, or say as users expect why not
@@ -67,11 +74,25 @@ become() {  # WORDS: the program, or say as users expect why not
     exec "$@"
 }
 
-start() {  # WORDS: run the program in the background
-    cd pod || exit 94
+begin() {  # KEY WORDS: run the program in the background, once for each key
+    [ ! -e "$state/begun.$1" ] || return 0
+    rm -f "$state/out" "$state/err" "$state/exit" "$state/told" "$state"/since.*
+    : > "$state/out"; : > "$state/err"; cp -p "$state/never" "$state/since.0"
+    : > "$state/begun.$1"
+    shift; cd pod || exit 94
     ( ( become "$@" ) </dev/null >>"$state/out" 2>>"$state/err"
       echo $? > "$state/exit.new"; mv "$state/exit.new" "$state/exit" ) </dev/null >/dev/null 2>&1 &
     echo $! > "$state/pid"
+}
+
+task() {  # KEY HASH PATH OUTPUT WORDS: put the file there, begin with an empty output folder
+    [ ! -e "$state/begun.$1" ] || return 0
+    check "$2"
+    rm -rf "pod/$4"; mkdir -p "pod/$4" || exit 92
+    case $3 in */*) [ -d "pod/${3%/*}" ] || mkdir -p "pod/${3%/*}" || exit 92;; esac
+    mv -f cpodfs.in "pod/$3" || exit 93
+    key=$1; shift 4
+    begin "$key" "$@"
 }
 
 mourn() {  # whoever was to write down the program's end may have been killed with it
@@ -83,55 +104,53 @@ mourn() {  # whoever was to write down the program's end may have been killed wi
     fi
 }
 
-emit() {  # NAME ALL: print what NAME has got since the last time, whole lines only unless ALL
-    read -r at < "$state/$1.at"
-    new=$(( $(wc -c < "$state/$1") - at ))
-    [ "$new" -gt 0 ] || return 1
-    part=$2
-    # More than we take at once: the last line is cut only if there is no other.
-    [ "$new" -le 262144 ] || { new=262144; part=; full=1; }
-    if [ -z "$part" ]; then
-        rest=$(tail -c "+$((at + 1))" "$state/$1" | head -c "$new" | tail -n 1 | wc -c)
-        last=$(tail -c "+$((at + new))" "$state/$1" | head -c 1 | wc -l)
-        if [ "$last" -eq 0 ]; then
-            [ "$rest" -lt "$new" ] && new=$((new - rest)) || [ "$new" -eq 262144 ] || return 1
-        fi
+encode() {
+    if command -v base64 >/dev/null 2>&1; then
+        printf b; base64 | tr -d '\n'
+    else
+        printf x; od -An -v -tx1 | tr -d ' \n'
     fi
-    tail -c "+$((at + 1))" "$state/$1" | head -c "$new"
-    echo $((at + new)) > "$state/$1.at"
-    return 0
 }
 
-watch() {  # TENTHS: stream what the program prints, for so long or until it has ended
+size() { echo $(( $(wc -c < "$state/$1") )); }
+from() { tail -c "+$(($2 + 1))" "$state/$1" | head -c "$3"; }  # NAME AT LENGTH
+
+piece() {  # NAME AT: say what NAME has from there on, as much as there is room for; the rest is $left
+    left=$(( $(size "$1") - $2 ))
+    take=$left
+    [ "$take" -le "$room" ] || take=$room
+    [ "$take" -gt 0 ] || return 0
+    room=$((room - take)); left=$((left - take))
+    echo "$1 $2 $take $(from "$1" "$2" "$take" | encode)"
+}
+
+slice() {  # OUT_AT OUT_LENGTH ERR_AT ERR_LENGTH: put these pieces where they can be fetched
+    { from out "$1" "$2"; from err "$3" "$4"; } > cpodfs.log
+}
+
+watch() {  # TENTHS OUT_AT ERR_AT PACKED OUTPUT WHEN: wait so long or until the end, say what is new
     now
     end=$((tenths + $1))
-    said=; complained=
-    while :; do
-        mourn
-        all=; [ -e "$state/exit" ] && all=1
-        more=; full=
-        emit out "$all" && more=1 && said=1
-        emit err "$all" >&2 && more=1 && complained=1
-        [ -n "$all" ] && [ -z "$more" ] && return 0
+    while mourn; [ ! -e "$state/exit" ]; do
         now
-        [ "$tenths" -lt "$end" ] || break
-        [ -n "$all$full" ] || nap
+        [ "$tenths" -lt "$end" ] && [ $(( $(size out) - $2 )) -lt @PIECES@ ] || break
+        nap
     done
-    # A line that has stood unfinished for all this time is shown as it is.
-    [ -n "$said" ] || emit out 1
-    [ -n "$complained" ] || emit err 1 >&2
-    return 0
-}
-
-task() {  # HASH PATH OUTPUT WORDS: put the file there, run the program, with an empty output folder
-    check "$1"
-    rm -f "$state/exit"
-    rm -rf "pod/$3"; mkdir -p "pod/$3" || exit 92
-    case $2 in */*) [ -d "pod/${2%/*}" ] || mkdir -p "pod/${2%/*}" || exit 92;; esac
-    mv -f cpodfs.in "pod/$2" || exit 93
-    shift 3; cd pod || exit 94
-    ( become "$@" ) </dev/null
-    echo $? > "$state/exit"
+    done=-; [ -e "$state/exit" ] && done=$(cat "$state/exit")
+    room=@PIECES@
+    piece out "$2"; outs=$left
+    piece err "$3"; errs=$left
+    case $6$done in
+        well-|well[1-9]*) : > "$state/list";;
+        *) pack "$4" "$5";;
+    esac
+    if [ -s "$state/list" ]; then
+        bytes=$(( $(wc -c < cpodfs.out) ))
+        inside=; [ "$bytes" -gt @ARCHIVE@ ] || inside=$(encode < cpodfs.out)
+        echo "cpodfs $done $outs $errs $bytes $(hash cpodfs.out) $inside"
+    else
+        echo "cpodfs $done $outs $errs 0 -"
+    fi
 }
 
 archive() {  # OUTPUT TEST ...: files and folders in it that pass; 0 or 1: all that was there is in
@@ -177,83 +196,86 @@ tell() {  # OUTPUT: what went wrong, what was left out; a link may lead anywhere
     [ "$more" -le 0 ] || echo "cpodfs: $1: $more more are not brought either"
 }
 
-report() {  # DONE UNSAID SOME
-    echo "cpodfs $* $(( $(wc -c < cpodfs.out) )) $(hash cpodfs.out)"
-}
-
-whole() {  # OUTPUT: archive all of it, say what is to be known
-    [ -s "$state/exit" ] || exit 97
-    ( archive "$1" )
-    failed=$?
-    ( tell "$1" ) >&2
-    [ "$failed" -le 1 ] || exit 96
-    read -r done < "$state/exit"
-    report "$done" 0 1
-}
-
-pack() {  # OUTPUT: archive what is new in it, say what is to be known
-    done=-
-    mourn
-    [ -e "$state/exit" ] && done=$(cat "$state/exit")
-    : > "$state/next"
+pack() {  # PACKED OUTPUT: archive what is new in it since so many archives
+    : > "$state/since.$(($1 + 1))"
     # File times are coarse: only what is written from now on is surely newer than that.
     [ "$done" = - ] && nap
     # The time of change tells more: -newer does not see a file that came with an old date.
-    by=-cnewer
+    by=-cnewer since=$state/since.$1
     find "$state/never" -cnewer "$state/never" >/dev/null 2>&1 || by=-newer
-    [ "$by" = -newer ] && [ "$done" != - ] && cp -p "$state/never" "$state/since"
-    ( archive "$1" $by "$state/since" )
+    [ "$by" = -newer ] && [ "$done" != - ] && since=$state/never
+    ( archive "$2" $by "$since" ) || [ $? -le 1 ] || exit 96
     # What was changed or removed meanwhile comes the next time, if there is one.
-    if [ "$done" != - ] && [ ! -e "$state/told" ]; then
-        : > "$state/told"
-        ( tell "$1" ) >&2
+    if [ "$done" != - ]; then
+        [ -e "$state/told" ] || ( tell "$2" ) > "$state/told"
+        cat "$state/told" >&2
     fi
-    mv "$state/next" "$state/since"
-    count=0; [ -s "$state/list" ] && count=1
-    unsaid=0
-    for name in out err; do
-        [ -e "$state/$name.at" ] || continue
-        read -r at < "$state/$name.at"
-        unsaid=$((unsaid + $(wc -c < "$state/$name") - at))
-    done
-    report "$done" "$unsaid" "$count"
 }
 
 command=$1; shift
 case $command in
-    setup|start|watch|pack|task|whole|stage) "$command" "$@";;
+    setup|begin|task|watch|slice|stage) "$command" "$@";;
     *) exit 95;;
 esac
-"""
+""".replace("@PIECES@", str(PIECES_BYTES)).replace("@ARCHIVE@", str(ARCHIVE_BYTES))
 
 
 @dataclass(frozen=True)
-class Report:
-    """The line that ``pack`` and ``whole`` print. ``exit_code`` None: the program still runs.
+class Answer:
+    """What ``watch`` says. ``exit_code`` None: the program still runs.
 
-    ``unsaid``: bytes that the program has printed and ``watch`` has not streamed yet. ``some``: the
-    archive is not empty. ``size`` in bytes and ``sha256`` are the archive's.
+    ``out`` and ``err``: what the program has printed from where the requestor asked for on;
+    ``out_left``, ``err_left``: how many bytes more there are. ``size`` (bytes) and ``sha256`` are the
+    archive's of new results, 0 and empty when there are none; ``archive`` is the archive, if it is small.
     """
 
+    out: bytes
+    err: bytes
     exit_code: int | None
-    unsaid: int
-    some: bool
+    out_left: int
+    err_left: int
     size: int
     sha256: str
+    archive: bytes | None
+
+    @property
+    def over(self) -> bool:
+        """Whether the program has ended, and all that it has printed is here."""
+        return self.exit_code is not None and not self.out_left and not self.err_left
 
 
-def parse_report(text: str) -> Report:
-    """Raises ValueError for what is not a report."""
-    words = text.split()
-    if len(words) != 6 or words[0] != "cpodfs" or len(words[5]) != 64:
-        raise ValueError(f"not a report: {text[:80]!a}")
-    if any(len(word) > _NUMBER_CHARS for word in words[1:5]):
-        raise ValueError("not a report: a number too large")
-    code = None if words[1] == "-" else int(words[1])
-    unsaid, size = int(words[2]), int(words[4])
-    if min(code or 0, unsaid, size) < 0 or (code or 0) > 255:
-        raise ValueError(f"not a report: {text[:80]!a}")
-    return Report(code, unsaid, words[3] != "0", size, words[5])
+def parse_answer(text: str, out_at: int, err_at: int) -> Answer:
+    """``out_at``, ``err_at``: what was asked for. Raises ValueError for what is not an answer to that."""
+    *pieces, last = text.splitlines() or [""]
+    found = {"out": b"", "err": b""}
+    for line in pieces:
+        name, at, length, data = [*line.split(" "), "", "", ""][:4]
+        if name not in found or _number(at) != (out_at if name == "out" else err_at):
+            raise ValueError(f"not an answer: {line[:80]!a}")
+        found[name] = _decoded(data, _number(length), PIECES_BYTES)
+    words = last.split()
+    if len(words) not in (6, 7) or words[0] != "cpodfs" or len(words[5]) not in (1, 64):
+        raise ValueError(f"not an answer: {last[:80]!a}")
+    code = None if words[1] == "-" else _number(words[1])
+    out_left, err_left, size = map(_number, words[2:5])
+    if (code or 0) > 255 or (size == 0) != (words[5] == "-"):
+        raise ValueError(f"not an answer: {last[:80]!a}")
+    archive = _decoded(words[6], size, ARCHIVE_BYTES) if len(words) == 7 else None
+    digest = words[5] if size else ""
+    return Answer(found["out"], found["err"], code, out_left, err_left, size, digest, archive)
+
+
+def _number(text: str) -> int:
+    if len(text) > _NUMBER_CHARS or not text.isascii() or not text.isdecimal():
+        raise ValueError(f"not a number: {text[:80]!a}")
+    return int(text)
+
+
+def _decoded(text: str, size: int, limit: int) -> bytes:
+    data = bytes.fromhex(text[1:]) if text[:1] == "x" else base64.b64decode(text[1:], validate=True)
+    if len(data) != size or size > limit:
+        raise ValueError(f"{len(data)} bytes instead of {size}")
+    return data
 
 
 def words_for(argv: tuple[str, ...], path: str, script: str) -> list[str]:

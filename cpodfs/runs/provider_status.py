@@ -1,13 +1,14 @@
 """What a provider run has come to: the part of ``run.json`` that it fills, and the lines it speaks.
 
 Imports the standard library only. One JSON object a line on stdout, read by `provider_link` in the
-supervisor: ``{"log": "stdout"|"stderr", "text": …}``, ``{"status": {…}}`` (the whole of it, at most
+supervisor: ``{"log": "stdout"|"stderr", "data": <base64>}``, ``{"status": {…}}`` (the whole of it, at most
 `STATUS_EVERY_S`), and at the end ``{"end": {"error": …, "exit_code": …}}``.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -19,7 +20,9 @@ STATUS_EVERY_S = 0.2
 AHEAD_S = 3
 """From a look at the costs to the next one, and until a provider has stopped."""
 FAILED_SHOWN = 100
-_TEXT_CHARS = 16384
+OPEN = ("approved", "vanished")
+"""States of an agreement that is to be ended."""
+_DATA_BYTES = 16384
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ class Price:
 class Hired:
     """One agreement. ``spent``: what it has cost so far or was billed for; ``accepted``: paid.
 
-    ``agreement_state``: approved, terminated, vanished (the provider is gone). ``refused``: it has
-    billed too much, and is not paid. ``signed``: when, UTC, ISO 8601.
+    ``agreement_state``: approved, vanished (so is the provider; yagna may call it approved for ever),
+    terminated, or expired (its time is over, and nobody could be told). ``refused``: it has billed too
+    much, and is not paid. ``signed``: when, UTC, ISO 8601.
     """
 
     name: str
@@ -78,7 +82,13 @@ class Status:
     phase: str = "starting"
     allocation: str | None = None
     payer: str | None = None
-    """The address that pays, by which one knows this yagna again."""
+    """The address that pays: yagna's identity, by which one knows it again."""
+    begun: str | None = None
+    """Before this time (UTC, ISO 8601) nothing was billed."""
+    expires: str | None = None
+    """When the agreements' time is over, likewise."""
+    signing: list[str] = field(default_factory=list)
+    """Agreements that may have been signed: it is not known."""
     offers: int = 0
     hired: dict[str, Hired] = field(default_factory=dict)
     tasks: dict[str, int] | None = None
@@ -99,7 +109,7 @@ class Status:
             one, price = self.hired.get(key), self.prices.get(key, Price())
             if one is None:
                 total += price.start + price.ahead()
-            elif one.paid or (one.activity is None and one.agreement_state != "approved"):
+            elif one.paid or (one.activity is None and one.agreement_state not in OPEN):
                 total += one.spent
             else:
                 total += max(one.spent, price.start)
@@ -117,6 +127,9 @@ class Status:
             "accepted": amount(self.accepted()),
             "allocation": self.allocation,
             "payer": self.payer,
+            "begun": self.begun,
+            "expires": self.expires,
+            "signing": list(self.signing),
             "offers": self.offers,
             "providers": [one.shown() for one in self.hired.values()],
         }
@@ -145,14 +158,15 @@ class Reporter:
         self._out = out
         self._due: asyncio.TimerHandle | None = None
 
-    def log(self, stream: str, text: str) -> None:
-        """Text for ``stdout.log`` or ``stderr.log``."""
-        for at in range(0, len(text), _TEXT_CHARS):
-            self._say({"log": stream, "text": text[at : at + _TEXT_CHARS]})
+    def log(self, stream: str, data: bytes) -> None:
+        """Bytes for ``stdout.log`` or ``stderr.log``."""
+        for at in range(0, len(data), _DATA_BYTES):
+            part = base64.b64encode(data[at : at + _DATA_BYTES]).decode()
+            self._say({"log": stream, "data": part})
 
     def note(self, text: str) -> None:
         """A line of our own, for ``stderr.log``."""
-        self.log("stderr", f"cpodfs: {text}\n")
+        self.log("stderr", f"cpodfs: {text}\n".encode(errors="backslashreplace"))
 
     def changed(self) -> None:
         """The status is not what it was: tell, soon."""

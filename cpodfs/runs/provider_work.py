@@ -1,31 +1,35 @@
 """One program on one provider: sent, started, watched, its results fetched while it runs.
 
 asyncio; imports yapapi and the other ``provider_*`` modules. `Shop` is what both kinds of work
-share: the archive, the scripts for the container, the way into the pod. What a script's commands
-print is known in order and at once, through `Say`, not through yapapi's event consumers.
+share: the archive, the program's conversation with us, the way into the pod. What a program prints
+comes as bytes, in pieces that are asked for by where they begin, so that none is lost or doubled.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yapapi import events
-from yapapi.script.command import Run
+from yapapi.script.command import Command, Deploy, DownloadFile, SendBytes, SendFile, Start
 
 from cpodfs.runs.provider_errors import LaneFailed, RunFailed
 from cpodfs.runs.provider_files import AWAY, BadArchive, Packed, Unpacker, pack, sha256_of
 from cpodfs.runs.provider_market import FAILED
+from cpodfs.runs.provider_remote import Remote, Say
 from cpodfs.runs.provider_script import (
+    ALWAYS,
     HELPER,
     INCOMING,
     OUTGOING,
+    PIECES_BYTES,
     SCRIPT,
-    Report,
-    parse_report,
+    SLICED,
+    Answer,
+    parse_answer,
 )
 from cpodfs.runs.provider_status import FAILED_SHOWN, Hired, Reporter
 from cpodfs.runs.stream import LOG_LIMIT_BYTES
@@ -37,24 +41,13 @@ _MISSING_LIMIT = 10_000
 """Names that are remembered; of more it is said that they are so many."""
 _FETCH_SHARE = 4
 """A fetch that took t seconds is followed by at least so many times t without one."""
+_SLICE_BYTES = 16 << 20
+"""Of one stream of a program's output, fetched as a file: for programs that print a lot."""
+_SET_UP = 2
+"""Commands at the beginning of an activity that can only be given once."""
 
-Output = Callable[[str, str], None]
-
-
-class Say(Run):  # type: ignore[misc]
-    """A call of our script in the container; ``on_output(stream, text)`` hears what it prints."""
-
-    def __init__(self, words: list[str], on_output: Output) -> None:
-        super().__init__("/bin/sh", HELPER, *words)
-        self._on_output = on_output
-
-    def emit(self, event_class: Any, **kwargs: Any) -> Any:
-        event = super().emit(event_class, **kwargs)
-        if isinstance(event, events.CommandStdOut):
-            self._on_output("stdout", event.output)
-        elif isinstance(event, events.CommandStdErr):
-            self._on_output("stderr", event.output)
-        return event
+Output = Callable[[str, bytes], None]
+"""Takes the name of a stream, and bytes of it."""
 
 
 @dataclass(frozen=True)
@@ -117,32 +110,29 @@ class Shop:
                     raise RunFailed(f"the pod cannot be used: {error}") from None
             await asyncio.sleep(_MOUNT_RETRY_S)
 
-    def open(self, context: Any, packed: Packed) -> tuple[Any, list[str]]:
-        """The script that readies an activity; what it complains of."""
-        said: list[str] = []
-        script = context.new_script()
-        script.deploy()
-        script.start()
-        script.upload_bytes(SCRIPT.encode(), HELPER)
-        script.upload_file(str(packed.path), INCOMING)
-        script.add(Say(["setup", packed.sha256, self.job.output], into(said)))
-        return script, said
+    async def set_up(self, remote: Remote, begin: Sequence[Command] = ()) -> None:
+        """Ready an activity, and carry out ``begin``. Raises LaneFailed, RunFailed."""
+        packed = await self.packed()
+        ready = [
+            *(Deploy(), Start()),
+            *(SendBytes(SCRIPT.encode(), HELPER), SendFile(str(packed.path), INCOMING)),
+            Say("setup", packed.sha256, self.job.output),
+        ]
+        await remote.do([*ready, *begin], opening=_SET_UP)
 
-    def fetch(self, script: Any) -> Path:
-        """Add a fetch of the packed results to a script; where they will be."""
+    def scratch_file(self) -> Path:
+        """A new name for what is fetched."""
         self._fetches += 1
-        target = self.job.scratch / f"back-{self._fetches}.tar"
-        script.download_file(OUTGOING, str(target))
-        return target
+        return self.job.scratch / f"back-{self._fetches}"
 
-    async def take(self, archive: Path, report: Report) -> None:
+    async def take(self, archive: Path, answer: Answer) -> None:
         """Check an archive that came back and bring it into the pod. Raises LaneFailed, RunFailed.
 
         What the pod cannot hold is noted, and counted as missing.
         """
         try:
             async with self._unpacking:
-                if not await asyncio.to_thread(_whole, archive, report):
+                if not await asyncio.to_thread(_whole, archive, answer):
                     raise LaneFailed("the results did not arrive whole")
                 self._miss(await self.in_pod(self._unpacker.unpack, archive))
         except BadArchive as error:
@@ -170,37 +160,102 @@ class Shop:
         return f"{results} missing, which the pod cannot hold; the first: {name}: {why}"
 
 
-def _whole(archive: Path, report: Report) -> bool:
-    there = archive.exists() and archive.stat().st_size == report.size
-    return there and sha256_of(archive) == report.sha256
+def _whole(archive: Path, answer: Answer) -> bool:
+    there = archive.exists() and archive.stat().st_size == answer.size
+    return there and sha256_of(archive) == answer.sha256
 
 
-def into(said: list[str], on_error: Output | None = None) -> Output:
-    """An ``on_output`` that keeps what it hears; ``on_error`` gets what comes on stderr."""
+class Watch:
+    """The conversation with one program that has been begun in the background at a provider.
 
-    def hear(stream: str, text: str) -> None:
-        if on_error is not None and stream == "stderr":
-            on_error(stream, text)
-        else:
-            said.append(text)
+    ``on_output`` gets what it prints. ``when``: see `provider_script.ALWAYS`.
+    """
 
-    return hear
+    def __init__(self, shop: Shop, remote: Remote, on_output: Output, when: str = ALWAYS) -> None:
+        self._shop = shop
+        self._remote = remote
+        self._on_output = on_output
+        self._when = when
+        self._at = {"out": 0, "err": 0}
+        self._packed = 0
+        self._complaint = ""
+
+    async def to_its_end(self, poll_s: float, begin: Sequence[Command] = ()) -> int:
+        """See it through; its exit code. Raises LaneFailed, RunFailed.
+
+        ``begin``: what begins it, sent with the first look. ``poll_s``: from one look to the next.
+        """
+        wait_s = poll_s
+        while True:
+            answer = await self._look(wait_s, begin)
+            begin, begun = (), time.monotonic()
+            await self._fetch(answer)
+            # Results that take long to fetch must not keep the output waiting all the time.
+            wait_s = max(poll_s, _FETCH_SHARE * (time.monotonic() - begun))
+            if answer.over:
+                assert answer.exit_code is not None
+                return answer.exit_code
+
+    async def _look(self, wait_s: float, begin: Sequence[Command]) -> Answer:
+        out_at, err_at = self._at["out"], self._at["err"]
+        words = [str(round(wait_s * 10)), str(out_at), str(err_at), str(self._packed)]
+        results = await self._remote.do(
+            [*begin, Say("watch", *words, self._shop.job.output, self._when)]
+        )
+        said = results[-1]
+        try:
+            answer = parse_answer(str(said.stdout or ""), out_at, err_at)
+        except ValueError as error:
+            raise LaneFailed(f"the provider answers nonsense: {error}") from None
+        self._take_output("out", answer.out)
+        self._take_output("err", answer.err)
+        if said.stderr and said.stderr != self._complaint:
+            self._complaint = said.stderr
+            self._on_output("stderr", said.stderr.encode(errors="backslashreplace"))
+        return answer
+
+    def _take_output(self, name: str, data: bytes) -> None:
+        self._at[name] += len(data)
+        if data:
+            self._on_output(f"std{name}", data)
+
+    async def _fetch(self, answer: Answer) -> None:
+        """Bring what was too large for the answer."""
+        shop, commands = self._shop, list[Command]()
+        archive, sliced = shop.scratch_file(), shop.scratch_file()
+        if answer.archive is not None:
+            await asyncio.to_thread(archive.write_bytes, answer.archive)
+        elif answer.size:
+            commands.append(DownloadFile(OUTGOING, str(archive)))
+        lengths = [min(left, _SLICE_BYTES) for left in (answer.out_left, answer.err_left)]
+        much = sum(lengths) > PIECES_BYTES
+        if much:
+            places = zip(self._at.values(), lengths, strict=True)
+            words = [str(number) for place in places for number in place]
+            commands += [Say("slice", *words), DownloadFile(SLICED, str(sliced))]
+        if commands:
+            await self._remote.do(commands)
+        if much:
+            self._take_slices(await asyncio.to_thread(_read_and_remove, sliced), lengths)
+        if answer.size:
+            await shop.take(archive, answer)
+            self._packed += 1
+
+    def _take_slices(self, data: bytes, lengths: list[int]) -> None:
+        if len(data) != sum(lengths):
+            raise LaneFailed("the program's output did not arrive whole")
+        self._take_output("out", data[: lengths[0]])
+        self._take_output("err", data[lengths[0] :])
 
 
-def complete(script: Any) -> None:
-    """Raise LaneFailed unless all commands of a script have finished: a stream may break off."""
+def _read_and_remove(path: Path) -> bytes:
     try:
-        script.results  # noqa: B018 - raises when there are none
-    except AttributeError:
-        raise LaneFailed("provider vanished: its answer broke off") from None
-
-
-def report_in(said: list[str]) -> Report:
-    """The report among what ``pack`` printed. Raises LaneFailed."""
-    try:
-        return parse_report("".join(said))
-    except ValueError as error:
-        raise LaneFailed(f"the provider answers nonsense: {error}") from None
+        with path.open("rb") as file:
+            return file.read(2 * _SLICE_BYTES + 1)
+    except FileNotFoundError:
+        return b""
+    finally:
+        path.unlink(missing_ok=True)
 
 
 class SingleWork:
@@ -216,39 +271,21 @@ class SingleWork:
         self._shop = shop
         self._poll_s = poll_s
         self._retries = retries
-        self._failures = 0
+        self._failed_on: list[str] = []
 
     def lanes_wanted(self) -> int:
         return 0 if self.over.is_set() else 1
 
-    async def lane(self, context: Any, hired: Hired) -> AsyncGenerator[Any, Any]:
+    def wants(self, provider_id: str) -> bool:
+        return provider_id not in self._failed_on
+
+    async def lane(self, remote: Remote, hired: Hired) -> None:
         shop = self._shop
-        script, said = shop.open(context, await shop.packed())
-        script.add(Say(["start", *shop.job.argv], into(said)))
-        yield script
-        complete(script)
+        await shop.set_up(remote, [Say("begin", "1", *shop.job.argv)])
         shop.reporter.note(f"started on {hired.name}")
-        loop, poll_s = asyncio.get_running_loop(), self._poll_s
-        while True:
-            script = context.new_script()
-            script.add(Say(["watch", str(round(poll_s * 10))], shop.reporter.log))
-            packing: list[str] = []
-            script.add(Say(["pack", shop.job.output], into(packing, shop.reporter.log)))
-            yield script
-            complete(script)
-            report = report_in(packing)
-            if report.some:
-                begun = loop.time()
-                script = context.new_script()
-                archive = shop.fetch(script)
-                yield script
-                complete(script)
-                await shop.take(archive, report)
-                poll_s = max(self._poll_s, _FETCH_SHARE * (loop.time() - begun))
-            if report.exit_code is not None and not report.unsaid:
-                break
+        exit_code = await Watch(shop, remote, shop.reporter.log).to_its_end(self._poll_s)
         hired.done += 1
-        self._finish(report.exit_code)
+        self._finish(exit_code)
 
     def _finish(self, exit_code: int) -> None:
         missing = self._shop.missing()
@@ -260,7 +297,11 @@ class SingleWork:
     def lane_ended(self, hired: Hired, error: str | None) -> None:
         if self.over.is_set() or error is None:
             return
-        self._failures += 1
-        if self._failures > self._retries:
-            times = f" ({self._failures} attempts)" if self._failures > 1 else ""
+        self._failed_on.append(hired.id)
+        if len(self._failed_on) > self._retries:
+            attempts = len(self._failed_on)
+            times = f" ({attempts} attempts)" if attempts > 1 else ""
             raise RunFailed(f"{hired.name}: {error}{times}")
+
+    def nobody(self, why: str) -> None:
+        raise RunFailed(why)

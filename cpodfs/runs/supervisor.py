@@ -342,7 +342,7 @@ class Supervisor:
             error = f"the provider run's own process died ({how}); see stderr.log"
             code = status if status > 0 else None
         golem = self._record.get("golem")
-        if golem and (link.end is None or provider_link.is_any_approved(golem)):
+        if golem and (link.end is None or provider_link.is_any_open(golem)):
             provider_link.clean_up(golem, self._yagna_env, self._spools[1].fd)
             self._follower.notify()
         if (code or link.end is None) and not cancelled:

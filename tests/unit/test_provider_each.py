@@ -10,8 +10,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from cpodfs.runs import provider_each, provider_work
-from cpodfs.runs.provider_bills import Bills
+from cpodfs.runs import provider_work
 from cpodfs.runs.provider_each import LANE_FAILURES, EachWork
 from cpodfs.runs.provider_errors import RunFailed
 from cpodfs.runs.provider_market import Strategy
@@ -43,7 +42,7 @@ class _Silent(Reporter):
 
 
 def _work(shop: Shop) -> EachWork:
-    return EachWork(shop, ["payload/a", "payload/b", "payload/c"], retries=1)
+    return EachWork(shop, ["payload/a", "payload/b", "payload/c"], poll_s=1.0, retries=1)
 
 
 def lane(name: str) -> Hired:
@@ -52,17 +51,17 @@ def lane(name: str) -> Hired:
 
 async def test_each_task_is_given_out_once(work: EachWork, status: Status) -> None:
     one, two = lane("one"), lane("two")
-    first, second = await work._next(one), await work._next(two)
+    first, second = work._next(one), work._next(two)
     assert first is not None
     assert second is not None
     assert (first.path, second.path) == ("payload/a", "payload/b")
     assert work.lanes_wanted() == 3
     work._finish(first, one, 0, 0.1)
-    third = await work._next(one)
+    third = work._next(one)
     assert third is not None
     assert third.path == "payload/c"
     work._finish(second, two, 0, 0.1)
-    assert await work._next(two) is None
+    assert work._next(two) is None
     assert not work.over.is_set()
     work._finish(third, one, 0, 0.1)
     assert work.over.is_set()
@@ -82,18 +81,18 @@ async def test_the_logs_of_all_tasks_have_one_limit(tmp_path: Path, monkeypatch)
 
 async def test_a_failed_task_goes_to_another_provider(work: EachWork, status: Status) -> None:
     one, two = lane("one"), lane("two")
-    task = await work._next(one)
+    task = work._next(one)
     assert task is not None
     work._finish(task, one, 4, 0.1)
     assert task.state == "waiting"
     for _ in range(2):
-        other = await work._next(one)
+        other = work._next(one)
         assert other is not None
         assert other is not task
         work._finish(other, one, 0, 0.1)
     # Only what failed here is left: another provider is to be hired.
-    assert await work._next(one) is None
-    assert await work._next(two) is task
+    assert work._next(one) is None
+    assert work._next(two) is task
     work._finish(task, two, 4, 0.1)
     assert work.over.is_set()
     assert work.exit_code == 1
@@ -129,27 +128,52 @@ async def test_results_that_the_pod_cannot_hold_are_not_forgotten(
     ]
 
 
-async def test_the_only_provider_gets_it_again_after_a_while(
-    work: EachWork, monkeypatch: pytest.MonkeyPatch
+async def test_a_provider_does_not_get_again_what_it_has_failed(
+    work: EachWork, status: Status
 ) -> None:
-    monkeypatch.setattr(provider_each, "HOLD_S", 0.05)
-    task = await work._next(lane("one"))
+    one = lane("one")
+    task = work._next(one)
     assert task is not None
-    work.lane_ended(lane("one"), "activity lost")
     for other in work.tasks[1:]:
         other.state = "done"
-    assert await work._next(lane("one")) is task
+    work.lane_ended(one, "activity lost")
+    assert work._next(one) is None
+    assert not work.wants("0xone")
+    assert work.wants("0xtwo")
+    work.nobody("no other provider in 5 s")
+    assert work.over.is_set()
+    assert status.tasks == {"total": 3, "done": 2, "failed": 1, "left": 0}
+
+
+async def test_nobody_for_tasks_that_were_never_tried_fails_the_run(work: EachWork) -> None:
+    with pytest.raises(RunFailed, match="no offers"):
+        work.nobody("no offers")
+
+
+async def test_a_provider_that_fails_what_others_can_do_gets_nothing_more(tmp_path: Path) -> None:
+    job = Job(tmp_path, ("x",), "script", "payload", "output", "logs/run", tmp_path / "scratch")
+    shop = Shop(job, _Silent(Status(Decimal(1)), io.BytesIO()), frozenset())
+    work = EachWork(shop, [f"payload/{n}" for n in range(5)], poll_s=1.0, retries=1)
+    bad, good = lane("bad"), lane("good")
+    for left in (3, 2, 1):
+        task = work._next(bad)
+        assert task is not None
+        work._finish(task, bad, 1, 0.1)
+        assert work.wants("0xbad")
+        assert work._next(good) is task
+        work._finish(task, good, 0, 0.1)
+        assert work.wants("0xbad") == (left > 1)
 
 
 async def test_a_lane_that_is_lost_gives_its_task_back(work: EachWork) -> None:
     one = lane("one")
-    task = await work._next(one)
+    task = work._next(one)
     assert task is not None
     work.lane_ended(one, "provider vanished")
-    assert (task.state, task.attempts, list(task.failed_on)) == ("waiting", 1, ["0xone"])
+    assert (task.state, task.attempts, task.failed_on) == ("waiting", 1, {"0xone"})
     work.lane_ended(one, "provider vanished")
     assert task.attempts == 1
-    again = await work._next(lane("two"))
+    again = work._next(lane("two"))
     assert again is task
     work.lane_ended(lane("two"), None)
     assert (task.state, task.attempts) == ("waiting", 1)
@@ -193,7 +217,7 @@ async def test_prices_and_failures_decide_who_is_hired() -> None:
     )
     runtime = parse_recipe(recipe, file="a.recipe").runtime
     assert runtime is not None
-    strategy = Strategy(runtime, lambda: Decimal("0.5"), Bills())
+    strategy = Strategy(runtime, lambda: Decimal("0.5"))
     exact = await strategy.score_offer(Offer("a", 0.0001, 0.00001, 0.0))
     dearer = await strategy.score_offer(Offer("b", 0.0001, 0.00001, 0.1))
     assert exact > dearer > 0

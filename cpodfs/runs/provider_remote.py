@@ -1,0 +1,194 @@
+"""An activity that is spoken to over a network that fails: batches by their results, with patience.
+
+asyncio, in the provider run's own process; imports yapapi and `provider_errors`. yagna's event
+stream has no memory, so nothing is read from it: the results of a batch lose nothing, and can be
+asked for again. Two silences are told apart. A yagna that does not answer is restarted, or frozen:
+it is waited for. A provider that yagna, which answers, does not reach has vanished after a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import aiohttp
+from ya_activity import models
+from yapapi.script.capture import CaptureContext
+from yapapi.script.command import Command, Run
+
+from cpodfs.runs.provider_errors import (
+    CommandFailed,
+    LaneFailed,
+    RunFailed,
+    Vanished,
+    describe,
+    is_gone,
+    is_lost,
+    is_silence,
+)
+from cpodfs.runs.provider_script import HELPER
+
+SILENCE_S = 30.0
+"""A provider that yagna cannot reach for so long has vanished."""
+REFUSED_S = 3.0
+"""Or one of whom yagna says for so long that it is not to be found."""
+ROUTES_S = 60.0
+"""A yagna that has just come back may not know yet where its providers are."""
+RETRY_S = 0.5
+PROBE_S = 3.0
+_HOLD_S = 15.0
+_ANSWER_S = 15.0
+"""Beyond what a call may take for its own reasons."""
+
+_T = TypeVar("_T")
+
+
+class Yagna:
+    """Whether yagna is there, and is the one that the run began with.
+
+    ``session``: aiohttp's, with the app-key. ``root``: yagna's URL. ``say`` is told when it is away,
+    and when it is back.
+    """
+
+    def __init__(
+        self, session: aiohttp.ClientSession, root: str, say: Callable[[str], None]
+    ) -> None:
+        self._session = session
+        self._root = root
+        self._say = say
+        self._looking = asyncio.Lock()
+        self.identity: str | None = None
+        self.back_at = float("-inf")
+        """When it came back last, by the loop's clock."""
+
+    async def look(self) -> str | None:
+        """Its identity; None when it does not answer within `PROBE_S`."""
+        try:
+            async with asyncio.timeout(PROBE_S), self._session.get(f"{self._root}/me") as answer:
+                if answer.status != 200:
+                    return None
+                identity = (await answer.json()).get("identity")
+                return identity if isinstance(identity, str) else None
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, AttributeError):
+            return None
+
+    async def wait(self) -> None:
+        """Return when it is there. Raises RunFailed for another yagna."""
+        async with self._looking:
+            away = False
+            while (identity := await self.look()) is None:
+                if not away:
+                    self._say("yagna does not answer; waiting for it")
+                away = True
+                await asyncio.sleep(RETRY_S)
+            if away:
+                self.back_at = asyncio.get_running_loop().time()
+                self._say("yagna answers again")
+        if identity != self.identity:
+            raise RunFailed(f"another yagna is there: {identity}, not {self.identity}")
+
+
+class Say(Run):  # type: ignore[misc]
+    """A call of our script in the container."""
+
+    def __init__(self, *words: str) -> None:
+        whole = CaptureContext.build(mode="all")
+        super().__init__("/bin/sh", HELPER, *words, stdout=whole, stderr=whole)
+
+
+class Remote:
+    """One activity; ``context`` is yapapi's. Its calls wait for a yagna that is away."""
+
+    def __init__(self, context: Any, yagna: Yagna) -> None:
+        self._context = context
+        self._yagna = yagna
+        self._api = context._activity._api
+        self._heard = asyncio.get_running_loop().time()
+
+    @property
+    def id(self) -> str:
+        return str(self._context.id)
+
+    async def do(self, commands: Sequence[Command], *, opening: int = 0) -> list[Any]:
+        """Carry out a batch; the results of its commands, each with stdout, stderr (text or None).
+
+        It may be sent again when its acknowledgement was lost, so the commands must be such that
+        it does no harm; but for the first ``opening`` of them, which ready a new activity.
+        Raises LaneFailed: CommandFailed, Vanished, or the activity is lost.
+        """
+        script = self._context.new_script()
+        for command in commands:
+            script.add(command)
+        await script._before()
+        batch = await self._send(script._evaluate(), opening)
+        results = await self._results(batch, len(commands))
+        last = results[-1]
+        if str(last.result).lower() != "ok":
+            raise CommandFailed(last.message, last.stderr)
+        await script._after()
+        return results
+
+    async def _send(self, commands: list[Any], opening: int) -> str:
+        sent = False
+
+        async def send() -> str:
+            nonlocal sent
+            left = commands
+            if opening and sent and await self._is_begun():
+                left = commands[opening:]
+            sent = True
+            request = models.ExeScriptRequest(text=json.dumps(left))
+            return str(await self._api.call_exec(self.id, request, _request_timeout=_ANSWER_S))
+
+        return await self.patiently(send)
+
+    async def _is_begun(self) -> bool:
+        now, coming = [*(await self._context.get_raw_state()).state, None][:2]
+        return coming is not None or now not in ("New", "Initialized")
+
+    async def _results(self, batch: str, count: int) -> list[Any]:
+        async def ask() -> list[Any]:
+            found: list[Any] = await self._api.get_exec_batch_results(
+                self.id, batch, timeout=_HOLD_S, _request_timeout=_HOLD_S + _ANSWER_S
+            )
+            return found
+
+        while True:
+            begun = asyncio.get_running_loop().time()
+            results = await self.patiently(ask)
+            if results and (results[-1].is_batch_finished or len(results) >= count):
+                return results
+            if asyncio.get_running_loop().time() - begun < RETRY_S:
+                # Not every yagna holds the call.
+                await asyncio.sleep(RETRY_S)
+
+    async def patiently(self, call: Callable[[], Awaitable[_T]]) -> _T:
+        """What a call says, made again as long as it is not known whether the provider is there.
+
+        Raises Vanished when it is not, LaneFailed when yagna knows nothing of the activity, RunFailed
+        for another yagna; other refusals of yagna's unchanged.
+        """
+        loop = asyncio.get_running_loop()
+        refused: float | None = None
+        while True:
+            try:
+                answer = await call()
+            except Exception as error:
+                if is_lost(error):
+                    raise LaneFailed(f"activity lost: {describe(error)}") from None
+                if not is_silence(error):
+                    raise
+                why = error
+            else:
+                self._heard = loop.time()
+                return answer
+            await self._yagna.wait()
+            now, back_at = loop.time(), self._yagna.back_at
+            refused = (refused or now) if is_gone(why) else None
+            silent = now - max(self._heard, back_at) > SILENCE_S
+            gone = refused is not None and now - refused >= REFUSED_S and now - back_at > ROUTES_S
+            if silent or gone:
+                raise Vanished(f"provider vanished: {describe(why)}")
+            await asyncio.sleep(RETRY_S)
