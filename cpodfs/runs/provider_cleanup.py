@@ -125,7 +125,10 @@ class Debts:
             return checked(billed, self._limits[key])
 
         def on_paid(key: str, paid: Decimal) -> None:
-            self.ended[key] |= {"spent": float(paid), "accepted": float(paid), "paid": True}
+            amount = float(paid)
+            self.ended[key] |= {"spent": amount, "accepted": amount, "paid": True}
+            # It is sent when the agreement is over, whatever yagna says.
+            self.ended[key]["agreement_state"] = "terminated"
 
         def on_refused(key: str, why: str) -> None:
             self.ended[key] |= {"refused": True, "error": why}

@@ -25,6 +25,7 @@ CALL_S = 8.0
 RUN_OVER = "The run is over"
 _OPEN = ("Approved", "Pending")
 """States of an agreement that binds, or may."""
+_OVER_THERE = "Remote Terminate: Can't finish operation"
 
 
 async def destroy(api: Any, activity: str) -> bool:
@@ -48,9 +49,13 @@ async def terminate(api: Any, agreement: str, message: str) -> bool:
     """Terminate an agreement; whether it surely is over. ``api``: ya_market's."""
     code = "Success" if message == RUN_OVER else "Cancelled"
     reason = {"message": message, "golem.requestor.code": code}
-    with contextlib.suppress(Exception):
+    try:
         async with asyncio.timeout(CALL_S):
             await api.terminate_agreement(agreement, request_body=reason)
+            return True
+    except Exception as error:  # noqa: BLE001 - yagna may fail in any way
+        # Over at the provider, which has heard of an end whose answer was lost.
+        if _OVER_THERE in str(getattr(error, "body", "")):
             return True
     return await is_over(api, agreement)
 

@@ -38,7 +38,9 @@ ROUTES_S = 60.0
 """A yagna that has just come back may not know yet where its providers are."""
 RETRY_S = 0.5
 PROBE_S = 3.0
-_HOLD_S = 15.0
+_HOLD_S = 5.0
+"""yagna holds a call for results until the batch's last command is done, even if an earlier one has
+failed and there will be no more: so not for long."""
 _ANSWER_S = 15.0
 """Beyond what a call may take for its own reasons."""
 
@@ -122,25 +124,32 @@ class Remote:
         for command in commands:
             script.add(command)
         await script._before()
-        batch = await self._send(script._evaluate(), opening)
-        results = await self._results(batch, len(commands))
-        last = results[-1]
-        if str(last.result).lower() != "ok":
-            raise CommandFailed(last.message, last.stderr)
+        words, again = script._evaluate(), False
+        while True:
+            batch, again = await self._send(words, opening, again=again)
+            results = await self._results(batch, len(commands))
+            last = results[-1]
+            if str(last.result).lower() == "ok":
+                break
+            if not (again and _is_busy(last.message)):
+                raise CommandFailed(last.message, last.stderr)
+            # What was sent the first time is being carried out: one batch at a time.
+            await asyncio.sleep(RETRY_S)
         await script._after()
         return results
 
-    async def _send(self, commands: list[Any], opening: int) -> str:
-        sent = False
+    async def _send(self, commands: list[Any], opening: int, *, again: bool) -> tuple[str, bool]:
+        """The batch's id, and whether it may have been sent before."""
 
-        async def send() -> str:
-            nonlocal sent
+        async def send() -> tuple[str, bool]:
+            nonlocal again
             left = commands
-            if opening and sent and await self._is_begun():
+            if opening and again and await self._is_begun():
                 left = commands[opening:]
-            sent = True
+            before, again = again, True
             request = models.ExeScriptRequest(text=json.dumps(left))
-            return str(await self._api.call_exec(self.id, request, _request_timeout=_ANSWER_S))
+            batch = await self._api.call_exec(self.id, request, _request_timeout=_ANSWER_S)
+            return str(batch), before
 
         return await self.patiently(send)
 
@@ -192,3 +201,7 @@ class Remote:
             if silent or gone:
                 raise Vanished(f"provider vanished: {describe(why)}")
             await asyncio.sleep(RETRY_S)
+
+
+def _is_busy(message: Any) -> bool:
+    return "Busy" in str(message)

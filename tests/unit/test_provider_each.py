@@ -40,6 +40,9 @@ class _Silent(Reporter):
     def changed(self) -> None:
         return
 
+    def log(self, stream: str, data: bytes) -> None:
+        self._out.write(data)
+
 
 def _work(shop: Shop) -> EachWork:
     return EachWork(shop, ["payload/a", "payload/b", "payload/c"], poll_s=1.0, retries=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -50,11 +51,17 @@ class Line:
         return self.paths[name].read_text()
 
 
+def said_line(data: bytes) -> bytes:
+    message = {"log": "stdout", "data": base64.b64encode(data).decode()}
+    return json.dumps(message).encode() + b"\n"
+
+
 def test_lines_become_logs_status_and_end(tmp_path: Path) -> None:
     line = Line(tmp_path)
-    line.say(b'{"log": "stdout", "te')
+    said = said_line("grüße\n".encode())
+    line.say(said[:20])
     assert line.text("stdout") == ""
-    line.say('xt": "grüße\\n"}\n{"status": {"phase": "running"}}\n'.encode())
+    line.say(said[20:] + b'{"status": {"phase": "running"}}\n')
     assert (line.text("stdout"), line.statuses) == ("grüße\n", [{"phase": "running"}])
     line.say(b'{"end": {"error": null, "exit_code": 0}}\n')
     assert line.link.end == {"error": None, "exit_code": 0}
@@ -67,8 +74,8 @@ def test_lines_become_logs_status_and_end(tmp_path: Path) -> None:
     [
         b"Traceback",
         b"[]",
-        b'{"log": "passwd", "text": "x"}',
-        b'{"log": "stdout", "text": 1}',
+        b'{"log": "passwd", "data": "eA=="}',
+        b'{"log": "stdout", "data": 1}',
         b"{}",
         b'{"status": 1}',
     ],
@@ -92,7 +99,7 @@ def test_a_last_line_without_an_end_is_kept(tmp_path: Path) -> None:
 def test_what_a_provider_prints_has_the_limit_of_every_log(tmp_path: Path) -> None:
     line = Line(tmp_path)
     for _ in range(3):
-        line.say(json.dumps({"log": "stdout", "text": "x" * 20_000}).encode() + b"\n")
+        line.say(said_line(b"x" * 20_000))
     assert line.text("stdout") == "x" * LIMIT
     assert not line.link.full
 
@@ -102,7 +109,7 @@ def test_a_full_disk_does_not_hold_the_process_up(tmp_path: Path) -> None:
     line = Line(tmp_path)
     spool = line.link._spools["stdout"]
     there, spool.fd = spool.fd, os.open("/dev/full", os.O_WRONLY)
-    text = json.dumps({"log": "stdout", "text": "x" * 20_000}).encode() + b"\n"
+    text = said_line(b"x" * 20_000)
     for _ in range(2):
         line.say(text)
     line.say(b'{"status": {"phase": "over"}}\n')
@@ -122,7 +129,7 @@ async def test_the_reporter_speaks_what_the_link_understands(tmp_path: Path) -> 
     status.hired["a"] = Hired("one", "0x1", "a", spent=Decimal("0.1"), accepted=Decimal("0.1"))
     out = io.BytesIO()
     reporter = Reporter(status, out)
-    reporter.log("stdout", "x" * 40000)
+    reporter.log("stdout", b"x" * 40000)
     reporter.end("why", 125)
     line = Line(tmp_path)
     line.say(out.getvalue()[:30000])
@@ -144,7 +151,7 @@ async def test_whose_invoice_is_missing() -> None:
     assert await books.settle(lambda: 0.1) == []
     status.hired["owed"] = Hired("owed", "0x2", "owed", activity="2")
     status.hired["gone"] = Hired("gone", "0x3", "gone", "vanished", activity="3")
-    assert await books.settle(lambda: 0.1) == ["no invoice from owed"]
+    assert await books.settle(lambda: 0.1) == ["no invoice from owed yet"]
 
 
 async def test_a_supervisor_that_is_gone_is_told_nothing(tmp_path: Path) -> None:
@@ -172,9 +179,11 @@ def status_of(**hired: object) -> dict:
         ({"agreement_state": "terminated"}, True),
         ({"agreement_state": "terminated", "paid": True}, False),
         ({"agreement_state": "terminated", "activity": None}, False),
-        ({"agreement_state": "vanished"}, False),
+        ({"agreement_state": "vanished"}, True),
+        ({"agreement_state": "expired"}, False),
         ({"agreement_state": "terminated", "refused": True}, False),
     ],
 )
 def test_what_is_to_be_ended_or_paid(hired: dict, tidied: bool) -> None:
-    assert provider_link._is_open(status_of(**hired)["providers"][0]) == tidied
+    (one,) = status_of(**hired)["providers"]
+    assert (provider_link.is_open(one) or provider_link.is_owed(one)) == tidied

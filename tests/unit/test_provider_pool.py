@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from yapapi.agreements_pool import BufferedAgreement
 
 from cpodfs.runs.provider_pool import Pool
-from cpodfs.runs.provider_status import Hired, Price, Status
+from cpodfs.runs.provider_status import Hired, Price, Reporter, Status
 
 pytestmark = pytest.mark.anyio
 
@@ -55,7 +56,9 @@ class Proposal:
 
 def pool(status: Status) -> Pool:
     engine = SimpleNamespace(recycle_offer=lambda _offer: None, _market_api=None)
-    return Pool(SimpleNamespace(engine=engine, emit=lambda *_, **__: None), status)  # type: ignore[arg-type]
+    job = SimpleNamespace(engine=engine, emit=lambda *_, **__: None)
+    reporter = Reporter(status, io.BytesIO())
+    return Pool(job, reporter, lambda name: name != "unwanted")  # type: ignore[arg-type]
 
 
 async def sign(offers: Pool) -> str | None:
@@ -81,6 +84,7 @@ async def test_start_prices_are_set_aside_from_the_signature_on() -> None:
     # One that nothing became of costs nothing: the offers are still there.
     status.hired[second] = Hired("x", "0x", second, "terminated")
     assert await sign(offers) is not None
+    await offers.add_proposal(2.0, Proposal("unwanted", 0.0))  # type: ignore[arg-type]
     await offers.add_proposal(0.1, Proposal("free", 0.0))  # type: ignore[arg-type]
     assert await sign(offers) == "agreement free"
 

@@ -176,10 +176,10 @@ def test_much_output_comes_whole(box: Box) -> None:
 
 
 def test_output_is_bytes(box: Box) -> None:
-    program = r"head -c 300000 /dev/urandom > output/said; cat output/said; printf '\000\377\r\n'"
+    program = r"head -c 300000 /dev/urandom > said; cat said; printf '\000\377\r\n'"
     talk = Talk(box, "sh", "-c", program)
     assert talk.to_its_end() == 0
-    assert talk.out == (box.folder / "pod/output/said").read_bytes() + b"\x00\xff\r\n"
+    assert talk.out == (box.folder / "pod/said").read_bytes() + b"\x00\xff\r\n"
 
 
 def test_much_output_can_be_fetched_as_a_file(box: Box) -> None:

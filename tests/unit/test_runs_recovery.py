@@ -357,7 +357,14 @@ async def test_a_provider_run_that_nobody_minds_is_tidied_up_after_the_start(ben
 async def test_while_yagna_is_away_it_is_tried_again(bench, monkeypatch):
     """The run is over for its user at once; its agreements are ended when they can be."""
     calls = tidied(monkeypatch, failures=3)
-    monkeypatch.setattr(debts, "PAUSES_S", (0.01,) * 2)
+    monkeypatch.setattr(debts, "PAUSES_S", (0.01,))
+    monkeypatch.setattr(debts, "LOOK_S", 0.01)
+    looks, later = iter([False, False, True, True]), [False]
+
+    async def is_there(_environment):
+        return next(looks, later[0])
+
+    monkeypatch.setattr(debts, "_is_there", is_there)
     record = state.new_record(state.new_run_id(), "pod", ["x"], "logs/x")
     folder = bench.folder(record)
     folder.mkdir(parents=True)
@@ -367,6 +374,7 @@ async def test_while_yagna_is_away_it_is_tried_again(bench, monkeypatch):
         assert await bench.ended() == "pod"
         assert manager.history("pod")[0]["golem"]["phase"] == "running"
         await until(lambda: len(calls) == 3)
+    later[0] = True
     # The next driver takes it up.
     async with bench.managed() as manager:
         copy = bench.mount / "pod/logs/x/run.json"
