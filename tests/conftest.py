@@ -24,6 +24,9 @@ LONGEST = (
 )
 """Files that take a minute, each on one worker: begun last, they would keep the others waiting."""
 
+# Offers are heard of after five seconds, as at the real market: too long for every test of a run.
+os.environ.setdefault("CPODFS_DEVNET_OFFER_DELAY", "0.1")
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -276,6 +276,8 @@ def _environment(ours: Mapping[str, str], folder: Path) -> dict[str, str]:
         "XDG_STATE_HOME": str(folder / "state"),
         "XDG_CACHE_HOME": str(folder / "cache"),
         "CPODFS_LOG_FILE": str(folder / "driver.log"),
+        # Not the five seconds of the real market: nobody came to see those.
+        "CPODFS_DEVNET_OFFER_DELAY": "0.5",
     }
 
 

@@ -17,6 +17,7 @@ from aiohttp import web
 from cpodfs.devnet.activity import TERMINATED, Activity
 from cpodfs.devnet.agreements import Agreement
 from cpodfs.devnet.batch import Batch, Reader, parse_script
+from cpodfs.devnet.door import DOOR
 from cpodfs.devnet.pace import Pace
 from cpodfs.devnet.rest import Problem, body_json, body_object, hold_s, text_field
 
@@ -165,21 +166,22 @@ class ActivityApi:
         await response.prepare(request)
         await self._pace.cross()
         reader = Reader(self._pace.provider_latency_s)
+        key = request.match_info["batch"]
         try:
-            batch = _batch(agreement, activity, request.match_info["batch"])
-            batch.readers.add(reader)
-        except Problem:
-            _break_off(request)
-            return response
-        try:
-            await _pass_on(request, response, reader, agreement)
+            if not agreement.provider.gone and key in activity.batches:
+                activity.batches[key].readers.add(reader)
+                if activity.state == TERMINATED:
+                    reader.end()
+                await _pass_on(request, response, reader, agreement)
             while not _is_gone(request):
+                await request.app[DOOR].thawed()
                 await response.write(b":ping\n")
                 await asyncio.sleep(_KEEP_ALIVE_S)
         except ConnectionError:
             pass  # the reader has what it wanted, or is gone
         finally:
-            batch.readers.discard(reader)
+            if key in activity.batches:
+                activity.batches[key].readers.discard(reader)
         return response
 
 
@@ -200,6 +202,7 @@ async def _pass_on(
     while True:
         events = await reader.arrived(_LOOK_S)
         agreement.seen_now()
+        await request.app[DOOR].thawed()
         said = b""
         for event in events:
             data = json.dumps(event, ensure_ascii=False)

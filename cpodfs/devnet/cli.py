@@ -86,6 +86,20 @@ _CHANCE = click.FloatRange(0.0, 1.0)
     envvar="CPODFS_DEVNET_VM_PACE",
     help="Market: deploying, starting and transfers take as long as in a virtual machine.",
 )
+@click.option(
+    "--offer-delay",
+    "offer_delay_s",
+    type=click.FloatRange(0.0, 3600.0),
+    envvar="CPODFS_DEVNET_OFFER_DELAY",
+    help="Market: seconds until a free provider's offer is heard of.  [default: 5]",
+)
+@click.option(
+    "--offer-interval",
+    "offer_interval_s",
+    type=click.FloatRange(0.0, min_open=True),
+    envvar="CPODFS_DEVNET_OFFER_INTERVAL",
+    help="Market: seconds until it is heard of again, on average.  [default: 240]",
+)
 @click.option("--no-offers", is_flag=True, help="Market: nobody answers a demand.")
 @click.option("--reject-proposals", type=_CHANCE, help="Market: chance of a refusal.")
 @click.option("--fail-command", type=_CHANCE, help="Market: chance that a command fails.")
@@ -117,7 +131,8 @@ def devnet(
 
     Prints one JSON line with the addresses when both answer. State survives restarts; the faults
     can be changed while it runs through POST /devnet/faults at the store, and POST
-    /devnet/misbehave at the market; POST /devnet/vanish there makes a provider disappear. All need
+    /devnet/misbehave at the market; POST /devnet/vanish there makes a provider disappear, POST
+    /devnet/restart {"away_s": N} the daemon for so long, and /devnet/freeze {"s": N} silent. All need
     "Authorization: Bearer" with what is in control.key in the state folder, and so does signing up.
 
     To use it: cpodfs mount --devnet, with this --state as --devnet-state when that is given.
@@ -164,7 +179,7 @@ _MISBEHAVIOUR = (
     *("transfer_bandwidth", "lose_invoice", "invoice_delay_s", "unknown_image"),
     *("refuse_activity", "overbill"),
 )
-_PACE = ("provider_latency_s", "vm")
+_PACE = ("provider_latency_s", "vm", "offer_delay_s", "offer_interval_s")
 
 
 def _market_options(

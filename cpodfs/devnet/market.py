@@ -23,6 +23,7 @@ from cpodfs.devnet.activity import TERMINATED, Activity
 from cpodfs.devnet.activity_api import ActivityApi
 from cpodfs.devnet.agreements import Agreement, new_id
 from cpodfs.devnet.container import Container, Isolation, kill_leftover, kill_marked
+from cpodfs.devnet.door import DOOR, Door, hold
 from cpodfs.devnet.gftp import Registry
 from cpodfs.devnet.ledger import Ledger
 from cpodfs.devnet.market_api import MarketApi
@@ -84,8 +85,11 @@ class Market:
             misbehave,
             self._book_agreement,
             self._close_agreement,
+            pace,
+            seed,
         )
         self._payment = PaymentApi(self._ledger)
+        self.door = Door(self._forget)
 
     @property
     def unconfined(self) -> str | None:
@@ -103,7 +107,7 @@ class Market:
             *self._payment.routes(),
             *NetApi().routes(),
             *RegistryApi(self._misbehave).routes(),
-            *MisbehaveApi(self._misbehave, self._vanish).routes(),
+            *MisbehaveApi(self._misbehave, self._vanish, self.door).routes(),
         ]
 
     async def _me(self, _request: web.Request) -> web.Response:
@@ -120,17 +124,24 @@ class Market:
         else:
             log.warning("sandbox_off hint='tasks run unconfined, as you asked'")
         async with self._transfers:
+            self.negotiation.open()
             sweeper = asyncio.create_task(self._sweep(), name="market sweeper")
             try:
                 yield
             finally:
                 sweeper.cancel()
+                await self.door.close()
+                self.negotiation.close()
                 for agreement in list(self.negotiation.agreements.values()):
                     if agreement.state == "Approved":
                         reason = {"message": "the market is stopping"}
                         await self.negotiation.terminate(agreement, "Provider", reason)
                 self._send_late_invoices()
                 self._ledger.close()
+
+    def _forget(self) -> None:
+        """What yagna has only in memory, and loses when it is restarted."""
+        self.negotiation.forget()
 
     def _recover(self) -> None:
         """A market that was killed left processes and agreements open: end and bill them."""
@@ -333,8 +344,7 @@ def create_market_app(
         app = create_market_app(state / "market", **keys, gftp_dir=state / "gftp")
         runner = web.AppRunner(app, shutdown_timeout=1.0)
         await runner.setup()                      # after a crash: leftovers are ended and billed
-        site = web.TCPSite(runner, "127.0.0.1", port)
-        await site.start()
+        await app[DOOR].open(runner, bound_socket)
         ...
         await runner.cleanup()                    # ends activities, agreements, processes
 
@@ -358,6 +368,7 @@ def create_market_app(
     )
     app = web.Application(
         middlewares=[
+            hold,
             problems_as_json,
             guard.local_only,
             guard.controls_need_key(control_key, "/devnet/"),
@@ -366,6 +377,7 @@ def create_market_app(
         client_max_size=16 << 20,
     )
     app[MARKET] = market
+    app[DOOR] = market.door
     app.add_routes(market.routes())
     app.cleanup_ctx.append(market.running)
     return app

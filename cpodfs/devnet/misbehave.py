@@ -1,6 +1,6 @@
 """What goes wrong at the local market on purpose, and the requests that change it while it runs.
 
-Imports `rest`. One `Misbehaviour` is shared by all parts of a market and changed in place, so that
+Imports `door`, `rest`. One `Misbehaviour` is shared by all parts of a market and changed in place, so that
 ``POST /devnet/misbehave`` holds for all of them at once. Chances are drawn by each provider's own
 dice (`provider.Provider.draws`), from the market's seed.
 """
@@ -16,9 +16,12 @@ from aiohttp import web
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from cpodfs.devnet.rest import Problem, body_object
+from cpodfs.devnet.door import Door
+from cpodfs.devnet.rest import Json, Problem, body_object
 
 Chance = Annotated[float, Field(ge=0, le=1)]
+
+_MAX_AWAY_S = 3600.0
 
 
 @checked_dataclass(config=pydantic.ConfigDict(extra="forbid"))
@@ -67,16 +70,22 @@ class MisbehaveApi:
     """
 
     def __init__(
-        self, misbehave: Misbehaviour, vanish: Callable[[str | None], Awaitable[str | None]]
+        self,
+        misbehave: Misbehaviour,
+        vanish: Callable[[str | None], Awaitable[str | None]],
+        door: Door,
     ) -> None:
         self._misbehave = misbehave
         self._vanish = vanish
+        self._door = door
 
     def routes(self, root: str = "/devnet") -> list[web.RouteDef]:
         return [
             web.get(f"{root}/misbehave", self.show),
             web.post(f"{root}/misbehave", self.change),
             web.post(f"{root}/vanish", self.vanish),
+            web.post(f"{root}/restart", self.restart),
+            web.post(f"{root}/freeze", self.freeze),
         ]
 
     async def show(self, _request: web.Request) -> web.Response:
@@ -97,3 +106,24 @@ class MisbehaveApi:
         if gone is None:
             raise Problem(404, "no such provider is at work")
         return web.json_response({"provider": gone})
+
+    async def restart(self, request: web.Request) -> web.Response:
+        """``{"away_s": N}``: the daemon is gone for so long, and comes back with what it keeps on disk."""
+        away_s = _seconds(await body_object(request), "away_s")
+        await self._door.leave(away_s)
+        return web.json_response({"away_s": away_s})
+
+    async def freeze(self, request: web.Request) -> web.Response:
+        """``{"s": N}``: the daemon answers nothing for so long; 0: it does again."""
+        seconds = _seconds(await body_object(request), "s")
+        self._door.freeze(seconds)
+        return web.json_response({"s": seconds})
+
+
+def _seconds(body: Json, name: str) -> float:
+    value = body.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Problem(400, f"{name}: a number of seconds is expected")
+    if not 0 <= value <= _MAX_AWAY_S:
+        raise Problem(400, f"{name}: 0 to {_MAX_AWAY_S:g} s")
+    return float(value)

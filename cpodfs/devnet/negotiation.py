@@ -1,12 +1,15 @@
 """Who offers what to whom, and who has signed: demands to agreements, and their ends.
 
-Imports `agreements`, `constraints`, `provider`, `rest`. A provider serves one agreement at a time
-(`Provider.busy_with`): while it does, it offers nothing, and drafts asked of it are put off until
-it is free again. `Negotiation` decides; the two callbacks book what it decided.
+Imports `agreements`, `constraints`, `pace`, `provider`, `rest`. A provider serves one agreement at a
+time (`Provider.busy_with`): while it does, it offers nothing, and drafts asked of it are put off
+until it is free again. What it offers is known to the requestor's daemon once it was broadcast.
+`Negotiation` decides; the two callbacks book what it decided.
 """
 
 from __future__ import annotations
 
+import asyncio
+import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -14,6 +17,7 @@ from dataclasses import replace
 from cpodfs.devnet.agreements import Agreement, Demand, Proposal
 from cpodfs.devnet.constraints import ConstraintError, parse
 from cpodfs.devnet.misbehave import Misbehaviour
+from cpodfs.devnet.pace import Pace
 from cpodfs.devnet.provider import Provider
 from cpodfs.devnet.rest import Json, Problem, Signal, log, stamp
 
@@ -34,6 +38,8 @@ class Negotiation:
         misbehave: Misbehaviour,
         on_approved: Booker,
         on_ending: Closer,
+        pace: Pace,
+        seed: int,
     ) -> None:
         self.providers = providers
         self.requestor_id = requestor_id
@@ -46,11 +52,58 @@ class Negotiation:
         self._on_approved = on_approved
         self._on_ending = on_ending
         self._put_off: list[Proposal] = []
+        self._pace = pace
+        # Not a provider's dice: when something is broadcast must not change what else they decide.
+        self._dice = random.Random(seed)  # noqa: S311 - repeatable on purpose
+        self._heard: set[str] = set()
+        self._broadcasts: dict[str, asyncio.TimerHandle] = {}
+
+    # --- what is heard of offers ---
+
+    def open(self) -> None:
+        """Let providers make their offers. Needs the event loop, as timers run from here on."""
+        for provider in self.providers:
+            self._make_offer(provider)
+
+    def close(self) -> None:
+        """Nothing is broadcast any more."""
+        for timer in self._broadcasts.values():
+            timer.cancel()
+        self._broadcasts.clear()
+
+    def forget(self) -> None:
+        """What the daemon has in memory: demands, with all that was said of them, and offers."""
+        for demand in list(self.demands.values()):
+            self.unsubscribe(demand)
+        self.proposals.clear()
+        self._put_off.clear()
+        self._heard.clear()
+
+    def _make_offer(self, provider: Provider) -> None:
+        if self._pace.offer_delay_s == 0:
+            self._broadcast(provider)
+        else:
+            self._later(provider, self._pace.offer_delay_s)
+
+    def _later(self, provider: Provider, delay_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        self._broadcasts[provider.node_id] = loop.call_later(delay_s, self._broadcast, provider)
+
+    def _broadcast(self, provider: Provider) -> None:
+        self._heard.add(provider.node_id)
+        for demand in self.demands.values():
+            self._offer(provider, demand)
+        self._later(provider, self._dice.uniform(0.5, 1.5) * self._pace.offer_interval_s)
+
+    def _withdraw_offer(self, provider: Provider) -> None:
+        self._heard.discard(provider.node_id)
+        if (timer := self._broadcasts.pop(provider.node_id, None)) is not None:
+            timer.cancel()
 
     # --- demands and proposals ---
 
     def subscribe(self, properties: Json, constraints: str) -> Demand:
-        """A new demand; every free provider that fits offers at once. Raises Problem 400."""
+        """A new demand; what is heard of by then and fits is offered at once. Raises Problem."""
         if len(self.demands) >= MAX_DEMANDS:
             raise Problem(429, "too many demands")
         try:
@@ -68,7 +121,7 @@ class Negotiation:
         demand.changed.fire()
 
     def _offer(self, provider: Provider, demand: Demand) -> None:
-        idle = not (provider.busy_with or provider.gone)
+        idle = provider.node_id in self._heard and not (provider.busy_with or provider.gone)
         if self._misbehave.no_offers or not idle or provider.node_id in demand.offered:
             return
         if not provider.fits(demand.properties, demand.wanted):
@@ -150,6 +203,7 @@ class Negotiation:
             self._record("AgreementRejectedEvent", agreement, reason={"message": "busy"})
         else:
             provider.busy_with = agreement.id
+            self._withdraw_offer(provider)
             agreement.state, agreement.approved = "Approved", stamp()
             for demand in self.demands.values():
                 demand.offered.discard(provider.node_id)
@@ -184,8 +238,7 @@ class Negotiation:
         self._put_off = [said for said in self._put_off if said.provider is not provider]
         for said in waiting:
             self._draft(said)
-        for demand in self.demands.values():
-            self._offer(provider, demand)
+        self._make_offer(provider)
 
     def _record(self, kind: str, agreement: Agreement, **details: object) -> None:
         self.events.append(

@@ -26,6 +26,10 @@ class Pace:
     """From the requestor's daemon to a provider, and as much back: of every call and every event."""
     vm: bool = False
     """Deploy, start, transfers and the end of an activity take as long as with a virtual machine."""
+    offer_delay_s: float = 5.0
+    """From the moment that a provider makes its offer anew to its first broadcast."""
+    offer_interval_s: float = 240.0
+    """Between two broadcasts of an offer, on average. A daemon knows what it has heard."""
 
     @property
     def deploy_s(self) -> float:

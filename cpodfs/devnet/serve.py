@@ -24,6 +24,7 @@ from aiohttp import web
 from cpodfs.devnet.dfs_account import add_user
 from cpodfs.devnet.dfs_routes import SERVER
 from cpodfs.devnet.dfs_server import TOKEN_LIFETIME_S, create_app
+from cpodfs.devnet.door import DOOR
 from cpodfs.devnet.faults import Faults
 from cpodfs.devnet.misbehave import Misbehaviour
 from cpodfs.devnet.pace import Pace
@@ -147,7 +148,10 @@ async def _listening(app: web.Application, state: Path, name: str, port: int) ->
     await runner.setup()
     try:
         bound = bound_socket(state, name, port)
-        await web.SockSite(runner, bound).start()
+        if DOOR in app:
+            await app[DOOR].open(runner, bound)
+        else:
+            await web.SockSite(runner, bound).start()
         yield f"http://127.0.0.1:{bound.getsockname()[1]}"
     finally:
         await runner.cleanup()

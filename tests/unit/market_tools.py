@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -16,8 +17,10 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from cpodfs.devnet.door import DOOR
 from cpodfs.devnet.ledger import LedgerRow, ledger_table
 from cpodfs.devnet.market import create_market_app
+from cpodfs.devnet.pace import Pace
 from cpodfs.devnet.provider import ProviderSpec
 from cpodfs.devnet.run_env import run_environment
 from tests.patience import PATIENCE_S
@@ -109,6 +112,7 @@ class Served:
 
 @asynccontextmanager
 async def served(folder: Path, **options: Any) -> AsyncIterator[Served]:
+    options.setdefault("pace", Pace(offer_delay_s=0))
     app = create_market_app(
         folder / "market",
         app_key=APP_KEY,
@@ -118,9 +122,9 @@ async def served(folder: Path, **options: Any) -> AsyncIterator[Served]:
     )
     runner = web.AppRunner(app, shutdown_timeout=0.2)
     await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    port = runner.addresses[0][1]
+    bound = socket.create_server(("127.0.0.1", 0))
+    await app[DOOR].open(runner, bound)
+    port = bound.getsockname()[1]
     try:
         async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {APP_KEY}"}) as http:
             yield Served(f"http://127.0.0.1:{port}", folder, http)

@@ -333,7 +333,7 @@ async def test_results_wait_for_the_last_command_and_no_other(market: Served) ->
 
 
 async def test_latency_is_paid_each_way(tmp_path: Path) -> None:
-    slow = Pace(provider_latency_s=0.2)
+    slow = Pace(provider_latency_s=0.2, offer_delay_s=0)
     async with served(tmp_path, providers=ONE, pace=slow) as market:
         requestor = Requestor(market)
         activity = await requestor.ready()

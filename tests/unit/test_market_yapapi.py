@@ -21,12 +21,12 @@ def anyio_backend() -> str:
 
 # What yapapi says of a stream that began before it listened is nothing: a machine takes long enough.
 PACES = [
-    pytest.param(Pace(vm=True), id="near"),
-    pytest.param(Pace(provider_latency_s=0.15, vm=True), id="far"),
+    pytest.param(Pace(vm=True, offer_delay_s=0), id="near"),
+    pytest.param(Pace(provider_latency_s=0.15, vm=True, offer_delay_s=0.1), id="far"),
 ]
 LATENCIES = [
-    pytest.param(Pace(), id="near"),
-    pytest.param(Pace(provider_latency_s=0.15), id="far"),
+    pytest.param(Pace(offer_delay_s=0), id="near"),
+    pytest.param(Pace(provider_latency_s=0.15, offer_delay_s=0.1), id="far"),
 ]
 
 
