@@ -48,7 +48,9 @@ class Settings:
     cache_size: int = 10 << 30
     fsync_remote: bool = False
     allow_other: bool = False
-    yagna_url: str = "http://127.0.0.1:7465"
+    network: str | None = None
+    driver: str | None = None
+    """What the user wants runs to pay with; None: whatever yagna has for tests."""
     sandbox: str = "auto"
     local_market: bool = False
     """Whether providers are processes of this machine."""

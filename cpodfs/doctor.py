@@ -27,7 +27,8 @@ from cpodfs.cache.content import RESERVE
 from cpodfs.dfs import Client, Session, Timeouts
 from cpodfs.errors import ConfigError, CpodfsError, LoginRefused, MountError, Unreachable
 from cpodfs.runs import sandbox
-from cpodfs.words import count, size
+from cpodfs.runs.payment import PLATFORMS_PATH, choose, lacks, platforms_in
+from cpodfs.words import count, line, size
 
 OK, WARN, BAD, UNKNOWN = "ok", "warn", "bad", "unknown"
 ANSWER_S = 10.0
@@ -47,7 +48,9 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """What is to be examined. ``password`` and ``app_key`` are None when nobody gave one."""
+    """What is to be examined. ``password`` and ``app_key`` are None when nobody gave one,
+    ``network`` and ``driver`` where the choice is ours; ``gsb_url``: where gftp looks for the daemon, None
+    where that is the devnet's."""
 
     server: str
     user: str | None
@@ -56,8 +59,9 @@ class Subject:
     yagna_url: str
     app_key: str | None
     path: str
-    network: str = "holesky"
-    driver: str = "erc20"
+    network: str | None = None
+    driver: str | None = None
+    gsb_url: str | None = None
     sandbox: str = "auto"
     allow_other: bool = False
 
@@ -254,37 +258,56 @@ def _golem(http: httpx.Client, subject: Subject) -> list[Finding]:
     if answer.status_code != 200 or not isinstance(identity, str):
         text = f"GET /me: {answer.status_code}, which is not what yagna says"
         return [Finding("yagna", BAD, text, "is --yagna-url right?"), no_funds]
-    return [yagna, Finding("app-key", OK, f"is {identity}'s"), _funds(http, subject)]
+    return [yagna, Finding("app-key", OK, f"is {identity}'s"), _funds(http, subject, identity)]
 
 
-def _funds(http: httpx.Client, subject: Subject) -> Finding:
-    wanted = f"{subject.driver} on {subject.network}"
+def _funds(http: httpx.Client, subject: Subject, identity: str) -> Finding:
+    known = platforms_in(http.get(PLATFORMS_PATH))
+    platform = choose(subject.network, subject.driver, known)
+    if known is not None and (what := lacks(known, platform)) is not None:
+        return Finding("funds", BAD, what, "another --network or --driver")
+    wanted = f"{platform.driver} on {platform.network}"
     answer = http.get("/payment-api/v1/requestorAccounts")
     accounts = _json(answer)
     if answer.status_code != 200 or not isinstance(accounts, list):
-        return Finding("funds", UNKNOWN, f"requestorAccounts: {answer.status_code}")
-    key = (subject.driver, subject.network)
-    account = next((a for a in accounts if (a.get("driver"), a.get("network")) == key), None)
-    if account is None:
-        fix = f"yagna payment init --sender --network {subject.network} --driver {subject.driver}"
-        return Finding("funds", BAD, f"there is no account for {wanted}", fix)
+        return _broken(f"requestorAccounts: {answer.status_code}{_said(answer)}")
+    mine = [a for a in accounts if isinstance(a, dict) and a.get("platform") == str(platform)]
     order = {
         "totalAmount": FUNDS_TRIED,
-        "paymentPlatform": account["platform"],
-        "address": account["address"],
+        "paymentPlatform": str(platform),
+        "address": mine[0].get("address") if mine else identity,
         "makeDeposit": False,
     }
     answer = http.post("/payment-api/v1/allocations", json=order)
     if answer.is_success:
-        key_of_it = _json(answer).get("allocationId")
-        http.delete(f"/payment-api/v1/allocations/{key_of_it}")
-        return Finding("funds", OK, f"{FUNDS_TRIED} could be set aside, {wanted}")
-    said = _json(answer)
-    reason = said.get("message", "") if isinstance(said, dict) else ""
-    text = f"{FUNDS_TRIED} cannot be set aside, {wanted}: {answer.status_code} {reason}".strip()
+        found = _json(answer)
+        key = found.get("allocationId") if isinstance(found, dict) else None
+        http.delete(f"/payment-api/v1/allocations/{key}")
+        text = f"{FUNDS_TRIED} could be set aside, {wanted}"
+        # After each start yagna has no account until somebody makes one or sets something aside.
+        return Finding("funds", OK, text if mine else f"{text}, though yagna had no account yet")
+    text = f"{FUNDS_TRIED} cannot be set aside, {wanted}: {answer.status_code}{_said(answer)}"
+    if answer.status_code >= 500:
+        return _broken(text, f"yagna payment init --sender --network {platform.network}")
     if answer.status_code in (400, 402, 403):
-        return Finding("funds", BAD, text, f"yagna payment fund --network {subject.network}")
+        return Finding("funds", BAD, text, f"yagna payment fund --network {platform.network}")
     return Finding("funds", UNKNOWN, text)
+
+
+def _broken(text: str, fix: str = "") -> Finding:
+    """What a daemon that works does not say, not even a fresh one."""
+    return Finding("funds", BAD, text, " ; ".join(filter(None, (fix, "see yagna's log"))))
+
+
+def _said(answer: httpx.Response) -> str:
+    """yagna's own words: ``detail`` of a problem+json, else ``message``."""
+    said = _json(answer)
+    words = (
+        [said.get(key) for key in ("detail", "parseError", "message")]
+        if isinstance(said, dict)
+        else []
+    )
+    return "".join(f" {line(word[:300])}" for word in words if isinstance(word, str) and word)
 
 
 def _gftp(subject: Subject) -> Finding:
@@ -292,6 +315,10 @@ def _gftp(subject: Subject) -> Finding:
     if program is None:
         fix = "it comes with yagna: put its folder (~/.local/bin) on PATH before mounting"
         return Finding("gftp", BAD, "is not on PATH", fix)
+    kind, _, socket = (subject.gsb_url or "").partition(":")
+    if kind == "unix" and not Path(socket).is_socket():
+        text = f"{program}: would not find yagna: {socket} is not there"
+        return Finding("gftp", WARN, text, "--gsb-url, or GSB_URL, as yagna was started with")
     return Finding("gftp", OK, program)
 
 

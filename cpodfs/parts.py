@@ -29,6 +29,7 @@ from cpodfs.fs.tree import Tree
 from cpodfs.limits import raise_open_files
 from cpodfs.paths import RUN_NAME
 from cpodfs.runs.manager import RunManager
+from cpodfs.runs.payment import Payments
 from cpodfs.runs.trust import TrustBook, trust_file
 from cpodfs.status import Status
 from cpodfs.sync.downloads import Downloads
@@ -71,6 +72,7 @@ class Parts:
             cancel_grace_s=settings.run_grace_s,
             keep=settings.keep_runs,
         )
+        self._payments = Payments(environment, network=settings.network, driver=settings.driver)
         self.status = Status(
             *(settings, cache, dfs.session, self.engine, self.downloads, self.runs, self.missing)
         ).report
@@ -129,7 +131,7 @@ class Parts:
             local_market=settings.local_market,
             unconfined=settings.unconfined,
         )
-        self._run_files = RunFiles(tree, self.runs, guard)
+        self._run_files = RunFiles(tree, self.runs, guard, self._payments)
         attributes = Attributes(tree, self._run_files)
         requests = Requests(
             *(tree, self._run_files, guard, dfs, self._refresh_pods),

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cpodfs.cli import shown
-from cpodfs.cli.options import Configured, configured_option, password_source, subject_options
+from cpodfs.cli.options import Configured, own_yagna, password_source, subject_options
 from cpodfs.cli.tables import Table
 from cpodfs.config import account_cache
 from cpodfs.devnet import launch
@@ -35,22 +35,6 @@ class _Doctor(Configured):
 
 @click.command(cls=_Doctor)
 @subject_options
-@configured_option(
-    "--network",
-    metavar="NAME",
-    aliases=["YAGNA_PAYMENT_NETWORK"],
-    default="holesky",
-    show_default=True,
-    help="The network to pay on.",
-)
-@configured_option(
-    "--driver",
-    metavar="NAME",
-    aliases=["YAGNA_PAYMENT_DRIVER"],
-    default="erc20",
-    show_default=True,
-    help="What to pay with.",
-)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @click.pass_context
 def doctor(ctx: click.Context, /, as_json: bool, **_options: Any) -> None:
@@ -97,23 +81,35 @@ def _subject(ctx: click.Context) -> Iterator[Subject]:
             user=user,
             password=None if password is None else password(),
             cache=account_cache(options["cache_dir"], server, user or "nobody"),
-            yagna_url=options["yagna_url"],
-            app_key=os.environ.get("YAGNA_APPKEY") or None,
+            **_users_yagna(options),
             path=path,
             **shared,
         )
         return
     with _devnet((options["devnet_state"] or default_state()).absolute()) as net:
+        yagna = {
+            "yagna_url": net.yagna_url or "",
+            "app_key": net.app_key_file.read_text().strip() if net.app_key_file else None,
+        }
+        own = own_yagna(ctx)
         yield Subject(
             server=net.dfs_url,
             user=net.user,
             password=net.password(),
             cache=account_cache(options["cache_dir"], f"devnet:{net.state}", net.user),
-            yagna_url=net.yagna_url or "",
-            app_key=net.app_key_file.read_text().strip() if net.app_key_file else None,
-            path=f"{net.run_path_dir}{os.pathsep}{path}",
+            **(_users_yagna(options) if own else yagna),
+            path=path if own else f"{net.run_path_dir}{os.pathsep}{path}",
             **shared,
         )
+
+
+def _users_yagna(options: dict[str, Any]) -> dict[str, Any]:
+    """A daemon that is not the devnet's."""
+    return {
+        "yagna_url": options["yagna_url"],
+        "app_key": os.environ.get("YAGNA_APPKEY") or None,
+        "gsb_url": options["gsb_url"] or "unix:/tmp/yagna.sock",
+    }
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from cpodfs.cli.options import (
     Number,
     WholeNumber,
     configured_option,
+    own_yagna,
     password_source,
     subject_options,
 )
@@ -156,6 +157,7 @@ def mount(ctx: click.Context, /, mountpoint: Path, **options: Any) -> None:
         raise MountError(str(trouble))
     point = mp.prepare(mountpoint)
     password = None if options["devnet"] else _password(ctx)
+    options["own_yagna"] = own_yagna(ctx)
     serve = functools.partial(_serve, point, password, options)
     if options["daemon"]:
         log_file = options["log_file"] or _default_log(point)
@@ -248,26 +250,28 @@ async def _mounted(
     )  # here: it starts FUSE's library, which the other commands need not
 
     notice = _notice(options)
+    told: dict[str, Any] = {"ready": ready, "progress": progress, "notice": notice}
+    theirs = _yagna_environment(options)
     if password is not None:
-        appkey = os.environ.get("YAGNA_APPKEY")
-        environment = {"YAGNA_API_URL": options["yagna_url"]}
-        if appkey:
-            environment["YAGNA_APPKEY"] = appkey
         settings = _settings(point, options, options["server"], options["user"])
-        return await run(
-            settings, password, lambda: environment, ready=ready, progress=progress, notice=notice
-        )
-    async with launch.running(options["devnet_state"]) as net:
+        return await run(settings, password, lambda: theirs, **told)
+    store_only = ["--no-market"] if options["own_yagna"] else []
+    async with launch.running(options["devnet_state"], store_only) as net:
         settings = _settings(point, options, net.dfs_url, net.user, key=f"devnet:{net.state}")
+        if options["own_yagna"]:
+            return await run(settings, net.password, lambda: theirs, **told)
         settings = dataclasses.replace(settings, local_market=True, unconfined=net.unconfined)
-        return await run(
-            settings,
-            net.password,
-            functools.partial(devnet_environment, net),
-            ready=ready,
-            progress=progress,
-            notice=notice,
-        )
+        return await run(settings, net.password, functools.partial(devnet_environment, net), **told)
+
+
+def _yagna_environment(options: Mapping[str, Any]) -> dict[str, str]:
+    """What runs need to find the user's own daemon; its gftp does not go by the API's URL."""
+    found = {
+        "YAGNA_API_URL": options["yagna_url"],
+        "YAGNA_APPKEY": os.environ.get("YAGNA_APPKEY"),
+        "GSB_URL": options["gsb_url"],
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def _notice(options: Mapping[str, Any]) -> Callable[[str], None]:
@@ -307,7 +311,8 @@ def _settings(
         uploads=options["uploads"],
         downloads=options["downloads"],
         allow_other=options["allow_other"],
-        yagna_url=options["yagna_url"],
+        network=options["network"],
+        driver=options["driver"],
         sandbox=options["sandbox"],
         keep_runs=options["keep_runs"],
         run_grace_s=options["run_grace"],

@@ -125,7 +125,28 @@ _SUBJECT = (
         aliases=["YAGNA_API_URL"],
         default="http://127.0.0.1:7465",
         show_default=True,
-        help="The yagna daemon that runs talk to (also YAGNA_API_URL); its key is YAGNA_APPKEY's.",
+        help="The yagna daemon that runs talk to (also YAGNA_API_URL); its key is YAGNA_APPKEY's. With "
+        "--devnet, where nothing is to be paid by accident, as this flag only.",
+    ),
+    configured_option(
+        "--gsb-url",
+        metavar="URL",
+        aliases=["GSB_URL"],
+        help="Where the gftp of runs finds that daemon (also GSB_URL).  [default: as for gftp, "
+        "unix:/tmp/yagna.sock]",
+    ),
+    configured_option(
+        "--network",
+        metavar="NAME",
+        aliases=["YAGNA_PAYMENT_NETWORK"],
+        help="The network to pay on, unless a recipe names another (also YAGNA_PAYMENT_NETWORK).  "
+        "[default: hoodi, a test network, or another that yagna has]",
+    ),
+    configured_option(
+        "--driver",
+        metavar="NAME",
+        aliases=["YAGNA_PAYMENT_DRIVER"],
+        help="What to pay with, unless a recipe says so (also YAGNA_PAYMENT_DRIVER).  [default: erc20]",
     ),
     configured_option(
         "--sandbox",
@@ -165,3 +186,10 @@ def password_source(ctx: click.Context) -> Callable[[], str] | None:
         if variable and source is ParameterSource.ENVIRONMENT:
             return lambda: variable
     return None
+
+
+def own_yagna(ctx: click.Context) -> bool:
+    """Whether the devnet's market is not to be used, but the daemon that the user has named. A variable
+    that he has for other purposes, or his file, does not say so: a try-out must not cost anything."""
+    source = ctx.get_parameter_source("yagna_url")
+    return not ctx.params["devnet"] or source is ParameterSource.COMMANDLINE

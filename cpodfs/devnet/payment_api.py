@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 
 from aiohttp import web
@@ -27,6 +27,8 @@ from cpodfs.devnet.rest import (
     text_field,
 )
 
+_LEGACY_NETWORKS = ("mumbai", "goerli", "rinkeby")
+"""yagna still takes them, and tells nobody of them."""
 _DEFAULT_HOLD_S = 5.0
 """yapapi asks for events without a timeout; answered at once it would sleep a second each time."""
 
@@ -39,6 +41,7 @@ class PaymentApi:
     def routes(self, root: str = "/payment-api/v1") -> list[web.RouteDef]:
         return [
             web.get(f"{root}/requestorAccounts", self.accounts),
+            web.get(f"{root}/batchCycles", self.batch_cycles),
             web.post(f"{root}/allocations", self.create_allocation),
             web.get(f"{root}/allocations", self.list_allocations),
             web.get(f"{root}/allocations/{{id}}", self.get_allocation),
@@ -72,6 +75,25 @@ class PaymentApi:
                     "receive": True,
                 }
             )
+        return web.json_response(found)
+
+    async def batch_cycles(self, _request: web.Request) -> web.Response:
+        """When yagna pays what was accepted, for each platform that its drivers know, in use or not."""
+        now = datetime.now(UTC)
+        found = [
+            {
+                "nodeId": self._ledger.identity(),
+                "platform": platform,
+                "intervalSec": 300,
+                "cron": None,
+                "extraPayTimeSec": 240,
+                "maxIntervalSec": 300,
+                "nextProcess": (now + timedelta(seconds=300)).isoformat(),
+                "lastProcess": None,
+            }
+            for platform in PLATFORMS
+            if not set(platform.split("-")) & set(_LEGACY_NETWORKS)
+        ]
         return web.json_response(found)
 
     async def create_allocation(self, request: web.Request) -> web.Response:

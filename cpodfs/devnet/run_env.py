@@ -26,7 +26,7 @@ def run_environment(
     base: Mapping[str, str] | None = None,
     subnet: str = "public",
     driver: str = "erc20",
-    network: str = "holesky",
+    network: str = "hoodi",
 ) -> dict[str, str]:
     """The variables to *add* to a requestor's environment, which starts from ``base``.
 

@@ -27,6 +27,7 @@ from cpodfs.paths import RUN_NAME
 from cpodfs.recipe import RECIPE_LIMIT_BYTES, parse_recipe, recipes_in_order
 from cpodfs.runs import changes
 from cpodfs.runs.manager import RunManager
+from cpodfs.runs.payment import Payments
 from cpodfs.runs.spawn import How
 
 log = logging.getLogger(__name__)
@@ -60,10 +61,11 @@ def pod_of(ino: int) -> int:
 class RunFiles:
     """The ``.run`` of every pod, and what is known of whose they are."""
 
-    def __init__(self, tree: Tree, runs: RunManager, guard: Guard) -> None:
+    def __init__(self, tree: Tree, runs: RunManager, guard: Guard, payments: Payments) -> None:
         self._tree = tree
         self._runs = runs
         self._guard = guard
+        self._payments = payments
         self._starting: set[int] = set()
         self._starters: dict[int, _Starter] = {}
         self._snapshots: dict[int, bytes] = {}
@@ -116,6 +118,7 @@ class RunFiles:
             what = await self.recipe(pod)
             sandbox = await self._guard.admit(what)
             recipe, env = changes.apply(what.recipe, changed)
+            env |= await self._payments.variables(recipe)
             name = self._pod_name(pod)
             for warning in recipe.warnings:
                 log.warning("recipe pod=%r: %s", name, warning)

@@ -43,8 +43,8 @@ _MASKED = (
     *("timer_list", "timer_stats"),
 )
 """What of /proc tells of the machine and of others' keys: the list of OCI's runtimes."""
-_YAGNA_SOCKET = f"{_TMP}/yagna.sock"
-"""Through which the real gftp talks to yagna."""
+_GSB_URL = f"unix:{_TMP}/yagna.sock"
+"""Through which the real gftp talks to yagna, unless the variable names another place."""
 
 
 def broken(bwrap: str | None = None) -> str | None:
@@ -97,7 +97,9 @@ def wrapper(bwrap: str, pod: Path, env: Mapping[str, str]) -> list[str]:
     if own := box.named(env):
         arguments += ["--bind", own, own]
     else:
-        arguments += ["--bind-try", _YAGNA_SOCKET, _YAGNA_SOCKET]
+        kind, _, socket = env.get("GSB_URL", _GSB_URL).partition(":")
+        if kind == "unix" and os.path.isabs(socket):
+            arguments += ["--bind-try", socket, socket]
     # Over the mount point, in case it lies in one of those folders: nothing shows the other pods.
     arguments += ["--tmpfs", str(pod.parent), "--bind", str(pod), str(pod)]
     arguments += ["--remount-ro", str(pod.parent), "--remount-ro", "/"]

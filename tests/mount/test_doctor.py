@@ -39,8 +39,8 @@ class Patient:
             name: str(folder / name) for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME")
         }
         self.env["XDG_CACHE_HOME"] = str(folder / "cache")
-        for name in ("YAGNA_APPKEY", "YAGNA_API_URL", "CPODFS_PASSWORD"):
-            self.env.pop(name, None)
+        for name in [n for n in self.env if n.startswith(("YAGNA_", "CPODFS_PASSWORD", "GSB_"))]:
+            del self.env[name]
 
     def ask(self, *options: str) -> tuple[int, str]:
         command = [*CPODFS, "doctor", *self.options, *options]
@@ -78,6 +78,7 @@ def patient(tmp_path: Path, net: launch.Devnet) -> Patient:
     assert net.app_key_file is not None
     patient.env["YAGNA_APPKEY"] = net.app_key_file.read_text().strip()
     patient.env["PATH"] = f"{net.run_path_dir}{os.pathsep}{patient.env['PATH']}"
+    patient.env["GSB_URL"] = "tcp://127.0.0.1:1"
     return patient
 
 
@@ -134,7 +135,15 @@ def test_nothing_is_running(patient: Patient) -> None:
     [
         (["--user", "nobody-here"], "account", "bad", "nobody-here: no such user"),
         (["--server", "ftp://x"], "server", "bad", "ftp://x"),
-        (["--network", "moon"], "funds", "bad", "there is no account for erc20 on moon"),
+        (
+            ["--network", "moon"],
+            "funds",
+            "bad",
+            "no network 'moon' for erc20; it has holesky, hoodi,",
+        ),
+        (["--driver", "zk"], "funds", "bad", "no payment driver 'zk'; it has erc20"),
+        (["--network", "polygon"], "funds", "ok", "0.1 could be set aside, erc20 on polygon"),
+        (["--gsb-url", "unix:/none"], "gftp", "warn", "would not find yagna: /none is not there"),
         (["--cache-dir", "/etc/passwd/x"], "cache", "bad", "/etc/passwd: cannot be written to"),
         (["--sandbox", "off"], "sandbox", "ok", "not asked for"),
     ],
@@ -236,14 +245,17 @@ ACCOUNTS = {
         200,
         [
             {
-                "platform": "erc20-holesky-tglm",
+                "platform": "erc20-hoodi-tglm",
                 "address": "0xabc",
                 "driver": "erc20",
-                "network": "holesky",
+                "network": "hoodi",
             }
         ],
     )
 }
+FRESH: dict[str, tuple[int, object]] = {"GET /payment-api/v1/requestorAccounts": (200, [])}
+"""What a daemon that works says between its start and its first allocation."""
+OLD = {"GET /payment-api/v1/batchCycles": (200, [{"platform": "zk-holesky-tglm"}, 1])}
 ALLOCATE = "POST /payment-api/v1/allocations"
 
 
@@ -254,11 +266,21 @@ ALLOCATE = "POST /payment-api/v1/allocations"
             ME | ACCOUNTS | {ALLOCATE: (400, {"message": "Insufficient funds"})},
             *("funds", "bad", "400 Insufficient funds"),
         ),
-        (ME | ACCOUNTS | {ALLOCATE: (500, {"message": "oops"})}, "funds", "unknown", "500 oops"),
-        (ME | ACCOUNTS | {ALLOCATE: (500, b"<html>")}, "funds", "unknown", "500"),
+        (
+            ME | ACCOUNTS | {ALLOCATE: (400, {"title": "x", "detail": "Insufficient\nfunds"})},
+            *("funds", "bad", "erc20 on hoodi: 400 Insufficient\\nfunds"),
+        ),
+        (ME | ACCOUNTS | {ALLOCATE: (500, {"message": "oops"})}, "funds", "bad", "500 oops"),
+        (ME | ACCOUNTS | {ALLOCATE: (500, b"<html>")}, "funds", "bad", "500"),
+        (ME | ACCOUNTS | {ALLOCATE: (408, {})}, "funds", "unknown", "408"),
         (ME | ACCOUNTS | {ALLOCATE: (201, {"allocationId": "a"})}, "funds", "ok", "set aside"),
-        (ME | {"GET /payment-api/v1/requestorAccounts": (200, [])}, "funds", "bad", "no account"),
-        (ME, "funds", "unknown", "requestorAccounts: 404"),
+        (ME | FRESH | {ALLOCATE: (201, {"allocationId": "a"})}, "funds", "ok", "no account yet"),
+        (
+            ME | FRESH | {ALLOCATE: (500, {"detail": "Account not registered"})},
+            *("funds", "bad", "500 Account not registered"),
+        ),
+        (ME | FRESH | OLD, "funds", "bad", "no payment driver 'erc20'; it has zk"),
+        (ME, "funds", "bad", "requestorAccounts: 404"),
         ({"GET /me": (200, b"hello")}, "yagna", "bad", "not what yagna says"),
         ({}, "yagna", "bad", "404"),
     ],
