@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 
 from rich.filesize import pick_unit_and_suffix
 
@@ -21,6 +23,17 @@ def size(number: int) -> str:
 def count(number: int, thing: str) -> str:
     """``1 file``, ``2 files``."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+COST_DIGITS = 4
+"""More of a cost tell nobody anything, and look as if it were known better than it is."""
+
+
+def cost(amount: object) -> str:
+    """An amount of GLM with `COST_DIGITS` significant digits at most and no exponent, else nothing."""
+    if isinstance(amount, bool) or not isinstance(amount, int | float) or not math.isfinite(amount):
+        return ""
+    return f"{Decimal(f'{amount:.{COST_DIGITS}g}'):f}"
 
 
 def printable(text: str) -> str:

@@ -22,7 +22,7 @@ from cpodfs.cli.pods import Pod
 from cpodfs.cli.shown import Passed, say
 from cpodfs.errors import RecipeError, RunError
 from cpodfs.runs.keep import open_folder
-from cpodfs.words import line
+from cpodfs.words import cost, line
 
 POLL_S = 0.05
 LOOKS = 40
@@ -203,8 +203,8 @@ def _in_words(state: dict[str, Any], seconds: int) -> str:
     tasks = golem.get("tasks")
     counts = tasks.items() if isinstance(tasks, dict) else ()
     words += "".join(f", {value} {key}" for key, value in counts if value)
-    of = "" if golem.get("budget") is None else f" of {golem['budget']}"
-    return line(f"{words}, {golem.get('spent')}{of} GLM spent")
+    of = "" if golem.get("budget") is None else f" of {cost(golem['budget'])}"
+    return line(f"{words}, {cost(golem.get('spent'))}{of} GLM spent")
 
 
 class ProgressLine:

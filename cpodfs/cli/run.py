@@ -236,7 +236,7 @@ def _records(pod: Pod, last: int) -> list[dict[str, Any]]:
 
 def _table(records: list[dict[str, Any]]) -> Table:
     table = Table(box=None)
-    for heading in ("pod", "run", "state", "start", "duration", "exit"):
+    for heading in ("pod", "run", "state", "start", "duration", "providers", "GLM", "exit"):
         table.add_column(heading, no_wrap=heading == "run")
     for record in records:
         ending = record.get("signal") or record.get("exit_code")
@@ -244,9 +244,21 @@ def _table(records: list[dict[str, Any]]) -> Table:
             *(_cell(record.get(key)) for key in ("pod", "id", "state")),
             _local(record.get("started")),
             _duration(record),
+            *_hired(record),
             _cell(ending if ending is not None else record.get("error")),
         )
     return table
+
+
+def _hired(record: dict[str, Any]) -> tuple[str, str]:
+    """How many providers a run has had, and what they have cost."""
+    golem = record.get("golem")
+    if not isinstance(golem, dict):
+        return "", ""
+    providers = golem.get("providers")
+    return str(len(providers)) if isinstance(providers, list) else "", words.cost(
+        golem.get("spent")
+    )
 
 
 def _cell(value: Any) -> Text:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from cpodfs import words
 from cpodfs.cache.schema import ROOT
 from cpodfs.cache.store import Inode, Remote
 from cpodfs.errors import CpodfsError, RecipeMissing
@@ -100,6 +101,8 @@ class RunFiles:
         current = self._runs.current(self._pod_name(pod))
         if current is None:
             raise oserror(errno.ENOENT, RUN_NAME)
+        if isinstance(golem := current.get("golem"), dict):
+            current["golem"] = _with_short_costs(golem)
         return json.dumps(current).encode() + b"\n"
 
     async def create(self, pod: int, pid: int) -> int:
@@ -227,6 +230,19 @@ class RunFiles:
 
     def _pod_name(self, pod: int) -> str:
         return inode_of(self._tree.store, pod).name or ""
+
+
+def _with_short_costs(golem: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's books as they are shown while it goes on; `run.json` has them to the last digit."""
+    found = dict(golem)
+    for key in ("spent", "accepted"):
+        if shown := words.cost(found.get(key)):
+            found[key] = float(shown)
+    if isinstance(providers := found.get("providers"), list):
+        found["providers"] = [
+            _with_short_costs(one) if isinstance(one, dict) else one for one in providers
+        ]
+    return found
 
 
 def advice(error: OSError) -> str:

@@ -6,15 +6,18 @@ import contextlib
 import json
 import socket
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
-from tests.mount.compute import DevnetMount, compute_pod, record, run_to_end
-from tests.mount.harness import Mount, Server, mounted
+from cpodfs import words
+from tests.mount.compute import DevnetMount, compute_pod, record, run_folders, run_to_end
+from tests.mount.harness import Mount, Server, mounted, sh
 from tests.mount.provider_pods import MarketMount, check_tidy, market_mounted, provider_pod
 from tests.mount.strangers import reason, touch
 from tests.mount.test_doctor import ME, yagna
+from tests.patience import until
 
 ASK = """import json, os, urllib.request as u
 key = {'Authorization': 'Bearer ' + os.environ['YAGNA_APPKEY']}
@@ -58,6 +61,33 @@ def test_what_yagna_does_not_have_refuses_the_touch(
     assert "Invalid argument" in touch(pod)
     assert said in reason(pod)
     assert not (pod / "logs").exists()
+
+
+def digits(amount: float) -> int:
+    return len(Decimal(str(amount)).normalize().as_tuple().digits)
+
+
+def test_what_a_run_costs_is_shown_with_four_digits_at_most(market: MarketMount) -> None:
+    pod = provider_pod(market, "cost", "sh script/run.sh", "sleep 4")
+    sh("touch .run", pod)
+    seen: set[float] = set()
+
+    def over() -> bool:
+        with contextlib.suppress(FileNotFoundError, OSError):
+            golem = json.loads((pod / ".run").read_text()).get("golem", {})
+            rented = [one["spent"] for one in golem.get("providers", ())]
+            seen.update(filter(None, [golem.get("spent"), *rented]))
+        return not (pod / ".run").exists()
+
+    until(over)
+    assert seen
+    assert max(map(digits, seen)) <= 4
+    (folder,) = run_folders(pod)
+    exact = check_tidy(market, folder)["golem"]["spent"]
+    shown = market.cli("runs", str(pod)).stdout.splitlines()
+    assert shown[0].split()[-3:] == ["providers", "GLM", "exit"]
+    assert shown[1].split()[-3:] == ["1", words.cost(exact), "0"]
+    assert digits(exact) > 4  # in the record nothing is lost
 
 
 def test_the_recipes_network_goes_before_the_users(tmp_path: Path) -> None:

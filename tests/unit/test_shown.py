@@ -5,14 +5,27 @@ from __future__ import annotations
 import io
 import logging
 
+import pytest
 from rich.console import Console
 
 from cpodfs.cli.mount import LOG_FORMAT, _Lines
 from cpodfs.cli.shown import Passed, as_json
 from cpodfs.cli.tables import Table
-from cpodfs.words import line, printable
+from cpodfs.words import cost, line, printable
 
 HOSTILE = "\x1b[2J\x07\x9b31m\x7f\u202e\u2066\u2028\udc80\r\x00"
+
+
+@pytest.mark.parametrize(
+    ("amount", "shown"),
+    [
+        *((0.000123456789012, "0.0001235"), (1.2345678e-9, "0.000000001235"), (12345.678, "12350")),
+        *((0.1, "0.1"), (0, "0"), (1, "1"), (2.0, "2"), (0.30000000000000004, "0.3")),
+        *((None, ""), ("1", ""), (True, ""), (float("nan"), ""), (float("inf"), "")),
+    ],
+)
+def test_a_cost_has_four_digits_at_most(amount: object, shown: str) -> None:
+    assert cost(amount) == shown
 
 
 class Terminal(io.TextIOWrapper):
