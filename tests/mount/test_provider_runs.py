@@ -55,7 +55,7 @@ def test_results_and_output_come_while_it_runs(market: MarketMount) -> None:
     until(lambda: "grow" in (run("ls", pod / "output", check=False)))
     first = (pod / "output/grow").read_text()
     (folder,) = run_folders(pod)
-    assert "line 1\n" in (folder / "stdout.log").read_text()
+    until(lambda: "line 1\n" in text(folder / "stdout.log"))
     until(lambda: len((pod / "output/grow").read_text()) > len(first))
     assert (pod / ".run").exists()
     assert "data 8" not in first
@@ -173,11 +173,9 @@ def test_a_provider_lost_in_the_middle_costs_no_result(market: MarketMount) -> N
     gone = market.post("vanish", {})["provider"]
     wait_gone(pod)
     (folder,) = run_folders(pod)
-    ended = check_tidy(market, folder)
+    ended = check_tidy(market, folder, gone=(gone,))
     assert (ended["state"], ended["exit_code"], ended["error"]) == ("finished", 0, None)
     check_results(pod, 40)
-    states = {one["name"]: one["agreement_state"] for one in ended["golem"]["providers"]}
-    assert states[gone] == "vanished"
     assert "vanished" in (folder / "stderr.log").read_text()
 
 
@@ -239,14 +237,24 @@ def test_no_file_to_work_on(market: MarketMount) -> None:
 # -- what can go wrong at a market ----------------------------------------------------------------
 
 
+def test_a_provider_that_vanishes(tmp_path: Path) -> None:
+    """yagna cannot tell it of the end, and calls the agreement approved for ever."""
+    with market_mounted(tmp_path, "one") as mount:
+        pod = provider_pod(mount, "vanish", "sh script/run.sh", "sleep 20")
+        mount.misbehave(vanish=1.0)
+        folder = run_to_end(pod)
+        ended = check_tidy(mount, folder, gone=("one",))
+        assert (ended["state"], ended["exit_code"]) == ("failed", 125)
+        assert "one: provider vanished: yagna said 500" in ended["error"]
+
+
 @pytest.mark.parametrize(
     ("how", "runtime", "error"),
     [
         ({"no_offers": True}, {"offer_timeout": 2}, "no offers: no provider answered in 2 s"),
         ({"reject_proposals": 1.0}, {"offer_timeout": 6}, "proposals rejected: "),
-        ({"fail_command": 1.0}, {"retries": 1}, "command failed: command exited with code 1"),
+        ({"fail_command": 1.0}, {"retries": 1}, "command failed: ExeScript command exited with code 1"),
         ({"lose_activity": 1.0}, {}, "activity lost: the provider lost this activity"),
-        ({"vanish": 1.0}, {}, "provider vanished"),
         ({"transfer_bandwidth": 2000.0}, {"timeout": "4s"}, "timeout: not done after 4 s"),
         ({"unknown_image": True}, {}, "image unknown: "),
         ({}, {"max_price": {"cpu_hour": 1e-6}, "offer_timeout": 6}, "no offers within max_price"),
@@ -288,8 +296,7 @@ def test_a_bill_for_more_than_it_can_have_cost_is_not_paid(tmp_path: Path) -> No
         ended = record(run_to_end(pod))
         assert (pod / "output/done").read_text() == "done\n"
         (row,) = mount.ledger()
-    assert (ended["state"], ended["exit_code"]) == ("failed", 125)
-    assert "payment is not settled: one billed '0.5" in ended["error"]
+    assert (ended["state"], ended["exit_code"], ended["error"]) == ("finished", 0, None)
     (hired,) = ended["golem"]["providers"]
     assert "for what costs 0.0" in hired["error"]
     assert (hired["paid"], hired["accepted"], float(row.paid or 0)) == (False, 0, 0)
@@ -312,9 +319,9 @@ def test_an_invoice_that_comes_too_late_is_paid_all_the_same(market: MarketMount
     wait_gone(pod)
     (folder,) = run_folders(pod)
     ended = record(folder)
-    assert (ended["state"], ended["exit_code"]) == ("failed", 125)
-    assert ended["error"].startswith("payment is not settled: no invoice from ")
+    assert (ended["state"], ended["exit_code"], ended["error"]) == ("finished", 0, None)
     assert ended["golem"]["phase"] == "unsettled"
+    assert "not all is paid: no invoice from" in (folder / "stderr.log").read_text()
     assert (pod / "output/done").read_text() == "done\n"
     until(lambda: record(folder)["golem"]["phase"] == "over")
     (hired,) = check_tidy(market, folder)["golem"]["providers"]
@@ -372,10 +379,11 @@ def test_the_supervisors_death_leaves_nothing_open(market: MarketMount) -> None:
 
 
 def test_a_killed_driver(tmp_path: Path) -> None:
-    """With its market gone too, the run cannot go on: it is recorded, and the next touch works."""
+    """With its market gone too: the run goes on elsewhere, or its end is recorded; the next touch works."""
     with market_mounted(tmp_path, "one two") as mount:
         pod = provider_pod(
-            mount, "killed", "sh script/run.sh", "echo x > output/x; sleep 15", retries=2
+            *(mount, "killed", "sh script/run.sh", "echo x > output/x; sleep 15"),
+            **{"retries": 2, "timeout": 30},
         )
         run("touch", pod / ".run")
         until(lambda: text(pod / "output/x") == "x\n")
@@ -386,8 +394,7 @@ def test_a_killed_driver(tmp_path: Path) -> None:
         wait_gone(pod)
         (folder,) = run_folders(pod)
         ended = record(folder)
-        assert ended["state"] in ("failed", "lost")
-        assert ended["error"]
+        assert (ended["state"] == "finished") == (ended["error"] is None)
         assert run_processes(ended["id"]) == []
         assert (pod / "output/x").read_text() == "x\n"
         (pod / "script/run.sh").write_text("echo y > output/y")
@@ -399,7 +406,8 @@ def test_a_killed_driver(tmp_path: Path) -> None:
 def test_a_market_that_dies_is_settled_with_when_it_is_back(tmp_path: Path) -> None:
     with market_mounted(tmp_path, "one two") as mount:
         pod = provider_pod(
-            mount, "away", "sh script/run.sh", "echo x > output/x; sleep 60", retries=2
+            *(mount, "away", "sh script/run.sh", "echo x > output/x; sleep 60"),
+            **{"retries": 2, "timeout": 20},
         )
         run("touch", pod / ".run")
         until(lambda: text(pod / "output/x") == "x\n")
