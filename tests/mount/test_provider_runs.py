@@ -253,7 +253,11 @@ def test_a_provider_that_vanishes(tmp_path: Path) -> None:
     [
         ({"no_offers": True}, {"offer_timeout": 2}, "no offers: no provider answered in 2 s"),
         ({"reject_proposals": 1.0}, {"offer_timeout": 6}, "proposals rejected: "),
-        ({"fail_command": 1.0}, {"retries": 1}, "command failed: ExeScript command exited with code 1"),
+        (
+            {"fail_command": 1.0},
+            {"retries": 1},
+            "command failed: ExeScript command exited with code 1",
+        ),
         ({"lose_activity": 1.0}, {}, "activity lost: the provider lost this activity"),
         ({"transfer_bandwidth": 2000.0}, {"timeout": "4s"}, "timeout: not done after 4 s"),
         ({"unknown_image": True}, {}, "image unknown: "),
