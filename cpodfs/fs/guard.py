@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import posixpath
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import trio
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 CODE_LIMIT_BYTES = 64 << 20
 CODE_LIMIT_FILES = 5000
 DEPTH_LIMIT = 64
+SETTLE_S = 30.0
 _IN_A_THREAD_BYTES = 1 << 20
 _SHELL = re.compile(r"(ba|da|a|z|k|mk|c|tc|fi)?sh|busybox")
 _INTERPRETERS = {
@@ -38,6 +39,13 @@ _INTERPRETERS = {
     "node|perl|ruby|Rscript|julia|lua|php": "",
 }
 """With the flags that may stand before the program's file."""
+_FOLDER = re.compile(r"\$(?:CPODFS_(SCRIPT|PAYLOAD|OUTPUT)\b|\{CPODFS_(SCRIPT|PAYLOAD|OUTPUT)\})")
+_PROGRAM = re.compile(
+    r"\.(py[cdwz]?|pth|so(\.\d+)*|(ba|z|k|c)?sh|fish|pl|pm|rb|[cm]?[jt]s|lua|php|r|jl|tcl|jar|class|wasm|"
+    r"awk|sed|mk)$|(^|/)makefile$",
+    re.IGNORECASE,
+)
+"""The names of what some program takes for code without being told of it by name."""
 _PROGRAM_TEXT = re.compile(r"CPODFS_|[$`*?()\[\];&|<>\\'\"\n]")
 """What makes of a word something that can find a folder without naming it."""
 
@@ -157,12 +165,12 @@ class Guard:
 
     async def settle(self, pod: str) -> None:
         """A run is over, and nothing of it is left that could change anything. What it has changed
-        itself, it and nobody else, does not end the trust in it, except for what it starts from:
-        the recipe, the script folder, and what of the rest the command names."""
+        itself, it and nobody else, does not end the trust in it, except for what it `starts_from`."""
         what = self._admitted.pop(pod, None)
         try:
             if what is not None and self._provenance.wrote(pod):
-                await self._note_doings(what)
+                with trio.move_on_after(SETTLE_S):  # meanwhile the run is not over for its user
+                    await self._note_doings(what)
         except (NotTrusted, OSError) as error:
             log.warning("what the run changed is not noted pod=%r: %s", pod, error)
         finally:
@@ -176,7 +184,7 @@ class Guard:
         own = {
             path
             for path in vouched.changed(entries)
-            if not starts_from(what.recipe, path, vouched.files)
+            if not starts_from(what.recipe, path, vouched.files, entries)
             and self._provenance.is_own_doing(what.name, what.pod.ino, path)
         }
         after = vouched.with_made(entries, own)
@@ -254,17 +262,34 @@ def not_code(recipe: Recipe) -> tuple[str, ...]:
     return tuple(f for f in dict.fromkeys(folders) if not f"{f}/".startswith(inside))
 
 
-def starts_from(recipe: Recipe, path: str, vouched: Container[str]) -> bool:
+def starts_from(
+    recipe: Recipe, path: str, vouched: Mapping[str, str], now: Mapping[str, str]
+) -> bool:
     """Whether a path is of what a run starts from, which even its own program does not change without
-    being looked at again. At a provider that is all that is sent there, for results come from there."""
+    being looked at again: what stays in it of a stranger's result would be started the next time.
+    ``vouched``, ``now``: what was looked at and what is there, as `Fingerprint.entries`."""
     if not path or ("/" not in path and is_recipe_name(path)):
         return True
+    # At a provider that is all that is sent there, for results come from there.
     sent = (recipe.script,) if recipe.runtime is None else (recipe.script, recipe.payload)
     if any(_is_in(path, folder) for folder in sent):
         return True
-    modules = [posixpath.dirname(word.replace(".", "/")) for word in recipe.exec_argv]
-    names = [*named(recipe.exec_argv), *filter(None, modules)]
-    return path in vouched and any(_is_in(path, name) for name in names)
+    entries = vouched.get(path, ""), now.get(path, "")
+    if any(
+        e.startswith("file 1 ") or (e.startswith("file") and _PROGRAM.search(path)) for e in entries
+    ):
+        return True
+    return path in vouched and any(_is_in(path, name) for name in _places_of_code(recipe))
+
+
+def _places_of_code(recipe: Recipe) -> Iterator[str]:
+    """What the command may mean as a file, a folder or a module."""
+    folders = {"SCRIPT": recipe.script, "PAYLOAD": recipe.payload, "OUTPUT": recipe.output}
+    for word in recipe.exec_argv:
+        plain = _FOLDER.sub(lambda found: folders[found[1] or found[2]], word)
+        yield from named([plain])
+        if module := posixpath.dirname(plain.replace(".", "/")):
+            yield module
 
 
 def named(argv: Iterable[str]) -> list[str]:

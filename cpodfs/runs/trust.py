@@ -11,6 +11,7 @@ runs have made of it since.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -153,6 +154,8 @@ class TrustBook:
         """Take back whatever was said of the pod; False when nothing was."""
         if pod not in self._pods:
             return False
+        with contextlib.suppress(OSError):  # it counts only together with the hash
+            self._sheet(pod).unlink()
         # Here at once: a full disk is no reason to go on trusting.
         self._pods = {name: entry for name, entry in self._pods.items() if name != pod}
         self._save(self._pods)

@@ -167,7 +167,9 @@ def put_elsewhere_unheard(mount: Mount, pod: Path) -> None:
         (2, "cp a.recipe recipe.json", "recipe.json"),
         (3, "printf ' ' >> a.recipe", "a.recipe"),
         (4, "touch b.recipe; echo 1 > fine", "b.recipe"),
-        (5, "mv script away; mkdir script; echo echo evil > script/x.sh", "script/x.sh"),
+        (6, "echo 1 > json.py; echo 1 > a.log", "json.py"),
+        (7, "echo 1 > a.log; chmod +x a.log; mkdir x; touch x/Makefile", "a.log, x/Makefile"),
+        (5, "mv script away; mkdir script; echo echo evil > script/x.sh", "away/x.sh, script/x.sh"),
     ],
 )
 def test_what_a_run_starts_from_is_looked_at_again_whoever_changes_it(
@@ -186,6 +188,7 @@ def test_what_a_run_starts_from_is_looked_at_again_whoever_changes_it(
         (2, "sh -c 'cd tools; sh main.sh'"),
         (3, "env A=1 sh tools/main.sh"),
         (4, "sh -c 'sh tools/*.sh'"),
+        (5, "sh -c 'cd \"$CPODFS_PAYLOAD/../tools\"; sh main.sh'"),
     ],
 )
 def test_what_the_command_names_is_what_it_starts_from(
@@ -196,6 +199,18 @@ def test_what_the_command_names_is_what_it_starts_from(
     vouch(pod)
     run_to_end(pod)
     refused(pod, "tools/main.sh")
+
+
+@pytest.mark.parametrize(
+    ("number", "command"),
+    [(1, "sh -c 'sh $CPODFS_PAYLOAD/main'"), (2, "sh -c 'cd ${CPODFS_PAYLOAD}; sh main'")],
+)
+def test_what_the_command_names_by_a_variable(pods: Mount, number: int, command: str) -> None:
+    main = 'cd "$CPODFS_SCRIPT/.."; echo 1 > payload/new; echo echo evil > payload/main'
+    pod = forked(pods, f"variable-{number}", recipe_files(command) | {"payload/main": main})
+    vouch(pod)
+    run_to_end(pod)
+    refused(pod, "payload/main")
 
 
 def test_a_run_that_goes_on_without_its_driver_is_not_known_well_enough(

@@ -8,6 +8,8 @@ import select
 import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -169,3 +171,34 @@ def test_leftovers_are_known_by_their_environment():
     assert child.wait() == -9
     child.stdin.close()
     child.stdout.close()
+
+
+def test_whose_a_thread_or_process_is():
+    code = (
+        "import subprocess, sys; print(subprocess.Popen(['sleep', '60']).pid, flush=True); input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-S", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        grandchild = int(child.stdout.readline())
+        tasks: list[int] = []
+        thread = threading.Thread(
+            target=lambda: tasks.append(threading.get_native_id()) or gate.wait()
+        )
+        gate = threading.Event()
+        thread.start()
+        try:
+            while not tasks:
+                time.sleep(0.001)
+            assert state.descends(grandchild, child.pid)
+            assert state.descends(grandchild, os.getpid())
+            assert state.descends(child.pid, child.pid)
+            assert state.descends(tasks[0], os.getpid())
+            assert not state.descends(tasks[0], child.pid)
+            assert not state.descends(os.getpid(), child.pid)
+            assert not state.descends(0, child.pid)
+        finally:
+            gate.set()
+            thread.join()
+            os.kill(grandchild, signal.SIGKILL)
+            child.stdin.close()
