@@ -387,7 +387,8 @@ def test_a_killed_driver(tmp_path: Path) -> None:
     with market_mounted(tmp_path, "one two") as mount:
         pod = provider_pod(
             *(mount, "killed", "sh script/run.sh", "echo x > output/x; sleep 15"),
-            **{"retries": 2, "timeout": 30},
+            retries=2,
+            timeout=30,
         )
         run("touch", pod / ".run")
         until(lambda: text(pod / "output/x") == "x\n")
@@ -411,7 +412,8 @@ def test_a_market_that_dies_is_settled_with_when_it_is_back(tmp_path: Path) -> N
     with market_mounted(tmp_path, "one two") as mount:
         pod = provider_pod(
             *(mount, "away", "sh script/run.sh", "echo x > output/x; sleep 60"),
-            **{"retries": 2, "timeout": 20},
+            retries=2,
+            timeout=20,
         )
         run("touch", pod / ".run")
         until(lambda: text(pod / "output/x") == "x\n")
