@@ -43,6 +43,8 @@ _FETCH_SHARE = 4
 """A fetch that took t seconds is followed by at least so many times t without one."""
 _SLICE_BYTES = 16 << 20
 """Of one stream of a program's output, fetched as a file: for programs that print a lot."""
+_FIRST_LOOK_S = 0.5
+"""The next ones take twice as long each, up to the recipe's ``poll``."""
 _SET_UP = 2
 """Commands at the beginning of an activity that can only be given once."""
 
@@ -185,13 +187,14 @@ class Watch:
 
         ``begin``: what begins it, sent with the first look. ``poll_s``: from one look to the next.
         """
-        wait_s = poll_s
+        wait_s = min(_FIRST_LOOK_S, poll_s)
         while True:
             answer = await self._look(wait_s, begin)
             begin, begun = (), time.monotonic()
             await self._fetch(answer)
             # Results that take long to fetch must not keep the output waiting all the time.
-            wait_s = max(poll_s, _FETCH_SHARE * (time.monotonic() - begun))
+            most_s = max(poll_s, _FETCH_SHARE * (time.monotonic() - begun))
+            wait_s = min(2 * wait_s, most_s)
             if answer.over:
                 assert answer.exit_code is not None
                 return answer.exit_code
