@@ -82,6 +82,8 @@ class Agreement:
     timestamp: str = field(default_factory=stamp)
     state: str = "Proposal"
     approved: str | None = None
+    session: str | None = None
+    """The requestor's name for what belongs together (``appSessionId``)."""
     seen: float = field(default_factory=time.monotonic)
     polls: int = 0
     """Result polls that are held open now; see `Demand.polls`."""

@@ -32,12 +32,20 @@ CREATE TABLE IF NOT EXISTS allocations (
     total TEXT NOT NULL, spent TEXT NOT NULL DEFAULT '0',
     created TEXT NOT NULL, timeout TEXT, released TEXT);
 
+-- What was spent of an allocation: invoice NULL when it was for a debit note.
+CREATE TABLE IF NOT EXISTS spendings (
+    allocation TEXT NOT NULL REFERENCES allocations(id),
+    agreement TEXT NOT NULL REFERENCES agreements(id),
+    activity TEXT REFERENCES activities(id), invoice TEXT REFERENCES invoices(id),
+    amount TEXT NOT NULL, created TEXT NOT NULL);
+
 -- state: Approved, then Terminated for good. ended and reason are NULL until then.
+-- body: the agreement as the Market API shows it (JSON), for a market that is started anew.
 -- platform and payer are the requestor's at the time of signing; payee is the provider's address.
 CREATE TABLE IF NOT EXISTS agreements (
     id TEXT PRIMARY KEY, provider TEXT NOT NULL, provider_id TEXT NOT NULL,
     platform TEXT NOT NULL, payer TEXT NOT NULL, payee TEXT NOT NULL,
-    state TEXT NOT NULL, approved TEXT NOT NULL, ended TEXT, reason TEXT);
+    state TEXT NOT NULL, approved TEXT NOT NULL, ended TEXT, reason TEXT, body TEXT);
 
 -- pid and pid_started (clock ticks, /proc/PID/stat) name the process group that runs now, so that
 -- a market that was killed can end it at its next start; NULL when nothing runs.
@@ -53,15 +61,17 @@ CREATE TABLE IF NOT EXISTS debit_notes (
     activity TEXT NOT NULL REFERENCES activities(id), previous TEXT,
     amount TEXT NOT NULL, usage TEXT NOT NULL, created TEXT NOT NULL, status TEXT NOT NULL);
 
--- One for each agreement that had an activity, issued when it ends. status: RECEIVED or SETTLED.
+-- One for each agreement that had an activity, issued when it ends. status: RECEIVED, then ACCEPTED,
+-- and SETTLED once the next payment cycle has paid it.
 CREATE TABLE IF NOT EXISTS invoices (
     id TEXT PRIMARY KEY, agreement TEXT NOT NULL UNIQUE REFERENCES agreements(id),
     amount TEXT NOT NULL, created TEXT NOT NULL, due TEXT NOT NULL, status TEXT NOT NULL);
 
+-- Of an invoice as a whole, with what its debit notes had been accepted for. Made when it is accepted.
 CREATE TABLE IF NOT EXISTS payments (
     id TEXT PRIMARY KEY, invoice TEXT NOT NULL UNIQUE REFERENCES invoices(id),
     allocation TEXT NOT NULL REFERENCES allocations(id), amount TEXT NOT NULL,
-    created TEXT NOT NULL);
+    created TEXT NOT NULL, settled TEXT);
 
 -- What the event polls answer. kind: invoice or debit_note; subject: the id of one.
 CREATE TABLE IF NOT EXISTS events (
@@ -93,6 +103,7 @@ class LedgerRow:
     invoiced: str
     """``-`` before the invoice."""
     paid: str
+    """What of the invoice is accepted; the next payment cycle pays it."""
     reason: str
 
 
@@ -111,9 +122,17 @@ class Ledger:
         self._db.execute("PRAGMA synchronous = NORMAL")
         self._db.execute("PRAGMA foreign_keys = ON")
         self._db.executescript(_SCHEMA)
+        for table, column in (("payments", "settled"), ("agreements", "body")):
+            self._add_column(table, column)
 
     def close(self) -> None:
         self._db.close()
+
+    def _add_column(self, table: str, column: str) -> None:
+        """For a ledger of an earlier version."""
+        known = {row["name"] for row in self._db.execute(f"PRAGMA table_info({table})")}
+        if column not in known:
+            self._db.execute(f"ALTER TABLE {table} ADD COLUMN {column} TEXT")
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -125,10 +144,10 @@ class Ledger:
             raise
         self._db.execute("COMMIT")
 
-    def _one(self, what: str, table: str, key: str) -> sqlite3.Row:
+    def _one(self, table: str, key: str) -> sqlite3.Row:
         found = self._db.execute(f"SELECT * FROM {table} WHERE id = ?", (key,)).fetchone()  # noqa: S608
         if found is None:
-            raise Problem(404, f"{what} {key} is not known")
+            raise Problem(404, None)
         row: sqlite3.Row = found
         return row
 
@@ -156,9 +175,10 @@ class Ledger:
         return self.allocation(key)
 
     def allocation(self, key: str) -> sqlite3.Row:
-        found = self._one("allocation", "allocations", key)
+        """One that is not released. Raises Problem 404 without words, as yagna does."""
+        found = self._one("allocations", key)
         if found["released"]:
-            raise Problem(404, f"allocation {key} was released")
+            raise Problem(404, None)
         return found
 
     def allocations(self) -> list[sqlite3.Row]:
@@ -166,27 +186,54 @@ class Ledger:
 
     def amend_allocation(self, key: str, total: Decimal, timeout: str | None) -> sqlite3.Row:
         if total < Decimal(self.allocation(key)["spent"]):
-            raise Problem(400, "more than that has been spent already")
+            raise Problem(400, "New allocation would be smaller than the already spent amount")
         self._db.execute(
             "UPDATE allocations SET total = ?, timeout = ? WHERE id = ?",
             (plain(total), timeout, key),
         )
         return self.allocation(key)
 
+    def reserved(self, platform: str) -> Decimal:
+        """What is set aside on a platform and not spent."""
+        return sum(
+            (
+                Decimal(row["total"]) - Decimal(row["spent"])
+                for row in self.allocations()
+                if row["platform"] == platform
+            ),
+            Decimal(0),
+        )
+
+    def spent(self, platform: str) -> Decimal:
+        rows = self.rows("SELECT spent FROM allocations WHERE platform = ?", (platform,))
+        return sum((Decimal(row["spent"]) for row in rows), Decimal(0))
+
     def release_allocation(self, key: str) -> None:
-        self.allocation(key)
+        if self._one("allocations", key)["released"]:
+            raise Problem(410, f"Allocation {key} has been already released")
         self._db.execute("UPDATE allocations SET released = ? WHERE id = ?", (stamp(), key))
 
     # --- agreements and activities ---
 
     def agreement_approved(
-        self, key: str, *, provider: str, provider_id: str, platform: str, payer: str
+        self, body: Json, *, provider: str, provider_id: str, platform: str, payer: str
     ) -> None:
         self._db.execute(
             "INSERT INTO agreements (id, provider, provider_id, platform, payer, payee, state,"
-            " approved) VALUES (?, ?, ?, ?, ?, ?, 'Approved', ?)",
-            (key, provider, provider_id, platform, payer, provider_id, stamp()),
+            " approved, body) VALUES (?, ?, ?, ?, ?, ?, 'Approved', ?, ?)",
+            (
+                *(body["agreementId"], provider, provider_id, platform, payer, provider_id),
+                *(stamp(), json.dumps(body)),
+            ),
         )
+
+    def agreement(self, key: str) -> Json | None:
+        """An agreement that an earlier market has signed, as the Market API shows it."""
+        found = self.rows("SELECT state, body FROM agreements WHERE id = ?", (key,))
+        if not found or found[0]["body"] is None:
+            return None
+        body: Json = json.loads(found[0]["body"])
+        return {**body, "state": found[0]["state"]}
 
     def agreement_ended(self, key: str, reason: str) -> None:
         self._db.execute(
@@ -281,7 +328,7 @@ class Ledger:
         )
 
     def invoice(self, key: str) -> Json:
-        row = self._one("invoice", "invoices", key)
+        row = self._one("invoices", key)
         activities = self.rows("SELECT id FROM activities WHERE agreement = ?", (row["agreement"],))
         return {
             "invoiceId": row["id"],
@@ -295,7 +342,7 @@ class Ledger:
         return [self.invoice(row["id"]) for row in self.rows("SELECT id FROM invoices")]
 
     def debit_note(self, key: str) -> Json:
-        row = self._one("debit note", "debit_notes", key)
+        row = self._one("debit_notes", key)
         return {
             "debitNoteId": row["id"],
             **self._parties(row),
@@ -309,7 +356,7 @@ class Ledger:
         return [self.debit_note(row["id"]) for row in self.rows("SELECT id FROM debit_notes")]
 
     def _parties(self, row: sqlite3.Row) -> Json:
-        agreement = self._one("agreement", "agreements", row["agreement"])
+        agreement = self._one("agreements", row["agreement"])
         return {
             "issuerId": agreement["provider_id"],
             "recipientId": self.identity(),
@@ -322,49 +369,91 @@ class Ledger:
         }
 
     def accept_debit_note(self, key: str, amount: Decimal, allocation: str) -> None:
-        """Agree to what an activity has cost so far; it is paid with the invoice."""
-        note = self._one("debit note", "debit_notes", key)
-        self.allocation(allocation)
-        if amount != Decimal(note["amount"]):
-            raise Problem(400, f"{amount} is accepted, {note['amount']} is due")
-        self._db.execute("UPDATE debit_notes SET status = 'ACCEPTED' WHERE id = ?", (key,))
+        """Agree to what an activity has cost so far: what is new of it is spent at once."""
+        with self.transaction():
+            note = self._one("debit_notes", key)
+            _check_amount(amount, note)
+            if note["status"] != "RECEIVED":
+                return
+            before = self._accepted("activity", note["activity"])
+            self._spend(allocation, note["agreement"], amount - before, activity=note["activity"])
+            self._db.execute("UPDATE debit_notes SET status = 'ACCEPTED' WHERE id = ?", (key,))
+
+    def _accepted(self, column: str, key: str) -> Decimal:
+        rows = self.rows(f"SELECT amount FROM spendings WHERE {column} = ?", (key,))  # noqa: S608
+        return sum((Decimal(row["amount"]) for row in rows), Decimal(0))
+
+    def _spend(
+        self,
+        key: str,
+        agreement: str,
+        amount: Decimal,
+        *,
+        activity: str | None = None,
+        invoice: str | None = None,
+    ) -> None:
+        try:
+            allocation = self.allocation(key)
+        except Problem:
+            raise Problem(400, f"Allocation {key} not found") from None
+        left = Decimal(allocation["total"]) - Decimal(allocation["spent"])
+        if amount > left:
+            raise Problem(400, f"Not enough funds. Allocated: {left} Needed: {amount}")
+        if amount <= 0:
+            return
+        spent = Decimal(allocation["spent"]) + amount
+        self._db.execute("UPDATE allocations SET spent = ? WHERE id = ?", (plain(spent), key))
+        self._db.execute(
+            "INSERT INTO spendings VALUES (?, ?, ?, ?, ?, ?)",
+            (key, agreement, activity, invoice, plain(amount), stamp()),
+        )
 
     def accept_invoice(self, key: str, amount: Decimal, allocation_key: str) -> None:
-        """Pay an invoice from an allocation, all of it and at once; again is no error."""
+        """Spend on an invoice what its debit notes were not accepted for; again is no error."""
         with self.transaction():
-            invoice = self._one("invoice", "invoices", key)
-            if invoice["status"] == "SETTLED":
+            invoice = self._one("invoices", key)
+            _check_amount(amount, invoice)
+            if invoice["status"] != "RECEIVED":
                 return
-            allocation = self.allocation(allocation_key)
-            if amount != Decimal(invoice["amount"]):
-                raise Problem(400, f"{amount} is accepted, {invoice['amount']} is due")
-            spent = Decimal(allocation["spent"]) + amount
-            if spent > Decimal(allocation["total"]):
-                raise Problem(400, f"allocation {allocation_key} has not enough left for {amount}")
+            agreement = invoice["agreement"]
+            before = self._accepted("agreement", agreement)
+            if amount < before:
+                raise Problem(400, "Invoice is smaller than agreement.total_amount_accepted.")
+            self._spend(allocation_key, agreement, amount - before, invoice=key)
             self._db.execute(
-                "UPDATE allocations SET spent = ? WHERE id = ?", (plain(spent), allocation_key)
-            )
-            self._db.execute(
-                "INSERT INTO payments VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO payments VALUES (?, ?, ?, ?, ?, NULL)",
                 (secrets.token_hex(16), key, allocation_key, plain(amount), stamp()),
             )
-            self._db.execute("UPDATE invoices SET status = 'SETTLED' WHERE id = ?", (key,))
-            self._db.execute(
-                "UPDATE debit_notes SET status = 'SETTLED' WHERE agreement = ?",
-                (invoice["agreement"],),
-            )
-            self._event("invoice", "InvoiceSettledEvent", key)
+            self._db.execute("UPDATE invoices SET status = 'ACCEPTED' WHERE id = ?", (key,))
+
+    def settle(self) -> None:
+        """Pay all that was accepted: one payment cycle."""
+        with self.transaction():
+            rows = self.rows("SELECT id, agreement FROM invoices WHERE status = 'ACCEPTED'")
+            for row in rows:
+                key, agreement = row["id"], row["agreement"]
+                self._db.execute(
+                    "UPDATE payments SET settled = ? WHERE invoice = ?", (stamp(), key)
+                )
+                self._db.execute("UPDATE invoices SET status = 'SETTLED' WHERE id = ?", (key,))
+                self._db.execute(
+                    "UPDATE debit_notes SET status = 'SETTLED' WHERE agreement = ?", (agreement,)
+                )
+                self._event("invoice", "InvoiceSettledEvent", key)
+
+    def is_unsettled(self) -> bool:
+        return bool(self.rows("SELECT 1 FROM invoices WHERE status = 'ACCEPTED' LIMIT 1"))
 
     def payments(self, after: str = "") -> list[Json]:
         found = self.rows(
             "SELECT p.*, i.agreement FROM payments p JOIN invoices i ON i.id = p.invoice"
-            " WHERE p.created > ? ORDER BY p.created",
+            " WHERE p.settled > ? ORDER BY p.settled",
             (after,),
         )
         return [self._payment(row) for row in found]
 
     def _payment(self, row: sqlite3.Row) -> Json:
-        agreement = self._one("agreement", "agreements", row["agreement"])
+        agreement = self._one("agreements", row["agreement"])
         share = {
             "agreementId": row["agreement"],
             "amount": row["amount"],
@@ -378,11 +467,16 @@ class Ledger:
             "payeeAddr": agreement["payee"],
             "paymentPlatform": agreement["platform"],
             "amount": row["amount"],
-            "timestamp": row["created"],
+            "timestamp": row["settled"],
             "agreementPayments": [share],
             "activityPayments": [],
             "details": "",
         }
+
+
+def _check_amount(amount: Decimal, bill: sqlite3.Row) -> None:
+    if amount != Decimal(bill["amount"]):
+        raise Problem(400, "Invalid amount accepted")
 
 
 def ledger_table(state_dir: Path) -> list[LedgerRow]:
@@ -406,8 +500,8 @@ def ledger_table(state_dir: Path) -> list[LedgerRow]:
 def open_points(state_dir: Path) -> list[str]:
     """What keeps the books of ``state_dir`` from balancing, one line each; none when they do.
 
-    They balance when every agreement has ended, every invoice is settled by one payment of the
-    same amount, and every allocation has spent what was paid from it and no more than it held.
+    They balance when every agreement has ended, every invoice is accepted for its amount, and every
+    allocation has spent what was accepted from it and no more than it held.
     Work that was never billed is owed to nobody. Raises sqlite3.Error.
     """
     path = state_dir / LEDGER_NAME
@@ -434,17 +528,17 @@ def _unsettled(db: sqlite3.Connection) -> Iterator[str]:
     for key, provider, invoiced, status, paid in rows:
         if paid is None:
             yield f"the invoice of {provider} for agreement {key[:8]} is unpaid: {invoiced}"
-        elif status != "SETTLED" or Decimal(paid) != Decimal(invoiced):
+        elif status not in {"ACCEPTED", "SETTLED"} or Decimal(paid) != Decimal(invoiced):
             yield f"{provider} was paid {paid} for agreement {key[:8]}, billed {invoiced}"
 
 
 def _overspent(db: sqlite3.Connection) -> Iterator[str]:
     paid: dict[str, Decimal] = {}
-    for key, amount in db.execute("SELECT allocation, amount FROM payments"):
+    for key, amount in db.execute("SELECT allocation, amount FROM spendings"):
         paid[key] = paid.get(key, Decimal(0)) + Decimal(amount)
     for key, total, spent in db.execute("SELECT id, total, spent FROM allocations"):
         if Decimal(spent) != paid.get(key, Decimal(0)) or Decimal(spent) > Decimal(total):
-            yield f"allocation {key[:8]} of {total} has spent {spent}, payments are {paid.get(key)}"
+            yield f"allocation {key[:8]} of {total} has spent {spent}, accepted are {paid.get(key)}"
 
 
 def _ledger_row(db: sqlite3.Connection, row: sqlite3.Row) -> LedgerRow:

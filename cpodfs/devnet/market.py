@@ -88,7 +88,7 @@ class Market:
             pace,
             seed,
         )
-        self._payment = PaymentApi(self._ledger)
+        self._payment = PaymentApi(self._ledger, pace)
         self.door = Door(self._forget)
 
     @property
@@ -102,7 +102,7 @@ class Market:
         )
         return [
             web.get("/me", self._me),
-            *MarketApi(self.negotiation, self._pace).routes(),
+            *MarketApi(self.negotiation, self._pace, self._ledger).routes(),
             *activity.routes(),
             *self._payment.routes(),
             *NetApi().routes(),
@@ -125,6 +125,7 @@ class Market:
             log.warning("sandbox_off hint='tasks run unconfined, as you asked'")
         async with self._transfers:
             self.negotiation.open()
+            self._payment.open()
             sweeper = asyncio.create_task(self._sweep(), name="market sweeper")
             try:
                 yield
@@ -137,11 +138,13 @@ class Market:
                         reason = {"message": "the market is stopping"}
                         await self.negotiation.terminate(agreement, "Provider", reason)
                 self._send_late_invoices()
+                self._payment.close()
                 self._ledger.close()
 
     def _forget(self) -> None:
         """What yagna has only in memory, and loses when it is restarted."""
         self.negotiation.forget()
+        self._payment.forget()
 
     def _recover(self) -> None:
         """A market that was killed left processes and agreements open: end and bill them."""
@@ -173,7 +176,7 @@ class Market:
         chosen = agreement.demand_properties.get(CHOSEN_PLATFORM) or PLATFORMS[0]
         address = agreement.demand_properties.get(f"golem.com.payment.platform.{chosen}.address")
         self._ledger.agreement_approved(
-            agreement.id,
+            agreement.json(),
             provider=agreement.provider.spec.name,
             provider_id=agreement.provider.node_id,
             platform=chosen,
@@ -240,9 +243,10 @@ class Market:
     async def _create_activity(self, agreement_id: str) -> Activity:
         agreement = self.negotiation.agreements.get(agreement_id)
         if agreement is None:
-            raise Problem(404, f"agreement {agreement_id} is not known")
+            raise Problem(404, f"Not found: Agreement [{agreement_id}] not found.")
         if agreement.state != "Approved":
-            raise Problem(410, f"agreement {agreement_id} is {agreement.state}")
+            said = f"Agreement {agreement_id} is not Approved. Current state: {agreement.state}"
+            raise Problem(400, f"Bad request: {said}")
         agreement.seen_now()
         key = new_id()
         provider = agreement.provider
@@ -317,7 +321,8 @@ def _require_key(app_key: str) -> Middleware:
     async def require_key(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get("Authorization", "").encode()
         if not request.path.startswith(_OPEN_PATHS) and not hmac.compare_digest(given, expected):
-            raise Problem(401, "the app-key is missing or wrong")
+            what = "Invalid" if given else "Missing"
+            return web.Response(status=401, text=f"{what} application key")
         return await handler(request)
 
     return require_key

@@ -1,15 +1,17 @@
 """The Market API: HTTP to `Negotiation` and back, with its long polls.
 
-Imports `agreements`, `negotiation`, `pace`, `rest`.
+Imports `agreements`, `ledger`, `negotiation`, `pace`, `rest`.
 """
 
 from __future__ import annotations
 
+import re
 import time
 
 from aiohttp import web
 
 from cpodfs.devnet.agreements import Agreement, Demand, Proposal
+from cpodfs.devnet.ledger import Ledger
 from cpodfs.devnet.negotiation import Negotiation
 from cpodfs.devnet.pace import Pace
 from cpodfs.devnet.rest import (
@@ -22,10 +24,16 @@ from cpodfs.devnet.rest import (
     text_field,
 )
 
+MAX_EVENTS = 100
+_ID = re.compile(r"[0-9a-f]{32}")
+
 
 class MarketApi:
-    def __init__(self, negotiation: Negotiation, pace: Pace) -> None:
+    """``ledger``: the agreements that an earlier market has signed."""
+
+    def __init__(self, negotiation: Negotiation, pace: Pace, ledger: Ledger) -> None:
         self._market = negotiation
+        self._ledger = ledger
         self._pace = pace
 
     def routes(self, root: str = "/market-api/v1") -> list[web.RouteDef]:
@@ -70,10 +78,10 @@ class MarketApi:
 
     async def unsubscribe(self, request: web.Request) -> web.Response:
         self._market.unsubscribe(self._demand(request))
-        return web.json_response(None)
+        return web.Response(status=204)
 
     async def demand_events(self, request: web.Request) -> web.Response:
-        demand, limit = self._demand(request), max_events(request)
+        demand, limit = self._demand(request), max_events(request, MAX_EVENTS)
         demand.polls += 1
         try:
             await demand.changed.until(
@@ -121,9 +129,9 @@ class MarketApi:
     # --- agreements ---
 
     def _agreement(self, request: web.Request) -> Agreement:
-        agreement = self._market.agreements.get(request.match_info["id"])
+        agreement = self._market.agreements.get(_agreement_id(request))
         if agreement is None:
-            raise Problem(404, f"agreement {request.match_info['id']} is not known")
+            raise Problem(404, f"Agreement [{request.match_info['id']}] not found.")
         agreement.seen_now()
         return agreement
 
@@ -131,13 +139,17 @@ class MarketApi:
         body = await body_object(request)
         proposal_id, valid_to = text_field(body, "proposalId"), text_field(body, "validTo")
         agreement = self._market.create_agreement(proposal_id, valid_to)
-        return web.json_response(agreement.id, status=201)
+        return web.json_response(agreement.id)
 
     async def get_agreement(self, request: web.Request) -> web.Response:
+        agreement = self._market.agreements.get(_agreement_id(request))
+        if agreement is None and (kept := self._ledger.agreement(request.match_info["id"])):
+            return web.json_response(kept)
         return web.json_response(self._agreement(request).json())
 
     async def confirm(self, request: web.Request) -> web.Response:
         agreement = self._agreement(request)
+        agreement.session = request.query.get("appSessionId")
         await self._pace.round_trip()
         self._market.confirm(agreement)
         return web.Response(status=204)
@@ -153,25 +165,40 @@ class MarketApi:
 
     async def cancel(self, request: web.Request) -> web.Response:
         self._market.cancel(self._agreement(request))
-        return web.Response(status=204)
+        return web.Response()
 
     async def terminate(self, request: web.Request) -> web.Response:
+        kept = self._ledger.agreement(_agreement_id(request))
+        if kept is not None and kept["state"] == "Terminated":
+            raise Problem(410, "Can't update Agreement state from Terminated to Terminated.")
         agreement = self._agreement(request)
         reason = await body_object(request) if request.can_read_body else {}
         await self._pace.round_trip()
         await self._market.terminate(agreement, "Requestor", reason)
-        return web.Response(status=204)
+        return web.Response()
 
     async def agreement_events(self, request: web.Request) -> web.Response:
-        after, limit = after_timestamp(request), max_events(request)
+        after, limit = after_timestamp(request), max_events(request, MAX_EVENTS)
+        session = request.query.get("appSessionId")
         found: list[Json] = []
 
         def ready() -> bool:
-            found[:] = [event for event in self._market.events if event["eventDate"] > after]
+            found[:] = [
+                event
+                for of, event in self._market.events
+                if event["eventDate"] > after and (session is None or of == session)
+            ]
             return bool(found)
 
         await self._market.changed.until(ready, hold_s(request, 5.0))
         return web.json_response(found[:limit])
+
+
+def _agreement_id(request: web.Request) -> str:
+    key = request.match_info["id"]
+    if not _ID.fullmatch(key):
+        raise Problem(400, f"Invalid Agreement id [{key}]")
+    return key
 
 
 def _base(body: Json) -> tuple[Json, str]:

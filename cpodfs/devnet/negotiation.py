@@ -46,7 +46,8 @@ class Negotiation:
         self.demands: dict[str, Demand] = {}
         self.proposals: dict[str, Proposal] = {}
         self.agreements: dict[str, Agreement] = {}
-        self.events: list[Json] = []
+        self.events: list[tuple[str | None, Json]] = []
+        """Each with the session of its agreement."""
         self.changed = Signal()
         self._misbehave = misbehave
         self._on_approved = on_approved
@@ -107,9 +108,12 @@ class Negotiation:
         if len(self.demands) >= MAX_DEMANDS:
             raise Problem(429, "too many demands")
         try:
-            demand = Demand(properties, constraints, parse(constraints))
+            wanted = parse(constraints)
         except ConstraintError as error:
-            raise Problem(400, f"constraints: {error}") from None
+            # yagna takes it as well: it matches nothing.
+            log.warning("constraints_broken reason=%r", str(error))
+            wanted = parse("(!(&))")
+        demand = Demand(properties, constraints, wanted)
         self.demands[demand.id] = demand
         for provider in self.providers:
             self._offer(provider, demand)
@@ -153,6 +157,8 @@ class Negotiation:
             self._reject(said, "the provider does not want this (injected)")
         elif not provider.fits(properties, wanted):
             self._reject(said, "offer and demand do not match")
+        elif _expires_s(properties) < self._pace.min_expiration_s:
+            self._reject(said, "Proposal expires too early: a provider wants at least 5 min")
         elif not provider.takes(properties):
             self._reject(said, "no common payment platform")
         elif provider.busy_with:
@@ -241,9 +247,8 @@ class Negotiation:
         self._make_offer(provider)
 
     def _record(self, kind: str, agreement: Agreement, **details: object) -> None:
-        self.events.append(
-            {"eventType": kind, "eventDate": stamp(), "agreementId": agreement.id, **details}
-        )
+        event = {"eventType": kind, "eventDate": stamp(), "agreementId": agreement.id, **details}
+        self.events.append((agreement.session, event))
         del self.events[:-MAX_KEPT_EVENTS]
         self.changed.fire()
 
@@ -271,3 +276,9 @@ class Negotiation:
         for key, proposal in list(self.proposals.items()):
             if proposal.demand.id not in self.demands and key not in used:
                 del self.proposals[key]
+
+
+def _expires_s(properties: Json) -> float:
+    """How long a demand says that the computation may take, from now (s)."""
+    at_ms = properties.get("golem.srv.comp.expiration")
+    return at_ms / 1000 - time.time() if isinstance(at_ms, int | float) else 0.0

@@ -30,6 +30,10 @@ class Pace:
     """From the moment that a provider makes its offer anew to its first broadcast."""
     offer_interval_s: float = 240.0
     """Between two broadcasts of an offer, on average. A daemon knows what it has heard."""
+    payment_cycle_s: float = 3.0
+    """From the acceptance of an invoice to its payment; minutes to a day at the real one."""
+    min_expiration_s: float = 300.0
+    """Providers sign nothing that ends earlier than that from now."""
 
     @property
     def deploy_s(self) -> float:

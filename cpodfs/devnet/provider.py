@@ -19,15 +19,20 @@ from cpodfs.devnet.rest import Problem
 
 USAGE_VECTOR = ("golem.usage.cpu_sec", "golem.usage.duration_sec")
 
-PLATFORMS = (
-    *(f"erc20-{network}-tglm" for network in ("holesky", "hoodi", "sepolia", "amoy", "goerli")),
-    *(f"erc20-{network}-glm" for network in ("mainnet", "polygon")),
-)
-"""Every platform that yapapi can ask for is fine here: nothing is paid outside the ledger."""
+NETWORKS = {
+    **dict.fromkeys(("hoodi", "holesky", "sepolia", "amoy"), "tglm"),
+    **dict.fromkeys(("mainnet", "polygon"), "glm"),
+}
+"""The networks that yagna knows, each with its token."""
+PLATFORMS = tuple(f"erc20-{network}-{token}" for network, token in NETWORKS.items())
+DEAD_NETWORKS = ("holesky",)
+"""Nobody has funds there any more."""
 
 DEBIT_NOTE_INTERVAL = "golem.com.scheme.payu.debit-note.interval-sec?"
 _ACCEPT_TIMEOUT = "golem.com.payment.debit-notes.accept-timeout?"
 CHOSEN_PLATFORM = "golem.com.payment.chosen-platform"
+
+PROTOCOL_VERSION = "golem.com.payment.protocol.version"
 
 _OFFER_CONSTRAINTS = "(&(golem.srv.comp.expiration>0))"
 
@@ -77,6 +82,7 @@ class ProviderSpec:
                 f"golem.com.payment.platform.{platform}.address": node_id
                 for platform in self.platforms
             },
+            PROTOCOL_VERSION: 3,
             "golem.com.pricing.model": "linear",
             "golem.com.pricing.model.linear.coeffs": [
                 *(float(self.cpu_price), float(self.duration_price), float(self.start_price)),

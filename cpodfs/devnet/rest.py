@@ -30,11 +30,24 @@ _last_stamp = datetime.min.replace(tzinfo=UTC)
 
 
 class Problem(CpodfsError):
-    """An answer with an error status and ``{"message": …}``, as yagna gives it."""
+    """An answer with an error status and ``{"message": …}``, as yagna gives it.
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
+    ``message`` None: it says nothing more (``null``). ``details``: it is an RFC 7807
+    ``application/problem+json`` with these fields instead.
+    """
+
+    def __init__(self, status: int, message: str | None, details: Json | None = None) -> None:
+        super().__init__(message or "")
         self.status = status
+        self.message = message
+        self.details = details
+
+    def response(self) -> web.Response:
+        if self.details is None:
+            return web.json_response({"message": self.message}, status=self.status)
+        return web.json_response(
+            self.details, status=self.status, content_type="application/problem+json"
+        )
 
 
 class Signal:
@@ -97,10 +110,13 @@ def after_timestamp(request: web.Request) -> str:
     return iso(moment if moment.tzinfo else moment.replace(tzinfo=UTC))
 
 
-def max_events(request: web.Request, default: int = 100) -> int:
-    text = request.query.get("maxEvents", str(default))
-    if not text.isdecimal() or int(text) == 0:
-        raise Problem(400, "maxEvents is not a positive number")
+def max_events(request: web.Request, limit: int | None = None) -> int:
+    """The query's ``maxEvents``. Raises Problem 400, also beyond the ``limit``."""
+    text = request.query.get("maxEvents", "100")
+    if not text.isdecimal() or int(text) == 0 or (limit is not None and int(text) > limit):
+        raise Problem(
+            400, f"Invalid maxEvents [{text}], should be between 1 and {limit or 'more'}."
+        )
     return int(text)
 
 
@@ -131,7 +147,7 @@ async def problems_as_json(request: web.Request, handler: Handler) -> web.Stream
     try:
         return await handler(request)
     except Problem as problem:
-        return web.json_response({"message": str(problem)}, status=problem.status)
+        return problem.response()
     except web.HTTPException as answer:
         if answer.status < 400:
             raise

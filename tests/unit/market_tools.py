@@ -28,7 +28,7 @@ from tests.patience import PATIENCE_S
 SCRIPTS = Path(__file__).with_name("yapapi_scripts")
 APP_KEY = "test-key"
 CONTROL_KEY = "control-key"
-PLATFORM = "erc20-holesky-tglm"
+PLATFORM = "erc20-hoodi-tglm"
 ONE = (ProviderSpec("solo"),)
 THREE = tuple(ProviderSpec(name, cpu_price=1e-4) for name in "abc")
 
@@ -140,7 +140,7 @@ class Requestor:
     allocation: str = ""
 
     async def allocate(self, amount: str = "1") -> dict[str, Any]:
-        body = {"totalAmount": amount, "paymentPlatform": PLATFORM, "address": ""}
+        body = {"totalAmount": amount, "paymentPlatform": PLATFORM}
         found = await self.market.call("POST", "/payment-api/v1/allocations", body, 201)
         self.allocation = found["allocationId"]
         return dict(found)
@@ -169,7 +169,7 @@ class Requestor:
 
     async def propose(self, demand: str, draft: str) -> str:
         body = {"proposalId": draft, "validTo": "2099-01-01T00:00:00+00:00"}
-        return str(await self.market.call("POST", "/market-api/v1/agreements", body, 201))
+        return str(await self.market.call("POST", "/market-api/v1/agreements", body))
 
     async def confirm(self, agreement: str, status: int = 204) -> None:
         path = f"/market-api/v1/agreements/{agreement}"
@@ -186,7 +186,7 @@ class Requestor:
         await self.confirm(agreement)
         return agreement
 
-    async def terminate(self, agreement: str, status: int = 204) -> None:
+    async def terminate(self, agreement: str, status: int = 200) -> None:
         path = f"/market-api/v1/agreements/{agreement}/terminate"
         await self.market.call("POST", path, {"message": "enough"}, status)
 

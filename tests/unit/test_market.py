@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from market_tools import (
     GO,
     INIT,
     ONE,
+    PLATFORM,
     Requestor,
     Served,
     events_of,
@@ -30,7 +32,7 @@ from market_tools import (
 from cpodfs.devnet.batch import MAX_BEHIND, Batch, Reader
 from cpodfs.devnet.container import Container, Isolation
 from cpodfs.devnet.gftp import Registry
-from cpodfs.devnet.ledger import ledger_table
+from cpodfs.devnet.ledger import ledger_table, open_points
 from cpodfs.devnet.misbehave import Misbehaviour
 from cpodfs.devnet.pace import Pace
 from cpodfs.devnet.provider import ProviderSpec
@@ -83,9 +85,11 @@ async def test_needs_the_key_but_for_the_registry(market: Served) -> None:
         ("GET", "/nowhere", None, 404),
         ("GET", "/registry/v1/image/info", None, 400),
         ("POST", "/market-api/v1/demands", {"properties": {}}, 400),
-        ("POST", "/market-api/v1/demands", {"properties": {}, "constraints": "(a"}, 400),
         ("POST", "/market-api/v1/demands", [], 400),
         ("GET", "/market-api/v1/demands/x/events", None, 404),
+        ("GET", "/market-api/v1/agreements/x", None, 400),
+        ("GET", f"/market-api/v1/agreements/{32 * '0'}", None, 404),
+        ("GET", "/market-api/v1/agreementEvents?maxEvents=101", None, 400),
         ("POST", "/market-api/v1/agreements", {"proposalId": "x", "validTo": "y"}, 404),
         ("GET", "/market-api/v1/agreementEvents?timeout=soon", None, 400),
         ("GET", "/payment-api/v1/invoiceEvents?afterTimestamp=monday", None, 400),
@@ -102,7 +106,15 @@ async def test_bad_requests(
     market: Served, method: str, path: str, body: object, status: int
 ) -> None:
     answer = await market.call(method, path, body, status)
-    assert answer["message"]
+    assert answer["message"] or status == 404
+
+
+async def test_a_wrong_key_is_told_in_plain_text(market: Served) -> None:
+    for headers, said in (({}, "Missing"), ({"Authorization": "Bearer x"}, "Invalid")):
+        async with aiohttp.ClientSession(headers=headers) as stranger:
+            async with stranger.get(f"{market.url}/me") as response:
+                assert (response.status, response.content_type) == (401, "text/plain")
+                assert await response.text() == f"{said} application key"
 
 
 # --- negotiation ---
@@ -139,8 +151,32 @@ async def test_poll_is_woken_by_unsubscribing(market: Served) -> None:
     path = f"/market-api/v1/demands/{demand}"
     poll = asyncio.create_task(market.call("GET", f"{path}/events?timeout=30", status=404))
     await asyncio.sleep(0)
-    await market.call("DELETE", path)
+    await market.call("DELETE", path, status=204)
     await asyncio.wait_for(poll, 5)
+
+
+async def test_broken_constraints_are_taken_and_match_nothing(market: Served) -> None:
+    requestor = Requestor(market)
+    assert await requestor.events(await requestor.demand("(a"), timeout_s=0) == []
+
+
+async def test_no_provider_signs_for_less_than_five_minutes(tmp_path: Path) -> None:
+    async with served(tmp_path, providers=ONE) as market:
+        requestor = Requestor(market)
+        demand = await requestor.demand(life_s=200)
+        [offer] = await requestor.events(demand)
+        await requestor.counter(demand, offer["proposal"]["proposalId"], life_s=200)
+        [refusal] = await requestor.events(demand)
+        assert refusal["eventType"] == "ProposalRejectedEvent"
+
+
+async def test_events_of_agreements_are_told_by_session(market: Served) -> None:
+    requestor = Requestor(market)
+    agreement = await requestor.agree()
+    path = "/market-api/v1/agreementEvents?timeout=0"
+    [event] = await market.call("GET", path)
+    assert event["agreementId"] == agreement
+    assert await market.call("GET", f"{path}&appSessionId=another") == []
 
 
 async def test_a_provider_serves_one_agreement_at_a_time(market: Served) -> None:
@@ -529,35 +565,98 @@ async def test_speed_and_bandwidth_stretch_time(tmp_path: Path) -> None:
 # --- payments ---
 
 
-async def test_invoice_is_paid_once_and_in_full(market: Served) -> None:
+ALLOCATIONS = "/payment-api/v1/allocations"
+
+
+async def test_accounts_are_known_once_something_was_set_aside(market: Served) -> None:
+    path = "/payment-api/v1/requestorAccounts"
+    assert await market.call("GET", path) == []
+    found = await Requestor(market).allocate()
+    [account] = await market.call("GET", path)
+    assert (account["platform"], account["address"]) == (PLATFORM, found["address"])
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [
+        ({"totalAmount": "1001", "paymentPlatform": PLATFORM}, "insufficient-account-funds"),
+        ({"totalAmount": "1", "paymentPlatform": "erc20-holesky-tglm"}, "insufficient-account"),
+        ({"totalAmount": "1", "paymentPlatform": "erc20-mars-tglm"}, "bad-payment-platform"),
+        ({"totalAmount": "1", "timeout": "2020-01-01T00:00:00Z"}, "timeout-passed"),
+    ],
+)
+async def test_what_is_refused_to_be_set_aside(market: Served, body: dict, kind: str) -> None:
+    async with market.http.post(market.url + ALLOCATIONS, json=body) as response:
+        assert (response.status, response.content_type) == (400, "application/problem+json")
+        found = await response.json(content_type=None)
+    assert found["detail"]
+    assert kind in found.get("instance", found["type"])
+
+
+async def test_money_set_aside_is_released_once_or_in_time(market: Served) -> None:
     requestor = Requestor(market)
-    await requestor.allocate("1")
-    agreement = await requestor.agree()
-    activity = await requestor.activity(agreement)
-    await requestor.results(activity, [*INIT, run("/bin/true")])
-    poll = asyncio.create_task(market.call("GET", "/payment-api/v1/invoiceEvents?timeout=20"))
-    await requestor.terminate(agreement)
-    [event] = await asyncio.wait_for(poll, 5)
-    path = f"/payment-api/v1/invoices/{event['invoiceId']}"
-    invoice = await market.call("GET", path)
-    assert invoice["agreementId"] == agreement
-    assert invoice["activityIds"] == [activity]
-    assert (invoice["payerAddr"], invoice["status"]) == ("0xpayer", "RECEIVED")
-    amount = invoice["amount"]
-    assert Decimal(amount) > 0
-    accept = {"totalAmountAccepted": amount, "allocationId": requestor.allocation}
-    await market.call("POST", f"{path}/accept", {**accept, "totalAmountAccepted": "9"}, 400)
-    await market.call("POST", f"{path}/accept", accept)
-    await market.call("POST", f"{path}/accept", accept)
-    assert (await market.call("GET", path))["status"] == "SETTLED"
-    [payment] = await market.call("GET", "/payment-api/v1/payments")
-    assert payment["amount"] == amount
-    left = await market.call("GET", f"/payment-api/v1/allocations/{requestor.allocation}")
-    assert left["spentAmount"] == amount
-    assert Decimal(left["remainingAmount"]) == 1 - Decimal(amount)
-    [row] = market.ledger()
-    assert (row.state, row.reason) == ("Terminated", "enough")
-    assert (row.cost, row.invoiced, row.paid) == (amount, amount, amount)
+    path = f"{ALLOCATIONS}/{(await requestor.allocate('990'))['allocationId']}"
+    await market.call("POST", ALLOCATIONS, {"totalAmount": "11"}, 400)
+    await market.call("DELETE", path)
+    await market.call("DELETE", path, status=410)
+    await market.call("GET", path, status=404)
+    soon = datetime.now(UTC) + timedelta(seconds=0.7)
+    body = {"totalAmount": "990", "timeout": soon.isoformat()}
+    found = await market.call("POST", ALLOCATIONS, body, 201)
+    async with asyncio.timeout(PATIENCE_S):
+        while await market.call("GET", ALLOCATIONS):
+            await asyncio.sleep(0.05)
+    await market.call("DELETE", f"{ALLOCATIONS}/{found['allocationId']}", status=410)
+
+
+async def test_what_a_demand_must_say_to_be_paid_for(market: Served) -> None:
+    key = (await Requestor(market).allocate())["allocationId"]
+    path = "/payment-api/v1/demandDecorations?allocationIds="
+    found = await market.call("GET", path + key)
+    assert {"key": "golem.com.payment.protocol.version", "value": "3"} in found["properties"]
+    assert found["constraints"] == [
+        f"(golem.com.payment.platform.{PLATFORM}.address=*)",
+        "(golem.com.payment.protocol.version>1)",
+    ]
+    await market.call("GET", f"{path}{key},none", status=404)
+    requestor = Requestor(market)
+    assert await requestor.events(await requestor.demand(f"(&{''.join(found['constraints'])})"))
+
+
+async def test_invoice_is_accepted_once_and_paid_by_the_next_cycle(tmp_path: Path) -> None:
+    pace = Pace(offer_delay_s=0, payment_cycle_s=0.5)
+    async with served(tmp_path, providers=ONE, pace=pace) as market:
+        requestor = Requestor(market)
+        await requestor.allocate("1")
+        agreement = await requestor.agree()
+        activity = await requestor.activity(agreement)
+        await requestor.results(activity, [*INIT, run("/bin/true")])
+        poll = asyncio.create_task(market.call("GET", "/payment-api/v1/invoiceEvents?timeout=20"))
+        await requestor.terminate(agreement)
+        [event] = await asyncio.wait_for(poll, 5)
+        path = f"/payment-api/v1/invoices/{event['invoiceId']}"
+        invoice = await market.call("GET", path)
+        assert invoice["agreementId"] == agreement
+        assert invoice["activityIds"] == [activity]
+        assert (invoice["payerAddr"], invoice["status"]) == ("0xpayer", "RECEIVED")
+        amount = invoice["amount"]
+        assert Decimal(amount) > 0
+        accept = {"totalAmountAccepted": amount, "allocationId": requestor.allocation}
+        await market.call("POST", f"{path}/accept", {**accept, "totalAmountAccepted": "9"}, 400)
+        await market.call("POST", f"{path}/accept", accept)
+        assert (await market.call("GET", path))["status"] == "ACCEPTED"
+        await market.call("POST", f"{path}/accept", accept)
+        assert await market.call("GET", "/payment-api/v1/payments") == []
+        [payment] = await market.call("GET", "/payment-api/v1/payments?timeout=20")
+        assert payment["amount"] == amount
+        assert (await market.call("GET", path))["status"] == "SETTLED"
+        left = await market.call("GET", f"{ALLOCATIONS}/{requestor.allocation}")
+        assert left["spentAmount"] == amount
+        assert Decimal(left["remainingAmount"]) == 1 - Decimal(amount)
+        [row] = market.ledger()
+        assert (row.state, row.reason) == ("Terminated", "enough")
+        assert (row.cost, row.invoiced, row.paid) == (amount, amount, amount)
+        assert open_points(market.market_dir) == []
 
 
 async def test_an_allocation_cannot_be_overdrawn(market: Served) -> None:
@@ -570,9 +669,10 @@ async def test_an_allocation_cannot_be_overdrawn(market: Served) -> None:
     body = {"totalAmountAccepted": invoice["amount"], "allocationId": requestor.allocation}
     path = f"/payment-api/v1/invoices/{invoice['invoiceId']}/accept"
     answer = await market.call("POST", path, body, 400)
-    assert "not enough" in answer["message"]
-    await market.call("DELETE", f"/payment-api/v1/allocations/{requestor.allocation}")
-    await market.call("POST", path, body, 404)
+    assert "Not enough funds" in answer["message"]
+    await market.call("DELETE", f"{ALLOCATIONS}/{requestor.allocation}")
+    answer = await market.call("POST", path, body, 400)
+    assert "not found" in answer["message"]
     assert market.ledger()[0].paid == "0"
 
 
@@ -597,6 +697,16 @@ async def test_debit_notes_come_by_the_interval(tmp_path: Path) -> None:
         path = f"/payment-api/v1/debitNotes/{note['debitNoteId']}"
         await market.call("POST", f"{path}/accept", accept)
         assert (await market.call("GET", path))["status"] == "ACCEPTED"
+        # It is spent at once, and only once: the invoice takes the rest.
+        money = f"{ALLOCATIONS}/{requestor.allocation}"
+        assert Decimal((await market.call("GET", money))["spentAmount"]) == totals[-1]
+        await requestor.terminate(note["agreementId"])
+        [invoice] = await market.call("GET", "/payment-api/v1/invoices")
+        accept = {"totalAmountAccepted": invoice["amount"], "allocationId": requestor.allocation}
+        path = f"/payment-api/v1/invoices/{invoice['invoiceId']}/accept"
+        await market.call("POST", path, accept)
+        assert (await market.call("GET", money))["spentAmount"] == invoice["amount"]
+        assert open_points(market.market_dir) == []
 
 
 # --- clearing up ---
@@ -628,7 +738,8 @@ async def test_a_requestor_that_only_waits_is_not_gone(tmp_path: Path) -> None:
 
 
 async def test_an_expired_computation_is_ended(tmp_path: Path) -> None:
-    async with served(tmp_path, providers=ONE, requestor_idle_s=2.0) as market:
+    pace = Pace(offer_delay_s=0, min_expiration_s=0)
+    async with served(tmp_path, providers=ONE, requestor_idle_s=2.0, pace=pace) as market:
         requestor = Requestor(market)
         await requestor.activity(await requestor.agree(life_s=0.3))
         event = await requestor.agreement_event("AgreementTerminatedEvent")
