@@ -35,8 +35,8 @@ from cpodfs.devnet.payment_api import PaymentApi
 from cpodfs.devnet.provider import (
     CHOSEN_PLATFORM,
     DEBIT_NOTE_INTERVAL,
+    DEFAULT_PLATFORM,
     DEFAULT_PROVIDERS,
-    PLATFORMS,
     Provider,
     ProviderSpec,
 )
@@ -173,7 +173,7 @@ class Market:
     # --- what Negotiation decides is booked here ---
 
     def _book_agreement(self, agreement: Agreement) -> None:
-        chosen = agreement.demand_properties.get(CHOSEN_PLATFORM) or PLATFORMS[0]
+        chosen = agreement.demand_properties.get(CHOSEN_PLATFORM) or DEFAULT_PLATFORM
         address = agreement.demand_properties.get(f"golem.com.payment.platform.{chosen}.address")
         self._ledger.agreement_approved(
             agreement.json(),

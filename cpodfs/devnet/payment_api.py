@@ -17,7 +17,13 @@ from aiohttp import web
 
 from cpodfs.devnet.ledger import Ledger, plain
 from cpodfs.devnet.pace import Pace
-from cpodfs.devnet.provider import DEAD_NETWORKS, NETWORKS, PLATFORMS, PROTOCOL_VERSION
+from cpodfs.devnet.provider import (
+    DEAD_NETWORKS,
+    DEFAULT_PLATFORM,
+    NETWORKS,
+    PLATFORMS,
+    PROTOCOL_VERSION,
+)
 from cpodfs.devnet.rest import (
     Json,
     Problem,
@@ -306,7 +312,7 @@ def _allocation(row: sqlite3.Row) -> Json:
 
 def _platform(body: Json) -> str:
     """The payment platform that an allocation is for: a name, or its three parts. Raises Problem."""
-    given = body.get("paymentPlatform") or PLATFORMS[0]
+    given = body.get("paymentPlatform") or DEFAULT_PLATFORM
     parts = (
         given if isinstance(given, dict) else dict(zip(_PARTS, str(given).split("-"), strict=False))
     )

@@ -20,11 +20,12 @@ from cpodfs.devnet.rest import Problem
 USAGE_VECTOR = ("golem.usage.cpu_sec", "golem.usage.duration_sec")
 
 NETWORKS = {
-    **dict.fromkeys(("hoodi", "holesky", "sepolia", "amoy"), "tglm"),
+    **dict.fromkeys(("holesky", "hoodi", "sepolia", "amoy"), "tglm"),
     **dict.fromkeys(("mainnet", "polygon"), "glm"),
 }
 """The networks that yagna knows, each with its token."""
 PLATFORMS = tuple(f"erc20-{network}-{token}" for network, token in NETWORKS.items())
+DEFAULT_PLATFORM = "erc20-hoodi-tglm"
 DEAD_NETWORKS = ("holesky",)
 """Nobody has funds there any more."""
 
