@@ -45,7 +45,7 @@ _CANCEL_SETTLE_S = 12.0
 _IMAGE_S = 60.0
 _YAGNA_S = 20.0
 """How long yagna may take to begin, and to end; it answers in milliseconds, or not at all."""
-_PAY_EVERY_S = 1.0
+_PAY_EVERY_S = 0.5
 _ALLOCATION_MARGIN = timedelta(days=1)
 """Beyond the run's timeout: invoices may come late. Then yagna releases the money by itself."""
 
