@@ -1,8 +1,7 @@
 """The Activity API: create, exec, results by long poll or as an event stream, state, usage.
 
 Imports `activity`, `batch`, `pace`, `rest`, and `agreements` for whose activity it is. What is done at the
-provider takes a way there and one back. Every call counts as a sign of life of the agreement's
-requestor; an open event stream does so as long as it can be written.
+provider takes a way there and one back.
 """
 
 from __future__ import annotations
@@ -63,7 +62,6 @@ class ActivityApi:
         if key not in self._activities:
             raise Problem(500, "DAO error: Not found")
         agreement, activity = self._activities[key]
-        agreement.seen_now()
         return agreement, activity
 
     async def create(self, request: web.Request) -> web.Response:
@@ -146,15 +144,10 @@ class ActivityApi:
         if request.headers.get("Accept") == "text/event-stream":
             return await self._stream(request, agreement, activity)
         timeout_s = hold_s(request, 0.0)
-        agreement.polls += 1
-        try:
-            async with self._pace.at_provider():
-                batch = _batch(agreement, activity, key)
-                found = await batch.results_after(timeout_s)
-                _batch(agreement, activity, key)
-        finally:
-            agreement.polls -= 1
-            agreement.seen_now()
+        async with self._pace.at_provider():
+            batch = _batch(agreement, activity, key)
+            found = await batch.results_after(timeout_s)
+            _batch(agreement, activity, key)
         return web.json_response(found)
 
     async def _stream(
@@ -201,7 +194,6 @@ async def _pass_on(
     number = 0
     while True:
         events = await reader.arrived(_LOOK_S)
-        agreement.seen_now()
         await request.app[DOOR].thawed()
         said = b""
         for event in events:

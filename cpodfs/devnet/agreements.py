@@ -21,7 +21,7 @@ def new_id() -> str:
 
 @dataclass
 class Demand:
-    """A requestor's subscription. ``seen`` (monotonic seconds): when it was polled last."""
+    """A requestor's subscription. ``made``: when, in monotonic seconds."""
 
     properties: Json
     constraints: str
@@ -30,9 +30,7 @@ class Demand:
     timestamp: str = field(default_factory=stamp)
     events: deque[Json] = field(default_factory=deque)
     changed: Signal = field(default_factory=Signal)
-    seen: float = field(default_factory=time.monotonic)
-    polls: int = 0
-    """Polls that are held open now: while there is one, the requestor is there."""
+    made: float = field(default_factory=time.monotonic)
     offered: set[str] = field(default_factory=set)
     """Node ids whose current offer this demand has been told of."""
 
@@ -84,9 +82,10 @@ class Agreement:
     approved: str | None = None
     session: str | None = None
     """The requestor's name for what belongs together (``appSessionId``)."""
-    seen: float = field(default_factory=time.monotonic)
-    polls: int = 0
-    """Result polls that are held open now; see `Demand.polls`."""
+    idle_since: float = field(default_factory=time.monotonic)
+    """When its last activity ended, or else when it was signed (monotonic seconds)."""
+    closed: bool = False
+    """Its provider has ended and billed it: nothing more happens for it, whatever its state."""
     activities: list[str] = field(default_factory=list)
     changed: Signal = field(default_factory=Signal)
 
@@ -103,16 +102,6 @@ class Agreement:
         """Whether the time that the requestor itself gave its computation is over."""
         at_ms = self.demand_properties.get("golem.srv.comp.expiration")
         return isinstance(at_ms, int | float) and at_ms / 1000 < time.time()
-
-    def seen_now(self) -> None:
-        self.seen = time.monotonic()
-
-    def last_seen(self) -> float:
-        """When its requestor gave the last sign of life, by this agreement or its demand."""
-        demand = self.proposal.demand
-        if self.polls or demand.polls:
-            return time.monotonic()
-        return max(self.seen, demand.seen)
 
     def json(self) -> Json:
         said, demand = self.proposal.previous, self.proposal.demand

@@ -100,6 +100,20 @@ _CHANCE = click.FloatRange(0.0, 1.0)
     envvar="CPODFS_DEVNET_OFFER_INTERVAL",
     help="Market: seconds until it is heard of again, on average.  [default: 240]",
 )
+@click.option(
+    "--accept-timeout",
+    "accept_timeout_s",
+    type=click.FloatRange(0.0, min_open=True),
+    envvar="CPODFS_DEVNET_ACCEPT_TIMEOUT",
+    help="Market: seconds that providers wait for a debit note to be accepted.  [default: 240]",
+)
+@click.option(
+    "--idle-timeout",
+    "idle_s",
+    type=click.FloatRange(0.0, min_open=True),
+    envvar="CPODFS_DEVNET_IDLE_TIMEOUT",
+    help="Market: seconds that providers wait for an activity.  [default: 90]",
+)
 @click.option("--no-offers", is_flag=True, help="Market: nobody answers a demand.")
 @click.option("--reject-proposals", type=_CHANCE, help="Market: chance of a refusal.")
 @click.option("--fail-command", type=_CHANCE, help="Market: chance that a command fails.")
@@ -179,7 +193,10 @@ _MISBEHAVIOUR = (
     *("transfer_bandwidth", "lose_invoice", "invoice_delay_s", "unknown_image"),
     *("refuse_activity", "overbill"),
 )
-_PACE = ("provider_latency_s", "vm", "offer_delay_s", "offer_interval_s")
+_PACE = (
+    *("provider_latency_s", "vm", "offer_delay_s", "offer_interval_s"),
+    *("accept_timeout_s", "idle_s"),
+)
 
 
 def _market_options(

@@ -39,7 +39,8 @@ CREATE TABLE IF NOT EXISTS spendings (
     activity TEXT REFERENCES activities(id), invoice TEXT REFERENCES invoices(id),
     amount TEXT NOT NULL, created TEXT NOT NULL);
 
--- state: Approved, then Terminated for good. ended and reason are NULL until then.
+-- state: Approved, then Terminated for good, as the requestor's yagna has it. ended and reason: when
+-- and why it was over at its provider, NULL until then.
 -- body: the agreement as the Market API shows it (JSON), for a market that is started anew.
 -- platform and payer are the requestor's at the time of signing; payee is the provider's address.
 CREATE TABLE IF NOT EXISTS agreements (
@@ -235,12 +236,26 @@ class Ledger:
         body: Json = json.loads(found[0]["body"])
         return {**body, "state": found[0]["state"]}
 
-    def agreement_ended(self, key: str, reason: str) -> None:
+    def agreement_closed(self, key: str, reason: str) -> None:
+        """It is over at its provider; its requestor may still hold it for approved."""
         self._db.execute(
-            "UPDATE agreements SET state = 'Terminated', ended = ?, reason = ?"
-            " WHERE id = ? AND ended IS NULL",
+            "UPDATE agreements SET ended = ?, reason = ? WHERE id = ? AND ended IS NULL",
             (stamp(), reason, key),
         )
+
+    def agreement_terminated(self, key: str) -> None:
+        self._db.execute("UPDATE agreements SET state = 'Terminated' WHERE id = ?", (key,))
+
+    def oldest_unaccepted(self, agreement: str) -> str | None:
+        """When the first debit note came that was not accepted, nor any later one."""
+        rows = self.rows(
+            "SELECT min(created) AS first FROM debit_notes WHERE agreement = ? AND created >"
+            " ifnull((SELECT max(created) FROM debit_notes WHERE agreement = ?"
+            " AND status != 'RECEIVED'), '')",
+            (agreement, agreement),
+        )
+        first: str | None = rows[0]["first"]
+        return first
 
     def open_agreements(self) -> list[str]:
         return [

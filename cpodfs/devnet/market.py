@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import shutil
+import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -48,7 +49,7 @@ MARKET: web.AppKey[Market] = web.AppKey("market")
 _OPEN_PATHS = ("/registry/", "/devnet/")
 """The app-key, which every requestor has, opens neither; the latter has a key of its own."""
 _VANISH_AFTER_S = 0.3
-_SWEEP_S = 5.0
+_SWEEP_S = 2.0
 _INVOICE_DUE = timedelta(days=1)
 
 
@@ -63,13 +64,11 @@ class Market:
         seed: int,
         misbehave: Misbehaviour,
         gftp_dir: Path,
-        requestor_idle_s: float,
         sandbox: bool,
         pace: Pace,
     ) -> None:
         self._state_dir = state_dir
         self._sandbox = sandbox
-        self._idle_s = requestor_idle_s
         self._misbehave = misbehave
         self._pace = pace
         self._isolation = Isolation(None, "it was not asked for")
@@ -84,6 +83,7 @@ class Market:
             self._ledger.identity(),
             misbehave,
             self._book_agreement,
+            lambda agreement: self._ledger.agreement_terminated(agreement.id),
             self._close_agreement,
             pace,
             seed,
@@ -134,7 +134,7 @@ class Market:
                 await self.door.close()
                 self.negotiation.close()
                 for agreement in list(self.negotiation.agreements.values()):
-                    if agreement.state == "Approved":
+                    if agreement.state == "Approved" and not agreement.provider.gone:
                         reason = {"message": "the market is stopping"}
                         await self.negotiation.terminate(agreement, "Provider", reason)
                 self._send_late_invoices()
@@ -155,20 +155,46 @@ class Market:
             self._ledger.activity_abandoned(row["id"])
         for key in self._ledger.open_agreements():
             log.warning("agreement_closed agreement=%s reason='market restarted'", key)
-            self._ledger.agreement_ended(key, "the market was restarted")
+            self._ledger.agreement_terminated(key)
+            self._ledger.agreement_closed(key, "the market was restarted")
             self._ledger.issue_invoice(key, _due())
 
     async def _sweep(self) -> None:
         while True:
-            await asyncio.sleep(min(_SWEEP_S, self._idle_s / 4))
-            try:
-                await self.negotiation.drop_abandoned(self._idle_s)
-            except Exception:  # noqa: BLE001 - one that fails must not end all that follow
-                log.exception("sweep_failed")
+            await asyncio.sleep(
+                min(_SWEEP_S, self._pace.idle_s / 4, self._pace.accept_timeout_s / 4)
+            )
+            for agreement in list(self.negotiation.agreements.values()):
+                try:
+                    await self._look_after(agreement)
+                except Exception:  # noqa: BLE001 - one that fails must not end all that follow
+                    log.exception("sweep_failed agreement=%s", agreement.id)
+            self.negotiation.clear_up()
             known = self.negotiation.agreements
             for key, (agreement, _activity) in list(self._activities.items()):
                 if agreement.id not in known:
                     del self._activities[key]
+
+    async def _look_after(self, agreement: Agreement) -> None:
+        """What a provider does of itself about an agreement of its own."""
+        if agreement.state != "Approved" or agreement.closed or agreement.provider.gone:
+            return
+        if (why := self._break_reason(agreement)) is not None:
+            log.warning("agreement_broken agreement=%s reason=%r", agreement.id, why)
+            await self.negotiation.terminate(agreement, "Provider", {"message": why})
+        elif agreement.expired():
+            # Its requestor's yagna does not notice: there it stays approved.
+            await self.negotiation.close_agreement(agreement, "the agreement has expired")
+
+    def _break_reason(self, agreement: Agreement) -> str | None:
+        now, pace = datetime.now(UTC), self._pace
+        alive = any(self._activities[key][1].state != TERMINATED for key in agreement.activities)
+        if not alive and time.monotonic() - agreement.idle_since > pace.idle_s:
+            return f"No activity created within {pace.idle_s:g}s"
+        oldest = self._ledger.oldest_unaccepted(agreement.id)
+        if oldest and oldest < iso(now - timedelta(seconds=pace.accept_timeout_s)):
+            return f"Requestor hasn't accepted a DebitNote within {pace.accept_timeout_s:g}s"
+        return None
 
     # --- what Negotiation decides is booked here ---
 
@@ -186,7 +212,7 @@ class Market:
     async def _close_agreement(self, agreement: Agreement, reason: str) -> None:
         for key in agreement.activities:
             await self._end_activity(self._activities[key][1], "the agreement was terminated")
-        self._ledger.agreement_ended(agreement.id, reason)
+        self._ledger.agreement_closed(agreement.id, reason)
         provider = agreement.provider
         if provider.gone or provider.draws(self._misbehave.lose_invoice):
             log.warning("invoice_lost agreement=%s provider=%s", agreement.id, provider.spec.name)
@@ -209,15 +235,30 @@ class Market:
 
     # --- providers that disappear ---
 
-    async def _vanish(self, name: str | None) -> str | None:
-        """Let a provider disappear: by name, or any that is at work. Its name."""
+    async def _vanish(self, name: str | None, for_s: float | None) -> str | None:
+        """Let a provider disappear, by name, or any that is at work; its name.
+
+        With ``for_s`` it only cannot be reached for so long, and goes on meanwhile.
+        """
         for provider in self.negotiation.providers:
             if not provider.gone and (
                 provider.spec.name == name or (name is None and provider.busy_with)
             ):
-                await self._disappear(provider)
+                if for_s is None:
+                    await self._disappear(provider)
+                else:
+                    self._cut_off(provider, for_s)
                 return provider.spec.name
         return None
+
+    def _cut_off(self, provider: Provider, for_s: float) -> None:
+        provider.gone = True
+        log.warning("provider_cut_off provider=%s seconds=%g", provider.spec.name, for_s)
+
+        def back() -> None:
+            provider.gone = False
+
+        asyncio.get_running_loop().call_later(for_s, back)
 
     async def _disappear(self, provider: Provider) -> None:
         provider.gone = True
@@ -225,6 +266,9 @@ class Market:
         for agreement, activity in list(self._activities.values()):
             if agreement.provider is provider:
                 await self._end_activity(activity, "the provider vanished")
+        if provider.busy_with is not None:
+            # In its requestor's books it stays approved, for ever.
+            self._ledger.agreement_closed(provider.busy_with, "the provider vanished")
 
     def _vanish_soon(self, provider: Provider) -> None:
         """For a command that has just begun: it is to be in the middle of it."""
@@ -247,7 +291,6 @@ class Market:
         if agreement.state != "Approved":
             said = f"Agreement {agreement_id} is not Approved. Current state: {agreement.state}"
             raise Problem(400, f"Bad request: {said}")
-        agreement.seen_now()
         key = new_id()
         provider = agreement.provider
         if provider.gone:
@@ -292,6 +335,7 @@ class Market:
         if notes is not None:
             notes.cancel()
             agreement = self._activities[activity.id][0]
+            agreement.idle_since = time.monotonic()
             if not agreement.provider.gone:
                 self._debit(agreement, activity)
 
@@ -303,7 +347,8 @@ class Market:
             if activity.state == TERMINATED:
                 return
             self._book_activity(activity)
-            self._debit(agreement, activity)
+            if not agreement.provider.gone:
+                self._debit(agreement, activity)
 
     def _debit(self, agreement: Agreement, activity: Activity) -> None:
         self._ledger.issue_debit_note(agreement.id, activity.id, activity.cost, activity.usage)
@@ -337,7 +382,6 @@ def create_market_app(
     seed: int = 0,
     misbehave: Misbehaviour | None = None,
     gftp_dir: Path,
-    requestor_idle_s: float = 60.0,
     sandbox: bool = True,
     pace: Pace | None = None,
 ) -> web.Application:
@@ -356,8 +400,7 @@ def create_market_app(
     and hands requestors `run_env.run_environment` with the same ``app_key`` and ``gftp_dir``.
     ``shutdown_timeout`` bounds the wait for long polls. One market per ``state_dir`` at a time.
 
-    ``requestor_idle_s``: agreements whose requestor gives no sign of life for so many seconds
-    are ended by their providers. ``pace``: how long things take. ``sandbox``: confine tasks with bubblewrap if it works here;
+    ``pace``: how long things take, and how long providers wait. ``sandbox``: confine tasks with bubblewrap if it works here;
     whether it does is said in the log. Raises OSError or sqlite3.Error when the state cannot be opened.
     """
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -367,7 +410,6 @@ def create_market_app(
         seed=seed,
         misbehave=misbehave or Misbehaviour(),
         gftp_dir=gftp_dir,
-        requestor_idle_s=requestor_idle_s,
         sandbox=sandbox,
         pace=pace or Pace(),
     )

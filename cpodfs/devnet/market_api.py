@@ -6,7 +6,6 @@ Imports `agreements`, `ledger`, `negotiation`, `pace`, `rest`.
 from __future__ import annotations
 
 import re
-import time
 
 from aiohttp import web
 
@@ -82,15 +81,10 @@ class MarketApi:
 
     async def demand_events(self, request: web.Request) -> web.Response:
         demand, limit = self._demand(request), max_events(request, MAX_EVENTS)
-        demand.polls += 1
-        try:
-            await demand.changed.until(
-                lambda: bool(demand.events) or demand.id not in self._market.demands,
-                hold_s(request, 5.0),
-            )
-        finally:
-            demand.polls -= 1
-            demand.seen = time.monotonic()
+        await demand.changed.until(
+            lambda: bool(demand.events) or demand.id not in self._market.demands,
+            hold_s(request, 5.0),
+        )
         if demand.id not in self._market.demands:
             raise Problem(404, f"demand {demand.id} was unsubscribed")
         count = min(limit, len(demand.events))
@@ -100,7 +94,6 @@ class MarketApi:
         demand = self._market.demands.get(request.match_info["id"])
         if demand is None:
             raise Problem(404, f"demand {request.match_info['id']} is not known")
-        demand.seen = time.monotonic()
         return demand
 
     # --- proposals ---
@@ -132,7 +125,6 @@ class MarketApi:
         agreement = self._market.agreements.get(_agreement_id(request))
         if agreement is None:
             raise Problem(404, f"Agreement [{request.match_info['id']}] not found.")
-        agreement.seen_now()
         return agreement
 
     async def create_agreement(self, request: web.Request) -> web.Response:

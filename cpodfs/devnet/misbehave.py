@@ -65,14 +65,14 @@ class Misbehaviour:
 class MisbehaveApi:
     """``/devnet/…`` on the market's port; the control key is asked for, not the app-key.
 
-    ``vanish(name)`` makes a provider disappear, or some busy one when the name is None; it returns
-    the name, or None when there is no such provider.
+    ``vanish(name, for_s)`` makes a provider disappear, or some busy one when the name is None, for
+    good or for so long; it returns the name, or None when there is no such provider.
     """
 
     def __init__(
         self,
         misbehave: Misbehaviour,
-        vanish: Callable[[str | None], Awaitable[str | None]],
+        vanish: Callable[[str | None, float | None], Awaitable[str | None]],
         door: Door,
     ) -> None:
         self._misbehave = misbehave
@@ -100,9 +100,14 @@ class MisbehaveApi:
         return await self.show(request)
 
     async def vanish(self, request: web.Request) -> web.Response:
-        """``{"provider": name}``; without a name, one that is at work."""
-        name = (await body_object(request)).get("provider")
-        gone = await self._vanish(name if isinstance(name, str) else None)
+        """``{"provider": name, "for_s": N}``; without a name, one that is at work.
+
+        With ``for_s`` it is back after so long, and goes on all the time.
+        """
+        body = await body_object(request)
+        name = body.get("provider")
+        for_s = _seconds(body, "for_s") if "for_s" in body else None
+        gone = await self._vanish(name if isinstance(name, str) else None, for_s)
         if gone is None:
             raise Problem(404, "no such provider is at work")
         return web.json_response({"provider": gone})

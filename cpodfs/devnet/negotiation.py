@@ -3,7 +3,7 @@
 Imports `agreements`, `constraints`, `pace`, `provider`, `rest`. A provider serves one agreement at a
 time (`Provider.busy_with`): while it does, it offers nothing, and drafts asked of it are put off
 until it is free again. What it offers is known to the requestor's daemon once it was broadcast.
-`Negotiation` decides; the two callbacks book what it decided.
+`Negotiation` decides; the callbacks book what it decided.
 """
 
 from __future__ import annotations
@@ -23,13 +23,18 @@ from cpodfs.devnet.rest import Json, Problem, Signal, log, stamp
 
 MAX_DEMANDS = 1000
 MAX_KEPT_EVENTS = 1000
+MAX_AGREEMENTS = 1000
+DEMAND_S = 3600.0
+"""How long yagna keeps a demand."""
+_LIVING = ("Proposal", "Approved")
 
 Booker = Callable[[Agreement], None]
 Closer = Callable[[Agreement, str], Awaitable[None]]
 
 
 class Negotiation:
-    """``on_approved`` books a signed agreement; ``on_ending`` ends its activities and bills it."""
+    """``on_approved`` and ``on_terminated`` book what an agreement is to its requestor; ``on_ending``
+    ends its activities and bills it."""
 
     def __init__(
         self,
@@ -37,6 +42,7 @@ class Negotiation:
         requestor_id: str,
         misbehave: Misbehaviour,
         on_approved: Booker,
+        on_terminated: Booker,
         on_ending: Closer,
         pace: Pace,
         seed: int,
@@ -51,6 +57,7 @@ class Negotiation:
         self.changed = Signal()
         self._misbehave = misbehave
         self._on_approved = on_approved
+        self._on_terminated = on_terminated
         self._on_ending = on_ending
         self._put_off: list[Proposal] = []
         self._pace = pace
@@ -211,6 +218,7 @@ class Negotiation:
             provider.busy_with = agreement.id
             self._withdraw_offer(provider)
             agreement.state, agreement.approved = "Approved", stamp()
+            agreement.idle_since = time.monotonic()
             for demand in self.demands.values():
                 demand.offered.discard(provider.node_id)
             self._on_approved(agreement)
@@ -225,17 +233,35 @@ class Negotiation:
         agreement.changed.fire()
 
     async def terminate(self, agreement: Agreement, terminator: str, reason: Json) -> None:
-        """End an approved agreement for good; its provider is free afterwards."""
+        """End an approved agreement for good; its provider is free afterwards.
+
+        Raises Problem when the provider does not answer: the agreement stays as it is.
+        """
         if agreement.state != "Approved":
-            raise Problem(410, f"agreement {agreement.id} is {agreement.state}")
+            said = f"Can't update Agreement state from {agreement.state} to Terminated."
+            raise Problem(410, said)
+        if agreement.provider.gone:
+            service = "market/protocol/mk1/negotiation/agreement/TerminateAgreement"
+            why = agreement.provider.unreachable(service).message
+            raise Problem(500, f"Protocol error while terminating: {why}")
         agreement.state = "Terminated"
+        self._on_terminated(agreement)
         message = str(reason.get("message", ""))
         try:
-            await self._on_ending(agreement, message)
+            await self.close_agreement(agreement, message)
         finally:
             details = {"terminator": terminator, "reason": {"message": message, **reason}}
             self._record("AgreementTerminatedEvent", agreement, signature="", **details)
             agreement.changed.fire()
+
+    async def close_agreement(self, agreement: Agreement, message: str) -> None:
+        """The provider ends and bills an agreement, and is free; no more than that happens."""
+        if agreement.closed:
+            return
+        agreement.closed = True
+        try:
+            await self._on_ending(agreement, message)
+        finally:
             agreement.provider.busy_with = None
             self._is_free(agreement.provider)
 
@@ -252,26 +278,16 @@ class Negotiation:
         del self.events[:-MAX_KEPT_EVENTS]
         self.changed.fire()
 
-    # --- requestors that are gone ---
+    # --- what is kept of what is over ---
 
-    async def drop_abandoned(self, idle_s: float) -> None:
-        """End what belongs to requestors that gave no sign of life for ``idle_s`` seconds."""
-        limit = time.monotonic() - idle_s
-        for agreement in list(self.agreements.values()):
-            gone = agreement.last_seen() < limit
-            if agreement.state == "Approved" and (gone or agreement.expired()):
-                message = "the requestor is gone" if gone else "the computation's time is over"
-                log.warning("agreement_ended agreement=%s reason=%r", agreement.id, message)
-                await self.terminate(agreement, "Provider", {"message": message})
-            elif not gone or agreement.state == "Approved":
-                continue
-            elif agreement.state == "Proposal":
-                self.cancel(agreement)
-            else:
-                del self.agreements[agreement.id]
+    def clear_up(self) -> None:
+        """Forget demands whose time is over, and the agreements that ended first of very many."""
         for demand in list(self.demands.values()):
-            if not demand.polls and demand.seen < limit:
+            if time.monotonic() - demand.made > DEMAND_S:
                 self.unsubscribe(demand)
+        over = [key for key, one in self.agreements.items() if one.state not in _LIVING]
+        for key in over[: max(0, len(self.agreements) - MAX_AGREEMENTS)]:
+            del self.agreements[key]
         used = {agreement.proposal.id for agreement in self.agreements.values()}
         for key, proposal in list(self.proposals.items()):
             if proposal.demand.id not in self.demands and key not in used:

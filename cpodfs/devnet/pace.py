@@ -32,6 +32,10 @@ class Pace:
     """Between two broadcasts of an offer, on average. A daemon knows what it has heard."""
     payment_cycle_s: float = 3.0
     """From the acceptance of an invoice to its payment; minutes to a day at the real one."""
+    accept_timeout_s: float = 240.0
+    """A provider breaks off when a debit note is not accepted for so long."""
+    idle_s: float = 90.0
+    """A provider breaks off when an agreement has no activity for so long."""
     min_expiration_s: float = 300.0
     """Providers sign nothing that ends earlier than that from now."""
 

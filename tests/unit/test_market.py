@@ -712,16 +712,18 @@ async def test_debit_notes_come_by_the_interval(tmp_path: Path) -> None:
 # --- clearing up ---
 
 
-async def test_a_requestor_that_is_gone(tmp_path: Path) -> None:
-    async with served(tmp_path, providers=ONE, requestor_idle_s=3.0) as market:
+EAGER = (ProviderSpec("eager", debit_note_interval_s=0.2),)
+
+
+async def test_a_provider_breaks_off_when_its_debit_notes_are_not_accepted(tmp_path: Path) -> None:
+    pace = Pace(offer_delay_s=0, accept_timeout_s=2)
+    async with served(tmp_path, providers=EAGER, pace=pace) as market:
         requestor = Requestor(market)
         activity = await requestor.ready()
         await requestor.exec(activity, [run("/bin/sleep", "98702.5")])
         event = await requestor.agreement_event("AgreementTerminatedEvent")
-        assert (event["terminator"], event["reason"]["message"]) == (
-            "Provider",
-            "the requestor is gone",
-        )
+        assert event["terminator"] == "Provider"
+        assert "DebitNote" in event["reason"]["message"]
         assert processes_with("98702.5") == []
         [row] = market.ledger()
         assert (row.state, row.invoiced != "-", row.paid) == ("Terminated", True, "0")
@@ -729,21 +731,50 @@ async def test_a_requestor_that_is_gone(tmp_path: Path) -> None:
         assert await requestor.agree()
 
 
-async def test_a_requestor_that_only_waits_is_not_gone(tmp_path: Path) -> None:
-    async with served(tmp_path, providers=ONE, requestor_idle_s=2.0) as market:
+async def test_a_provider_goes_on_while_its_debit_notes_are_accepted(tmp_path: Path) -> None:
+    pace = Pace(offer_delay_s=0, accept_timeout_s=2)
+    async with served(tmp_path, providers=EAGER, pace=pace) as market:
         requestor = Requestor(market)
+        await requestor.allocate()
         activity = await requestor.ready()
-        found = await requestor.results(activity, [run("/bin/sleep", "5")])
-        assert found[0]["result"] == "Ok"
+        batch = await requestor.exec(activity, [run("/bin/sleep", "5")])
+        poll = asyncio.create_task(market.call("GET", f"{_batch(activity, batch)}?timeout=60"))
+        after = "1970-01-01T00:00:00Z"
+        while not poll.done():
+            path = f"/payment-api/v1/debitNoteEvents?afterTimestamp={after}&timeout=1"
+            for event in await market.call("GET", path):
+                after = event["eventDate"].replace("+", "%2B")
+                path = f"/payment-api/v1/debitNotes/{event['debitNoteId']}"
+                note = await market.call("GET", path)
+                due = {"totalAmountAccepted": note["totalAmountDue"]}
+                await market.call(
+                    "POST", f"{path}/accept", due | {"allocationId": requestor.allocation}
+                )
+        [result] = await poll
+        assert result["result"] == "Ok"
 
 
-async def test_an_expired_computation_is_ended(tmp_path: Path) -> None:
-    pace = Pace(offer_delay_s=0, min_expiration_s=0)
-    async with served(tmp_path, providers=ONE, requestor_idle_s=2.0, pace=pace) as market:
+async def test_a_provider_breaks_off_an_agreement_without_activity(tmp_path: Path) -> None:
+    async with served(tmp_path, providers=ONE, pace=Pace(offer_delay_s=0, idle_s=1)) as market:
         requestor = Requestor(market)
-        await requestor.activity(await requestor.agree(life_s=0.3))
+        await requestor.agree()
         event = await requestor.agreement_event("AgreementTerminatedEvent")
-        assert event["reason"]["message"] == "the computation's time is over"
+        assert "No activity" in event["reason"]["message"]
+
+
+async def test_an_agreement_that_has_expired_stays_approved(tmp_path: Path) -> None:
+    pace = Pace(offer_delay_s=0, min_expiration_s=0, idle_s=8)
+    async with served(tmp_path, providers=ONE, pace=pace) as market:
+        requestor = Requestor(market)
+        agreement = await requestor.agree(life_s=1)
+        activity = await requestor.activity(agreement)
+        [event] = await market.call("GET", "/payment-api/v1/invoiceEvents?timeout=60")
+        assert (await requestor.state(activity))["state"][0] == "Terminated"
+        path = f"/market-api/v1/agreements/{agreement}"
+        assert (await market.call("GET", path))["state"] == "Approved"
+        await requestor.terminate(agreement)
+        invoices = await market.call("GET", "/payment-api/v1/invoices")
+        assert [one["invoiceId"] for one in invoices] == [event["invoiceId"]]
 
 
 async def test_stopping_the_market_ends_everything(tmp_path: Path) -> None:
@@ -787,8 +818,14 @@ async def test_a_killed_market_is_cleared_up_at_its_next_start(
         [folder] = (tmp_path / "market").glob("providers/solo/*")
     server.send_signal(signal.SIGKILL)
     await server.wait()
-    async with served(tmp_path, providers=ONE):
+    async with served(tmp_path, providers=ONE) as market:
         assert processes_with(mark) == []
+        # Its agreements are known by the ledger.
+        requestor = Requestor(market)
+        [invoice] = await market.call("GET", "/payment-api/v1/invoices")
+        path = f"/market-api/v1/agreements/{invoice['agreementId']}"
+        assert (await market.call("GET", path))["state"] == "Terminated"
+        await requestor.terminate(invoice["agreementId"], status=410)
         [row] = ledger_table(tmp_path / "market")
         assert (row.state, row.invoiced) == ("Terminated", row.cost)
         assert not folder.exists()

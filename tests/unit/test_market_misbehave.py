@@ -91,11 +91,36 @@ async def test_a_provider_that_vanishes(market: Served) -> None:
         path = f"/activity-api/v1/activity/{activity}{rest}"
         found = await market.call(method, path, status=500)
         assert "endpoint address not found" in found["message"]
-    await requestor.terminate(agreement)
+    # Nobody can end the agreement any more: it stays approved.
+    await requestor.terminate(agreement, status=500)
+    path = f"/market-api/v1/agreements/{agreement}"
+    assert (await market.call("GET", path))["state"] == "Approved"
     assert await market.call("GET", INVOICES) == []
     assert await requestor.events(await requestor.demand(), timeout_s=0.1) == []
     assert open_points(market.market_dir) == []
     await market.call("POST", "/devnet/vanish", {}, status=404)
+
+
+async def test_a_provider_that_cannot_be_reached_for_a_while(market: Served) -> None:
+    requestor = Requestor(market)
+    agreement = await requestor.agree()
+    activity = await requestor.activity(agreement)
+    await requestor.results(activity, INIT)
+    batch = await requestor.exec(activity, [shell("echo up")])
+    await market.call("POST", "/devnet/vanish", {"provider": "solo", "for_s": 1})
+    await requestor.terminate(agreement, status=500)
+    path = f"/activity-api/v1/activity/{activity}"
+    await market.call("GET", f"{path}/state", status=500)
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            async with market.http.get(f"{market.url}{path}/state") as response:
+                if response.status == 200:
+                    break
+            await asyncio.sleep(0.05)
+    [result] = await market.call("GET", f"{path}/exec/{batch}?timeout=20")
+    assert result["stdout"] == "up\n"
+    await requestor.terminate(agreement)
+    assert len(await market.call("GET", INVOICES)) == 1
 
 
 async def _assert_unfinished(response: aiohttp.ClientResponse) -> None:
