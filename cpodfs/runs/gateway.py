@@ -56,6 +56,8 @@ _HOP_BY_HOP = frozenset(
     ]
 )
 _LONG_POLL = ("/wait",)
+_BINDING = (f"{_MARKET}/demands", f"{_ACTIVITY}/activity", f"{_PAYMENT}/allocations")
+"""What makes something that must be ended again."""
 _OVER_BUDGET = {"message": "The run's budget is spent", "golem.requestor.code": "Cancelled"}
 _PR_SET_DUMPABLE = 4
 
@@ -206,11 +208,11 @@ class Gateway:
     def _take(self, call: Call) -> None:
         if not self._books.take(call):
             return
-        if call.method == "GET":
-            self._reporter.changed()
-        else:
-            # Before the program hears of it: it may die of what it does then.
+        if call.method == "POST" and call.path in _BINDING:
+            # Before the program hears of it, which may be the last that it does.
             self._reporter.tell()
+        else:
+            self._reporter.changed()
 
     async def _stream(
         self, request: web.Request, answer: aiohttp.ClientResponse
@@ -271,6 +273,7 @@ class Gateway:
 
     async def _watch(self) -> None:
         """End agreements when the run costs what it may; see how often it fails alike."""
+        told = None
         while True:
             await asyncio.sleep(_WATCH_S)
             for one in self._books.exhausted():
@@ -282,8 +285,8 @@ class Gateway:
             failures = self._books.failures
             if self._job.stop_after is not None and failures.streak >= self._job.stop_after:
                 self._books.stop = failures.sentence()
-            if failures.streak or self._books.rented:
-                self._reporter.changed()
+            if told != (told := (failures.warning(), self._books.stop)):
+                self._reporter.tell()
 
     async def _dismiss(self, one: Rented) -> None:
         for activity in list(one.open):

@@ -24,6 +24,7 @@ from cpodfs.runs.provider_link import is_owed
 from cpodfs.runs.provider_status import Hired, Price, amount
 
 _NAME_CHARS = 100
+_SETTLED_SHOWN = 100
 _MONEY = "GLM"
 
 
@@ -62,6 +63,11 @@ class Rented(Hired):
         seconds = sum((now if end is None else end) - begin for begin, end in self.times.values())
         return self.price.start * len(self.times) + self.price.a_second * Decimal(str(seconds))
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is something to be ended or to be paid."""
+        return self.agreement_state != "terminated" or is_owed(vars(self))
+
     def shown(self) -> dict[str, Any]:
         start = self.price.start * max(1, len(self.times))
         found = super().shown()
@@ -79,6 +85,15 @@ class Allocation:
     total: Decimal
     platform: str
     released: bool = False
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """Whose an agreement is, and its price, if that can be told."""
+
+    name: str
+    id: str
+    price: Price | None
 
 
 class Refused(Exception):
@@ -101,7 +116,7 @@ class Books:
         self.stop: str | None = None
         """Why the run is to be ended, if it is."""
         self._clock = clock
-        self._details: dict[str, Mapping[str, Any]] = {}
+        self._offers: dict[str, _Offer] = {}
         self._activities: dict[str, str] = {}
         self._invoices: dict[str, str] = {}
         self._debit_notes: dict[str, str] = {}
@@ -118,7 +133,7 @@ class Books:
 
     def is_known(self, agreement: str) -> bool:
         """Whether the price of an agreement is known."""
-        return agreement in self._details
+        return agreement in self._offers
 
     def is_invoice_known(self, invoice: str) -> bool:
         return invoice in self._invoices
@@ -134,7 +149,9 @@ class Books:
     def _agreement(self, call: Call, key: str) -> None:
         if not call.fine or not isinstance(call.said, dict):
             return
-        self._details[key] = call.said
+        offer = call.said.get("offer")
+        if key not in self._offers and isinstance(offer, dict):
+            self._offers[key] = _offer(offer)
         if key in self.rented:
             self._describe(self.rented[key])
             self.settle_state(key, call.said.get("state"))
@@ -293,13 +310,8 @@ class Books:
 
     def _describe(self, one: Rented) -> None:
         """Take over what is known of its offer."""
-        offer = self._details.get(one.agreement, {}).get("offer")
-        if not isinstance(offer, dict) or not isinstance(offer.get("properties"), dict):
-            return
-        said = str(offer["properties"].get("golem.node.id.name") or "?")[:_NAME_CHARS]
-        one.name = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in said)
-        one.id = str(offer.get("providerId"))[:_NAME_CHARS]
-        one.price = _price(offer["properties"]) or Price()
+        if offer := self._offers.get(one.agreement):
+            one.name, one.id, one.price = offer.name, offer.id, offer.price or Price()
 
     # -- what may be done -------------------------------------------------------------------------
 
@@ -339,8 +351,8 @@ class Books:
         """Whether an agreement may be signed. Raises Refused."""
         if self.limit is None:
             return
-        offer = self._details.get(agreement, {}).get("offer")
-        price = _price(offer.get("properties")) if isinstance(offer, dict) else None
+        offer = self._offers.get(agreement)
+        price = None if offer is None else offer.price
         if price is None:
             raise Refused("the price of this agreement cannot be told, and the run has a limit")
         total = self.committed() + price.start + price.ahead()
@@ -414,14 +426,40 @@ class Books:
             "allocations": list(self.allocations),
             "payer": self.payer,
             "demands": list(self.demands),
-            "providers": [one.shown() for one in rented],
+            "providers": [one.shown() for one in self._told()],
             "warnings": [*self.warnings, *filter(None, [self.failures.warning()])],
         }
+        if earlier := len(rented) - len(answer["providers"]):
+            answer["earlier"] = {"agreements": earlier} | {
+                total: amount(Decimal(str(answer[total])) - _sum(answer["providers"], total))
+                for total in ("spent", "accepted")
+            }
         if self.left is not None:
             answer["left"] = self.left
         if self.stop is not None:
             answer["stop"] = self.stop
         return answer
+
+    def _told(self) -> list[Rented]:
+        """All agreements that something is open of, and the last of the others."""
+        settled = [one for one in self.rented.values() if not one.is_open]
+        hidden = {one.agreement for one in settled[:-_SETTLED_SHOWN]}
+        return [one for one in self.rented.values() if one.agreement not in hidden]
+
+
+def _sum(shown: list[dict[str, Any]], total: str) -> Decimal:
+    return sum((Decimal(str(one[total])) for one in shown), Decimal(0))
+
+
+def _offer(said: Mapping[str, Any]) -> _Offer:
+    properties = said.get("properties")
+    named = properties.get("golem.node.id.name") if isinstance(properties, dict) else None
+    name = str(named or "?")[:_NAME_CHARS]
+    return _Offer(
+        "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name),
+        str(said.get("providerId"))[:_NAME_CHARS],
+        _price(properties),
+    )
 
 
 def _decimal(value: Any) -> Decimal | None:

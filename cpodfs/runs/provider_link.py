@@ -77,7 +77,8 @@ def clean_up(
     for one in open_ones:
         one.update(ended.get(one["agreement"], {}))
     for total in ("spent", "accepted"):
-        status[total] = round(sum(one[total] for one in status["providers"]), 12)
+        known = sum(one[total] for one in status["providers"])
+        status[total] = round(known + status.get("earlier", {}).get(total, 0.0), 12)
     if ended.get("released"):
         status["phase"] = "over"
         status |= {key: [] for key in ("signing", "demands", "allocations") if key in status}

@@ -325,8 +325,13 @@ class Supervisor:
             return
         if not heard:
             self._spools[1].offer(b"cpodfs: the gateway to yagna died\n")
-        if golem["phase"] != "over":
-            provider_link.clean_up(golem, self._yagna_env, self._spools[1].fd)
+        if golem["phase"] == "over":
+            return
+        left = ", ".join(f"{kind}: {count}" for kind, count in golem.get("left", {}).items())
+        provider_link.clean_up(golem, self._yagna_env, self._spools[1].fd)
+        done = "all is ended and paid now" if golem["phase"] == "over" else "not all could be ended"
+        note = f"cpodfs: the program left open at the market: {left or 'what it had'}; {done}\n"
+        self._spools[1].offer(note.encode())
 
     def _end_link(self, link: provider_link.Link, cancelled: bool) -> None:
         """What the process said last, or that it said nothing."""
