@@ -255,10 +255,11 @@ def _hired(record: dict[str, Any]) -> tuple[str, str]:
     golem = record.get("golem")
     if not isinstance(golem, dict):
         return "", ""
-    providers = golem.get("providers")
-    return str(len(providers)) if isinstance(providers, list) else "", words.cost(
-        golem.get("spent")
-    )
+    providers, earlier = golem.get("providers"), golem.get("earlier")
+    count = len(providers) if isinstance(providers, list) else 0
+    if isinstance(earlier, dict) and isinstance(earlier.get("agreements"), int):
+        count += earlier["agreements"]
+    return str(count), words.cost(golem.get("spent"))
 
 
 def _cell(value: Any) -> Text:

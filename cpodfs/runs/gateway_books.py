@@ -20,7 +20,7 @@ from yapapi.props.base import InvalidPropertiesError
 
 from cpodfs.runs.gateway_failures import Failures
 from cpodfs.runs.provider_bills import price_of
-from cpodfs.runs.provider_link import is_owed
+from cpodfs.runs.provider_link import is_open, is_owed
 from cpodfs.runs.provider_status import Hired, Price, amount
 
 _NAME_CHARS = 100
@@ -66,7 +66,7 @@ class Rented(Hired):
     @property
     def is_open(self) -> bool:
         """Whether there is something to be ended or to be paid."""
-        return self.agreement_state != "terminated" or is_owed(vars(self))
+        return is_open(vars(self)) or is_owed(vars(self))
 
     def shown(self) -> dict[str, Any]:
         start = self.price.start * max(1, len(self.times))
@@ -94,6 +94,7 @@ class _Offer:
     name: str
     id: str
     price: Price | None
+    valid_to: datetime | None
 
 
 class Refused(Exception):
@@ -115,6 +116,7 @@ class Books:
         self.left: dict[str, int] | None = None
         self.stop: str | None = None
         """Why the run is to be ended, if it is."""
+        self._begun = _now()
         self._clock = clock
         self._offers: dict[str, _Offer] = {}
         self._activities: dict[str, str] = {}
@@ -151,7 +153,7 @@ class Books:
             return
         offer = call.said.get("offer")
         if key not in self._offers and isinstance(offer, dict):
-            self._offers[key] = _offer(offer)
+            self._offers[key] = _offer(offer, call.said.get("validTo"))
         if key in self.rented:
             self._describe(self.rented[key])
             self.settle_state(key, call.said.get("state"))
@@ -169,8 +171,7 @@ class Books:
     def confirming(self, key: str) -> None:
         """An agreement is about to be confirmed: from here on it may cost something."""
         if key not in self.rented:
-            signed = datetime.now(UTC).isoformat(timespec="milliseconds")
-            self.rented[key] = Rented("?", "", key, "confirming", signed=signed)
+            self.rented[key] = Rented("?", "", key, "confirming", signed=_now())
             self._describe(self.rented[key])
 
     def _confirmed(self, call: Call, key: str) -> None:
@@ -409,7 +410,7 @@ class Books:
         counts = {
             "demands": len(self.demands),
             "activities": sum(len(one.open) for one in rented),
-            "agreements": sum(one.agreement_state != "terminated" for one in rented),
+            "agreements": sum(is_open(vars(one)) for one in rented),
             "unpaid": sum(is_owed(vars(one)) for one in rented),
             "allocations": len(self.allocations),
         }
@@ -425,6 +426,8 @@ class Books:
             "allocation": next(iter(self.allocations), None),
             "allocations": list(self.allocations),
             "payer": self.payer,
+            "begun": self._begun,
+            "expires": self._expires(),
             "demands": list(self.demands),
             "providers": [one.shown() for one in self._told()],
             "warnings": [*self.warnings, *filter(None, [self.failures.warning()])],
@@ -440,6 +443,13 @@ class Books:
             answer["stop"] = self.stop
         return answer
 
+    def _expires(self) -> str | None:
+        """When the time of all agreements that are open is over; None if it is not known."""
+        offers = [self._offers.get(one.agreement) for one in self.rented.values() if one.is_open]
+        times = [None if offer is None else offer.valid_to for offer in offers]
+        known = [moment for moment in times if moment is not None]
+        return max(known).isoformat() if known and len(known) == len(times) else None
+
     def _told(self) -> list[Rented]:
         """All agreements that something is open of, and the last of the others."""
         settled = [one for one in self.rented.values() if not one.is_open]
@@ -451,7 +461,7 @@ def _sum(shown: list[dict[str, Any]], total: str) -> Decimal:
     return sum((Decimal(str(one[total])) for one in shown), Decimal(0))
 
 
-def _offer(said: Mapping[str, Any]) -> _Offer:
+def _offer(said: Mapping[str, Any], valid_to: Any) -> _Offer:
     properties = said.get("properties")
     named = properties.get("golem.node.id.name") if isinstance(properties, dict) else None
     name = str(named or "?")[:_NAME_CHARS]
@@ -459,7 +469,20 @@ def _offer(said: Mapping[str, Any]) -> _Offer:
         "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name),
         str(said.get("providerId"))[:_NAME_CHARS],
         _price(properties),
+        _moment(valid_to),
     )
+
+
+def _moment(text: Any) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _decimal(value: Any) -> Decimal | None:

@@ -1,4 +1,4 @@
-"""Ends what a provider run left at the market when its process died: ``… provider_cleanup``.
+"""Ends what a run left at the market when its process or program did not: ``… provider_cleanup``.
 
 asyncio and yapapi's REST clients, in a process of its own that the supervisor starts. stdin: one
 JSON object, see `clean_up`; stdout: what became of each agreement, {id: {agreement_state, spent,

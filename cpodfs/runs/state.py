@@ -15,8 +15,9 @@ at which a run that can still start looks dead; a lock that is free means that n
 Record: version, id, pod, state, host, created, started, ended (UTC, ISO 8601, or null), exit_code
 (int or null), signal (name or null), error (one line or null), exec (list), log (folder of this
 run in the pod), recipe_file, recipe (as run), warnings, set (what was changed for this run, by
-key), sandbox (whether it runs in one), pid (the program's, or null), golem (of a provider run:
-the providers, costs and tasks so far, `provider_status.Status.shown`; else missing), and
+key), sandbox (whether it runs in one), pid (the program's, or null), golem (the
+providers and costs so far: of a provider run `provider_status.Status.shown`, of a requestor run that
+has called yagna `gateway_books.Books.shown`, but for its warnings; else missing), and
 ``private``, never shown: supervisor {pid, start_ticks, boot} or null; hires (whether it is a provider
 run); published (is the copy in the pod complete? null: nobody has tried since the end) and problem
 (why it is not, or null).
