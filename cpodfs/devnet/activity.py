@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 
 from cpodfs.devnet.batch import Batch, Capture, CommandFailed
@@ -57,6 +57,8 @@ class Activity:
         """The state that the command that runs now leads to."""
         self.reason: str | None = None
         self.batches: dict[str, Batch] = {}
+        self._addresses: set[tuple[str, str]] = set()
+        """(network id, IP address) that it was deployed with."""
         self._provider = provider
         self._container = container
         self._transfers = transfers
@@ -89,6 +91,10 @@ class Activity:
     @property
     def cost(self) -> Decimal:
         return self._provider.spec.cost(self.cpu_s, self.duration_s)
+
+    def is_at(self, network: str, ip: str) -> bool:
+        """Whether it has this address in a network, and is there."""
+        return self.state == READY and (network, ip) in self._addresses
 
     def unreachable(self) -> Problem:
         """What yagna says of an exe-unit that is not there (any more)."""
@@ -167,6 +173,7 @@ class Activity:
         try:
             match name:
                 case "deploy":
+                    self._addresses = set(_addresses(body))
                     await asyncio.sleep(self._pace.deploy_s)
                 case "start":
                     await asyncio.sleep(self._pace.start_s)
@@ -239,6 +246,13 @@ class Activity:
         self._on_change(self)
         if code != 0:
             raise CommandFailed(f"ExeScript command exited with code {code}", code)
+
+
+def _addresses(deploy: Json) -> Iterator[tuple[str, str]]:
+    networks = deploy.get("net")
+    for one in networks if isinstance(networks, list) else ():
+        if isinstance(one, dict):
+            yield str(one.get("id")), str(one.get("nodeIp"))
 
 
 def _mode(command: str, body: Json, stream: str) -> Json | None:

@@ -422,9 +422,14 @@ def started_at(pid: int) -> int | None:
     return int(text.rpartition(")")[2].split()[19])
 
 
+def process_mark(activity: str) -> bytes:
+    """What an activity's processes have in their environment."""
+    return f"{_MARK}={activity}".encode()
+
+
 def kill_marked(activity: str) -> None:
     """Kill what an activity's commands left behind, known by the mark in its environment."""
-    mark = f"{_MARK}={activity}".encode()
+    mark = process_mark(activity)
     for name in os.listdir("/proc"):
         if not name.isdigit():
             continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import shutil
+import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
@@ -19,11 +20,11 @@ from pathlib import Path
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from cpodfs.devnet import guard
+from cpodfs.devnet import guard, vpn
 from cpodfs.devnet.activity import TERMINATED, Activity
 from cpodfs.devnet.activity_api import ActivityApi
 from cpodfs.devnet.agreements import Agreement, new_id
-from cpodfs.devnet.container import Container, Isolation, kill_leftover, kill_marked
+from cpodfs.devnet.container import Container, Isolation, kill_leftover, kill_marked, process_mark
 from cpodfs.devnet.door import DOOR, Door, hold
 from cpodfs.devnet.gftp import Registry
 from cpodfs.devnet.ledger import Ledger
@@ -89,6 +90,7 @@ class Market:
             seed,
         )
         self._payment = PaymentApi(self._ledger, pace)
+        self._net = NetApi(self._connect, pace)
         self.door = Door(self._forget)
 
     @property
@@ -105,7 +107,7 @@ class Market:
             *MarketApi(self.negotiation, self._pace, self._ledger).routes(),
             *activity.routes(),
             *self._payment.routes(),
-            *NetApi().routes(),
+            *self._net.routes(),
             *RegistryApi(self._misbehave).routes(),
             *MisbehaveApi(self._misbehave, self._vanish, self.door).routes(),
         ]
@@ -145,6 +147,7 @@ class Market:
         """What yagna has only in memory, and loses when it is restarted."""
         self.negotiation.forget()
         self._payment.forget()
+        self._net.forget()
 
     def _recover(self) -> None:
         """A market that was killed left processes and agreements open: end and bill them."""
@@ -281,6 +284,13 @@ class Market:
         task = asyncio.create_task(later())
         self._vanishing.add(task)
         task.add_done_callback(self._vanishing.discard)
+
+    async def _connect(self, network: str, ip: str, port: int) -> socket.socket | None:
+        """A connection to what listens in the activity that was deployed with this address."""
+        for agreement, activity in self._activities.values():
+            if activity.is_at(network, ip) and not agreement.provider.gone:
+                return await asyncio.to_thread(vpn.connect, process_mark(activity.id), port)
+        return None
 
     # --- activities ---
 

@@ -1,17 +1,21 @@
-"""The Net API as far as yapapi asks it: networks, their addresses and their nodes, in memory.
+"""The Net API as far as yapapi asks it: networks, their addresses and nodes, TCP to what runs there.
 
-Imports `rest`. It keeps the books of a VPN; no packet is ever carried: the nodes of a local
-network cannot reach one another, and the VPN's sockets are not offered.
+Imports `agreements`, `pace`, `rest`. It keeps the books of a VPN, and carries what a requestor sends to a
+port of a node and back, as messages of a WebSocket; the nodes cannot reach one another.
 """
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
+import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
 from cpodfs.devnet.agreements import new_id
+from cpodfs.devnet.pace import Pace
 from cpodfs.devnet.rest import Json, Problem, body_object, text_field
 
 
@@ -44,9 +48,20 @@ class _Network:
         return ip
 
 
+Connector = Callable[[str, str, int], Awaitable[socket.socket | None]]
+"""A connection to a port of the node that has an address in a network, by the network's id."""
+_CHUNK = 1 << 16
+
+
 class NetApi:
-    def __init__(self) -> None:
+    def __init__(self, connect: Connector, pace: Pace) -> None:
         self._networks: dict[str, _Network] = {}
+        self._connect = connect
+        self._pace = pace
+
+    def forget(self) -> None:
+        """The daemon has restarted: networks are in its memory only."""
+        self._networks.clear()
 
     def routes(self, root: str = "/net-api/v1") -> list[web.RouteDef]:
         one = f"{root}/net/{{id}}"
@@ -60,6 +75,7 @@ class NetApi:
             web.get(f"{one}/nodes", self.list_nodes),
             web.post(f"{one}/nodes", self.add_node),
             web.delete(f"{one}/nodes/{{node}}", self.remove_node),
+            web.get(f"{one}/tcp/{{ip}}/{{port}}", self.connect),
         ]
 
     def _find(self, request: web.Request) -> _Network:
@@ -114,3 +130,42 @@ class NetApi:
         if network.nodes.pop(request.match_info["node"], None) is None:
             raise Problem(404, f"node {request.match_info['node']} is not in this network")
         return web.json_response(None)
+
+    async def connect(self, request: web.Request) -> web.StreamResponse:
+        """A WebSocket whose binary messages are what goes over a TCP connection."""
+        network, ip = self._find(request), request.match_info["ip"]
+        if not (port := request.match_info["port"]).isdecimal() or not 0 < int(port) < 65536:
+            raise Problem(400, f"{port!r} is not a port")
+        async with self._pace.at_provider():
+            made = await self._connect(network.id, ip, int(port))
+        if made is None:
+            raise Problem(504, f"nobody answers at {ip}:{port}")
+        reader, writer = await asyncio.open_connection(sock=made)
+        try:
+            answer = web.WebSocketResponse(max_msg_size=0)
+            await answer.prepare(request)
+            back = asyncio.create_task(self._bring(reader, answer))
+            try:
+                async for message in answer:
+                    await self._pace.cross()
+                    data = message.data
+                    writer.write(data if isinstance(data, bytes) else str(data).encode())
+                    await writer.drain()
+            except ConnectionError:
+                pass
+            finally:
+                back.cancel()
+                await asyncio.wait([back])
+        finally:
+            writer.close()
+        return answer
+
+    async def _bring(self, reader: asyncio.StreamReader, answer: web.WebSocketResponse) -> None:
+        """What the server says, until it is done."""
+        try:
+            while data := await reader.read(_CHUNK):
+                await self._pace.cross()
+                await answer.send_bytes(data)
+        except ConnectionError:
+            pass
+        await answer.close()

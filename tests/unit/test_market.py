@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -849,3 +850,44 @@ async def test_networks_are_booked(market: Served) -> None:
     await market.call("DELETE", f"{path}/nodes/n")
     await market.call("DELETE", path)
     await market.call("GET", path, status=404)
+
+
+SERVER_OF_LINES = """
+import socketserver
+class Echo(socketserver.StreamRequestHandler):
+    def handle(self):
+        for line in self.rfile:
+            self.wfile.write(line.upper())
+socketserver.ThreadingTCPServer(("0.0.0.0", {port}), Echo).serve_forever()
+"""
+
+
+async def test_a_server_in_an_activity_is_reached_through_the_network(either: Served) -> None:
+    requestor = Requestor(either)
+    net = await either.call("POST", "/net-api/v1/net", {"ip": "192.168.0.0/24"})
+    activity = await requestor.activity(await requestor.agree())
+    where = {"id": net["id"], "ip": net["ip"], "nodeIp": "192.168.0.2", "nodes": {}}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    program = SERVER_OF_LINES.format(port=port)
+    serve = run("/bin/sh", "-c", 'exec python3 -c "$1" >/dev/null 2>&1 </dev/null &', "sh", program)
+    done = await requestor.results(activity, [{"deploy": {"net": [where]}}, {"start": {}}, serve])
+    assert [one["result"] for one in done] == ["Ok"] * 3
+    url = f"{either.url}/net-api/v1/net/{net['id']}/tcp/192.168.0.2/{port}"
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            try:
+                line = await either.http.ws_connect(url)
+                break
+            except aiohttp.WSServerHandshakeError:
+                await asyncio.sleep(0.1)  # it does not listen yet
+        await line.send_bytes(b"one\ntwo")
+        await line.send_bytes(b"\n")
+        said = b""
+        while said != b"ONE\nTWO\n":
+            said += await line.receive_bytes()
+        await line.close()
+    for wrong, status in ((url.replace(".2/", ".3/"), 504), (url + "0000", 400)):
+        with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+            await either.http.ws_connect(wrong)
+        assert refused.value.status == status
