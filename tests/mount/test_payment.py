@@ -99,18 +99,18 @@ def test_the_recipes_network_goes_before_the_users(tmp_path: Path) -> None:
         assert "no network 'mars'" in reason(session)
 
 
-def test_a_yagna_that_does_not_answer_holds_no_touch_up(tmp_path: Path, server: Server) -> None:
+def test_a_yagna_that_does_not_answer_holds_no_touch_up(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that is frozen: it is connected to, and says nothing."""
-    with socket.socket() as frozen, contextlib.ExitStack() as stack:
+    monkeypatch.setenv("YAGNA_APPKEY", "key")
+    with socket.socket() as frozen:
         frozen.bind(("127.0.0.1", 0))
         frozen.listen()
-        mount = Mount(tmp_path, server)
-        mount.env |= {"YAGNA_APPKEY": "key"}
-        mount.options = ["--yagna-url", f"http://127.0.0.1:{frozen.getsockname()[1]}"]
-        stack.callback(lambda: mount.process and mount.kill())
-        mount.start()
-        folder = run_to_end(compute_pod(mount, "goes on", "env"))
-        assert "YAGNA_PAYMENT_NETWORK=hoodi\n" in (folder / "stdout.log").read_text()
+        url = f"http://127.0.0.1:{frozen.getsockname()[1]}"
+        with mounted(tmp_path, server, None, "--yagna-url", url) as mount:
+            folder = run_to_end(compute_pod(mount, "goes on", "env"))
+            assert "YAGNA_PAYMENT_NETWORK=hoodi\n" in (folder / "stdout.log").read_text()
 
 
 def test_a_yagna_of_ones_own_with_the_local_store(tmp_path: Path) -> None:

@@ -110,15 +110,21 @@ class Payments:
 
 def invoice(key: str, agreement: str, amount: str, status: str = "RECEIVED") -> Any:
     return SimpleNamespace(
-        invoice_id=key, agreement_id=agreement, amount=amount, status=status,
+        invoice_id=key,
+        agreement_id=agreement,
+        amount=amount,
+        status=status,
         payment_platform="p",
     )
 
 
 def note(key: str, agreement: str, amount: str) -> Any:
     return SimpleNamespace(
-        debit_note_id=key, agreement_id=agreement, total_amount_due=amount,
-        status="RECEIVED", payment_platform="p",
+        debit_note_id=key,
+        agreement_id=agreement,
+        total_amount_due=amount,
+        status="RECEIVED",
+        payment_platform="p",
     )
 
 
@@ -181,8 +187,13 @@ async def test_whether_money_is_released(error: Exception | None, surely: bool) 
 def job(expires_in_s: float, **options: Any) -> dict[str, Any]:
     now = datetime.now(UTC)
     one = {
-        "agreement": "g", "agreement_state": "vanished", "activity": "v", "paid": False,
-        "signed": (now - timedelta(seconds=60)).isoformat(), "refused": False, "error": None,
+        "agreement": "g",
+        "agreement_state": "vanished",
+        "activity": "v",
+        "paid": False,
+        "signed": (now - timedelta(seconds=60)).isoformat(),
+        "refused": False,
+        "error": None,
         "price": {"start": 0.5, "a_second": 0.01},
     }
     expires = (now + timedelta(seconds=expires_in_s)).isoformat()
