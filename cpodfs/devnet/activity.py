@@ -27,6 +27,7 @@ MAX_BATCHES = 1000
 
 INITIALIZED, DEPLOYED, READY, TERMINATED = "Initialized", "Deployed", "Ready", "Terminated"
 
+_TRANSFER_ERROR = "Local service error: Transfer error: "
 _STATE_ERROR = "Local service error: State error: "
 _EXPECTED = {
     INITIALIZED: "Activity is initialized - deploy() command is expected now",
@@ -37,7 +38,7 @@ _AFTER = {"deploy": DEPLOYED, "start": READY}
 
 
 class Activity:
-    """See the module. ``on_change`` is called whenever state or usage are worth booking."""
+    """See the module. ``package``: what its demand wants to be deployed. ``on_change`` is called whenever state or usage are worth booking."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Activity:
         transfers: Transfers,
         *,
         key: str,
+        package: object,
         misbehave: Misbehaviour,
         pace: Pace,
         on_change: Callable[[Activity], None],
@@ -59,6 +61,7 @@ class Activity:
         self.batches: dict[str, Batch] = {}
         self._addresses: set[tuple[str, str]] = set()
         """(network id, IP address) that it was deployed with."""
+        self._package = package
         self._provider = provider
         self._container = container
         self._transfers = transfers
@@ -175,6 +178,8 @@ class Activity:
                 case "deploy":
                     self._addresses = set(_addresses(body))
                     await asyncio.sleep(self._pace.deploy_s)
+                    if not self._provider.spec.deploys(self._package):
+                        raise CommandFailed(f"{_TRANSFER_ERROR}{self._package}: no such image")
                 case "start":
                     await asyncio.sleep(self._pace.start_s)
                 case "transfer":
@@ -184,10 +189,11 @@ class Activity:
                     await self._transfer(body, report)
                 case _:
                     await self._run(body, batch, index, captures)
-            if name in _AFTER:
+        finally:
+            # Also after a failure: what could not be deployed cannot be deployed again.
+            if self.state != TERMINATED:
                 self.state = self.pending
                 self._on_change(self)
-        finally:
             self.pending = None
 
     def _expect(self, command: str) -> None:
@@ -218,7 +224,7 @@ class Activity:
                 self._container, body["from"], body["to"], bandwidth, report
             )
         except ContainerError as error:
-            raise CommandFailed(f"Local service error: Transfer error: {error}") from None
+            raise CommandFailed(_TRANSFER_ERROR + str(error)) from None
 
     async def _run(
         self, body: Json, batch: Batch, index: int, captures: dict[str, Capture]

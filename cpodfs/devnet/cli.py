@@ -69,7 +69,8 @@ _CHANCE = click.FloatRange(0.0, 1.0)
     envvar="CPODFS_DEVNET_PROVIDER",
     metavar="NAME[:KEY=VALUE,…]",
     help="A provider of its own instead, with speed, bandwidth (bytes/s), cpu_price, duration_price, "
-    "start_price, cores, threads, mem_gib, storage_gib, subnet. Can be repeated.",
+    "start_price, cores, threads, mem_gib, storage_gib, subnet, runtime (vm, vm-nvidia, …), and, joined "
+    "by +, capabilities and images (tags or hashes that it can deploy). Can be repeated.",
 )
 @click.option(
     "--provider-latency",

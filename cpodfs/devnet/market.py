@@ -318,6 +318,7 @@ class Market:
             container,
             self._transfers,
             key=key,
+            package=agreement.demand_properties.get("golem.srv.comp.task_package"),
             misbehave=self._misbehave,
             pace=self._pace,
             on_change=self._book_activity,

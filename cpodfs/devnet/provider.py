@@ -38,6 +38,11 @@ PROTOCOL_VERSION = "golem.com.payment.protocol.version"
 _OFFER_CONSTRAINTS = "(&(golem.srv.comp.expiration>0))"
 
 
+def image_hash(tag: str) -> str:
+    """What the local registry says that the image of a tag hashes to."""
+    return hashlib.sha3_224(tag.encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class ProviderSpec:
     """One provider of the local market. It serves one agreement at a time."""
@@ -58,7 +63,12 @@ class ProviderSpec:
     mem_gib: float = 8.0
     storage_gib: float = 40.0
     subnet: str = "public"
+    runtime: str = "vm"
+    """``golem.runtime.name``, such as ``vm-nvidia``. All run on the host's programs alike."""
     capabilities: tuple[str, ...] = ("vpn",)
+    """As Golem writes them, such as ``!exp:gpu``, ``manifest-support``."""
+    images: tuple[str, ...] = ()
+    """Tags and hashes of the images that it can deploy; none given: all."""
     platforms: tuple[str, ...] = PLATFORMS
     debit_note_interval_s: float = 120
     """Between two debit notes of an activity; a requestor may ask for more, not for less."""
@@ -101,10 +111,15 @@ class ProviderSpec:
             "golem.node.id.name": self.name,
             "golem.node.net.is-public": False,
             "golem.runtime.capabilities": list(self.capabilities),
-            "golem.runtime.name": "vm",
+            "golem.runtime.name": self.runtime,
             "golem.runtime.version": "0.3.0",
             "golem.srv.caps.multi-activity": True,
         }
+
+    def deploys(self, package: object) -> bool:
+        """Whether it can deploy a demand's ``golem.srv.comp.task_package``."""
+        known = {*self.images, *map(image_hash, self.images)}
+        return not self.images or any(part in known for part in str(package).split(":"))
 
     def cost(self, cpu_s: float, duration_s: float) -> Decimal:
         """What an activity has cost so far, by the linear model, to 1e-12 GLM."""
@@ -134,7 +149,7 @@ def numbered(count: int) -> tuple[ProviderSpec, ...]:
 
 
 def parse_spec(text: str) -> ProviderSpec:
-    """``name`` or ``name:key=value,…`` with the numeric fields of a spec, or its ``subnet``.
+    """``name`` or ``name:key=value,…`` with the fields of a spec; the words of a list joined by ``+``.
 
     Raises ValueError with what is wrong.
     """
@@ -158,7 +173,10 @@ _SETTABLE: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("start_price", "cpu_price", "duration_price", "speed", "bandwidth"), float),
     **dict.fromkeys(("mem_gib", "storage_gib", "debit_note_interval_s"), float),
     **dict.fromkeys(("cores", "threads"), int),
-    "subnet": str,
+    **dict.fromkeys(("subnet", "runtime"), str),
+    **dict.fromkeys(
+        ("capabilities", "images"), lambda words: tuple(filter(None, words.split("+")))
+    ),
 }
 
 

@@ -1,16 +1,15 @@
 """The image registry that ``vm.repo(image_hash=… | image_tag=…)`` asks: every image is known here.
 
-Imports `misbehave`, `rest`. Nothing is ever downloaded: a provider of this market runs all images alike, on
-the host's programs. Public, as the real registry is: yapapi sends it no key.
+Imports `misbehave`, `provider`, `rest`. Nothing is ever downloaded: a provider of this market runs all
+images alike, on the host's programs, if it takes them at all (`ProviderSpec.images`). Public, as the real registry is: yapapi sends it no key.
 """
 
 from __future__ import annotations
 
-import hashlib
-
 from aiohttp import web
 
 from cpodfs.devnet.misbehave import Misbehaviour
+from cpodfs.devnet.provider import image_hash
 from cpodfs.devnet.rest import Problem
 
 
@@ -26,10 +25,10 @@ class RegistryApi:
         """Where an image is and what it hashes to. Give ``hash`` or ``tag``."""
         if self._misbehave.unknown_image:
             raise Problem(404, "no such image (injected)")
-        image_hash, tag = request.query.get("hash"), request.query.get("tag")
-        if bool(image_hash) == bool(tag):
+        given, tag = request.query.get("hash"), request.query.get("tag")
+        if bool(given) == bool(tag):
             raise Problem(400, "either hash or tag is expected")
-        digest = image_hash or hashlib.sha3_224(str(tag).encode()).hexdigest()
+        digest = given or image_hash(str(tag))
         url = str(request.url.origin().with_path(f"/registry/images/{digest}.gvmi"))
         return web.json_response({"http": url, "https": url, "sha3": digest, "size": 0})
 

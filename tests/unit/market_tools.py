@@ -138,6 +138,7 @@ class Requestor:
 
     market: Served
     allocation: str = ""
+    package: str = ""
 
     async def allocate(self, amount: str = "1") -> dict[str, Any]:
         body = {"totalAmount": amount, "paymentPlatform": PLATFORM}
@@ -150,6 +151,7 @@ class Requestor:
             "golem.srv.comp.expiration": int((time.time() + life_s) * 1000),
             "golem.com.payment.chosen-platform": PLATFORM,
             f"golem.com.payment.platform.{PLATFORM}.address": "0xpayer",
+            "golem.srv.comp.task_package": self.package,
         }
 
     async def demand(self, constraints: str = "(&)", life_s: float = 600) -> str:

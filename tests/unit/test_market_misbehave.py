@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from cpodfs.devnet.cli import devnet
 from cpodfs.devnet.ledger import LEDGER_NAME, open_points
 from cpodfs.devnet.misbehave import Misbehaviour
-from cpodfs.devnet.provider import DEFAULT_PROVIDERS, numbered, parse_spec
+from cpodfs.devnet.provider import DEFAULT_PROVIDERS, image_hash, numbered, parse_spec
 from tests.patience import PATIENCE_S
 from tests.unit.market_tools import (
     INIT,
@@ -194,6 +194,30 @@ def test_providers_by_number_and_by_specification() -> None:
     for text in ("", "a b", "x:speed=2", "x:speed=fast", "x:colour=1", "x:cores=1.5", "../x"):
         with pytest.raises(ValueError, match=r"name|speed|colour|cores"):
             parse_spec(text)
+
+
+async def test_a_provider_of_another_kind(tmp_path: Path) -> None:
+    gpu = parse_spec("g:runtime=vm-nvidia,capabilities=!exp:gpu+vpn,images=golem/a:1+abc")
+    assert (gpu.runtime, gpu.capabilities) == ("vm-nvidia", ("!exp:gpu", "vpn"))
+    async with served(tmp_path, providers=(*ONE, gpu)) as market:
+        requestor = Requestor(market)
+        wanted = "(&(golem.runtime.name=vm-nvidia)(golem.runtime.capabilities=!exp:gpu))"
+        demand = await requestor.demand(wanted)
+        [offer] = await requestor.events(demand)
+        assert offer["proposal"]["properties"]["golem.node.id.name"] == "g"
+        await market.call("DELETE", f"/market-api/v1/demands/{demand}", status=204)
+    for package, deployed in (
+        (f"hash:sha3:{image_hash('golem/a:1')}:http://x/y", "Ok"),
+        ("hash:sha3:abc:http://x/y", "Ok"),
+        ("hash:sha3:abcd:http://x/y", "Error"),
+    ):
+        async with served(tmp_path / package[10:14], providers=(gpu,)) as market:
+            requestor = Requestor(market, package=package)
+            activity = await requestor.activity(await requestor.agree())
+            [result] = await requestor.results(activity, [{"deploy": {}}])
+            assert result["result"] == deployed
+            # Deployed or not, it cannot be done again.
+            assert (await requestor.state(activity))["state"] == ["Deployed", None]
 
 
 async def test_the_books_are_shown(market: Served) -> None:
