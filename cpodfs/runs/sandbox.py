@@ -155,6 +155,9 @@ def _readable(env: Mapping[str, str]) -> list[str]:
     gftp = shutil.which("gftp", path=env.get("PATH", ""))
     if gftp is not None:
         found += [gftp, os.path.realpath(gftp)]
+        # The local market's: see `devnet.run_env`.
+        beside = (os.path.join(os.path.dirname(gftp), name) for name in ("python3", "python"))
+        found += [program for program in beside if os.path.exists(program)]
     return list(dict.fromkeys(p for p in found if os.path.isabs(p) and not _is_inside(p, _SYSTEM)))
 
 

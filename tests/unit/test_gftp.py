@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yapapi
 
 from cpodfs.devnet.container import Container, ContainerError, Isolation
 from cpodfs.devnet.gftp import URL_PREFIX, GftpError, Registry, Server, main, serve
@@ -185,6 +187,46 @@ def test_hook_changes_the_default_of_the_resolver_only(tmp_path: Path) -> None:
     )
     url = "http://127.0.0.1:9/registry"
     assert run_python(code, environment(tmp_path)) == f"{url} {url} False"
+
+
+RESOLVER = "from yapapi.payload import vm; print(vm.repo.__kwdefaults__['repository_url'])"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        'env PYTHONPATH=/elsewhere python3 -c "$CODE"',
+        'PYTHONPATH= python -c "$CODE"',
+        "unset PYTHONPATH; printf '%s' \"$CODE\" >x; sed -i '1i #!/usr/bin/env python3' x;"
+        " chmod +x x; ./x",
+        '. ./own/bin/activate; python3 -c "$CODE"',
+        './own/bin/python -c "$CODE"',
+    ],
+)
+def test_the_registry_is_found_where_a_script_has_its_own_python_or_path(
+    tmp_path: Path, command: str
+) -> None:
+    venv.create(tmp_path / "own", symlinks=True)
+    [packages] = (tmp_path / "own").glob("lib/python*/site-packages")
+    ours = Path(yapapi.__file__).parents[1]
+    (packages / "ours.pth").write_text(f"{ours}\n")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = environment(tmp_path, PATH=path) | {"CODE": RESOLVER}
+    shell = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True}
+    done = subprocess.run(["/bin/sh", "-c", command], check=False, **shell)
+    assert (done.stdout, done.stderr) == ("http://127.0.0.1:9/registry\n", "")
+
+
+def test_python_is_the_next_one_on_the_path(tmp_path: Path) -> None:
+    env = environment(tmp_path, PATH=str(Path(sys.executable).parent))
+    python = tmp_path / "tool dir/bin/python3"
+    code = "import sys; print(sys.executable, *sys.argv[1:])"
+    words = [str(python), "-c", code, "a b", "*"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{Path(sys.executable).with_name('python3')} a b *\n"
+    env["PATH"] = str(python.parent)
+    done = subprocess.run([str(python)], env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (127, "python3: not found\n")
 
 
 def test_hook_imports_nothing_and_chains_to_the_next_sitecustomize(tmp_path: Path) -> None:
