@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,6 +87,16 @@ async def test_streamed_output(tmp_path: Path, pace: Pace) -> None:
         times = [at for kind, _text, at in seen if "Std" in kind]
         assert times[2] - times[0] > 0.1
         assert "CommandProgress" in [kind for kind, _text, _at in seen]
+        assert_settled(market, agreements=1)
+
+
+@pytest.mark.parametrize("pace", LATENCIES)
+async def test_a_service_is_asked_through_the_vpn(tmp_path: Path, pace: Pace) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    async with served(tmp_path, pace=pace, providers=ONE) as market:
+        found = json.loads(await market.run_script("http_proxy.py", str(port)))
+        assert found == [[200, "hello\n"], 404]
         assert_settled(market, agreements=1)
 
 
