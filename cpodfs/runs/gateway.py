@@ -11,7 +11,6 @@ whoever reads the last status does, with `provider_link.clean_up`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ctypes
 import hmac
 import json
@@ -375,9 +374,8 @@ async def _run(listener: socket.socket, out: int) -> None:
 
 
 def main() -> int:
-    # Of the same user: it could read the key in our memory.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
+    # The program is of the same user, and the key in our memory is not for it.
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     out = os.dup(1)
     os.dup2(2, 1)
     logging.basicConfig(level=logging.CRITICAL)

@@ -16,10 +16,7 @@ from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
-from yapapi.props.base import InvalidPropertiesError
-
 from cpodfs.runs.gateway_failures import Failures
-from cpodfs.runs.provider_bills import price_of
 from cpodfs.runs.provider_link import is_open, is_owed
 from cpodfs.runs.provider_status import Hired, Price, amount
 
@@ -495,6 +492,11 @@ def _decimal(value: Any) -> Decimal | None:
 
 
 def _price(properties: Any) -> Price | None:
+    # Here: yapapi takes a third of the time that a gateway takes to be there for the first call.
+    from yapapi.props.base import InvalidPropertiesError
+
+    from cpodfs.runs.provider_bills import price_of
+
     try:
         price = price_of(properties)
         fine = all(part.is_finite() and part >= 0 for part in (price.start, price.a_second))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cpodfs.runs.state import Record
 
 _PRUNE_LIMIT_S = 10.0
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
 
 
 def read_job(data: bytes) -> dict[str, Any] | None:
@@ -433,7 +433,10 @@ def _supervise(folder: str) -> None:
         state.end_record(record, state.LOST, "the driver died before the program was started")
         state.write_record(folder, record, durable=True)
         return
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    # The program is of the same user, and the key in our memory is not for it.
+    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
     Supervisor(folder, record, job, wake).run()
 
 
