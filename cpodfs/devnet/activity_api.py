@@ -90,6 +90,7 @@ class ActivityApi:
 
     async def _destroy(self, agreement: Agreement, activity: Activity) -> None:
         async with self._pace.at_provider():
+            await agreement.provider.answers(None)
             if agreement.provider.gone:
                 raise agreement.provider.unreachable("activity")
             await self._end(activity)
@@ -98,6 +99,7 @@ class ActivityApi:
         agreement, activity = self._find(request)
         commands = parse_script(text_field(await body_object(request), "text"))
         async with self._pace.at_provider():
+            await agreement.provider.answers(_DEFAULT_TIMEOUT_S + _TIMEOUT_MARGIN_S)
             if agreement.provider.gone:
                 raise activity.unreachable()
             batch = activity.send(commands)
@@ -117,6 +119,7 @@ class ActivityApi:
         agreement, activity = self._find(request)
         if activity.state != TERMINATED or agreement.provider.gone:
             async with self._pace.at_provider():
+                await agreement.provider.answers(_DEFAULT_TIMEOUT_S + _TIMEOUT_MARGIN_S)
                 if agreement.provider.gone:
                     raise agreement.provider.unreachable("activity")
         return agreement, activity
@@ -145,6 +148,7 @@ class ActivityApi:
             return await self._stream(request, agreement, activity)
         timeout_s = hold_s(request, 0.0)
         async with self._pace.at_provider():
+            await agreement.provider.answers(timeout_s + _TIMEOUT_MARGIN_S)
             batch = _batch(agreement, activity, key)
             found = await batch.results_after(timeout_s)
             _batch(agreement, activity, key)

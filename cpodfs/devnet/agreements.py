@@ -86,6 +86,8 @@ class Agreement:
     """When its last activity ended, or else when it was signed (monotonic seconds)."""
     closed: bool = False
     """Its provider has ended and billed it: nothing more happens for it, whatever its state."""
+    terminated_there: bool = False
+    """Its provider holds it for terminated, and its requestor does not know."""
     activities: list[str] = field(default_factory=list)
     changed: Signal = field(default_factory=Signal)
 

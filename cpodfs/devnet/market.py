@@ -109,7 +109,7 @@ class Market:
             *self._payment.routes(),
             *self._net.routes(),
             *RegistryApi(self._misbehave).routes(),
-            *MisbehaveApi(self._misbehave, self._vanish, self.door).routes(),
+            *MisbehaveApi(self._misbehave, self._vanish, self._silence, self.door).routes(),
         ]
 
     async def _me(self, _request: web.Request) -> web.Response:
@@ -136,12 +136,18 @@ class Market:
                 await self.door.close()
                 self.negotiation.close()
                 for agreement in list(self.negotiation.agreements.values()):
-                    if agreement.state == "Approved" and not agreement.provider.gone:
-                        reason = {"message": "the market is stopping"}
-                        await self.negotiation.terminate(agreement, "Provider", reason)
+                    if agreement.state == "Approved":
+                        await self._stop_agreement(agreement)
                 self._send_late_invoices()
                 self._payment.close()
                 self._ledger.close()
+
+    async def _stop_agreement(self, agreement: Agreement) -> None:
+        why = "the market is stopping"
+        if agreement.closed or agreement.provider.gone:
+            await self.negotiation.close_agreement(agreement, why)
+        else:
+            await self.negotiation.terminate(agreement, "Provider", {"message": why})
 
     def _forget(self) -> None:
         """What yagna has only in memory, and loses when it is restarted."""
@@ -252,6 +258,14 @@ class Market:
                 else:
                     self._cut_off(provider, for_s)
                 return provider.spec.name
+        return None
+
+    def _silence(self, name: str, for_s: float) -> str | None:
+        """Let a provider answer nothing for so long; its name, None when it is not known."""
+        for provider in self.negotiation.providers:
+            if provider.spec.name == name:
+                provider.silent_until = time.monotonic() + for_s
+                return name
         return None
 
     def _cut_off(self, provider: Provider, for_s: float) -> None:

@@ -166,6 +166,13 @@ class MarketApi:
         agreement = self._agreement(request)
         reason = await body_object(request) if request.can_read_body else {}
         await self._pace.round_trip()
+        if agreement.state == "Approved":
+            await agreement.provider.answers(None)
+        if request.transport is None or request.transport.is_closing():
+            # Nobody waits for the provider's answer any more, but it has been told.
+            agreement.terminated_there = True
+            await self._market.close_agreement(agreement, str(reason.get("message", "")))
+            return web.Response()
         await self._market.terminate(agreement, "Requestor", reason)
         return web.Response()
 

@@ -66,17 +66,20 @@ class MisbehaveApi:
     """``/devnet/…`` on the market's port; the control key is asked for, not the app-key.
 
     ``vanish(name, for_s)`` makes a provider disappear, or some busy one when the name is None, for
-    good or for so long; it returns the name, or None when there is no such provider.
+    good or for so long; it returns the name, or None when there is no such provider. ``silence(name, s)``
+    does so likewise for one that does not answer.
     """
 
     def __init__(
         self,
         misbehave: Misbehaviour,
         vanish: Callable[[str | None, float | None], Awaitable[str | None]],
+        silence: Callable[[str, float], str | None],
         door: Door,
     ) -> None:
         self._misbehave = misbehave
         self._vanish = vanish
+        self._silence = silence
         self._door = door
 
     def routes(self, root: str = "/devnet") -> list[web.RouteDef]:
@@ -84,6 +87,7 @@ class MisbehaveApi:
             web.get(f"{root}/misbehave", self.show),
             web.post(f"{root}/misbehave", self.change),
             web.post(f"{root}/vanish", self.vanish),
+            web.post(f"{root}/silence", self.silence),
             web.post(f"{root}/restart", self.restart),
             web.post(f"{root}/freeze", self.freeze),
         ]
@@ -111,6 +115,14 @@ class MisbehaveApi:
         if gone is None:
             raise Problem(404, "no such provider is at work")
         return web.json_response({"provider": gone})
+
+    async def silence(self, request: web.Request) -> web.Response:
+        """``{"provider": name, "for_s": N}``: it hears what it is told, and answers after so long."""
+        body = await body_object(request)
+        name = self._silence(str(body.get("provider")), _seconds(body, "for_s"))
+        if name is None:
+            raise Problem(404, "no such provider")
+        return web.json_response({"provider": name})
 
     async def restart(self, request: web.Request) -> web.Response:
         """``{"away_s": N}``: the daemon is gone for so long, and comes back with what it keeps on disk."""

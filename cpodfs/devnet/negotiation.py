@@ -244,6 +244,9 @@ class Negotiation:
             service = "market/protocol/mk1/negotiation/agreement/TerminateAgreement"
             why = agreement.provider.unreachable(service).message
             raise Problem(500, f"Protocol error while terminating: {why}")
+        if agreement.terminated_there:
+            said = f"Can't finish operation on Agreement [{agreement.id}] due to internal error."
+            raise Problem(500, f"Protocol error while terminating: Remote Terminate: {said}")
         agreement.state = "Terminated"
         self._on_terminated(agreement)
         message = str(reason.get("message", ""))

@@ -6,9 +6,11 @@ and `container`. Prices are per second of use, as in an offer's coefficients.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import random
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -192,6 +194,8 @@ class Provider:
     busy_with: str | None = None
     gone: bool = False
     """It has vanished: it offers, answers and bills nothing any more."""
+    silent_until: float = 0.0
+    """It hears and does not answer before that (monotonic seconds)."""
     demands: Filter = field(default_factory=lambda: parse(_OFFER_CONSTRAINTS))
     """What it asks of a demand."""
 
@@ -222,6 +226,14 @@ class Provider:
         """Whether the payment platform that a requestor has chosen, if any, is one of ours."""
         chosen = demand.get(CHOSEN_PLATFORM)
         return chosen is None or chosen in self.spec.platforms
+
+    async def answers(self, limit_s: float | None) -> None:
+        """Wait while it is silent. Raises Problem 408 when that is longer than ``limit_s``."""
+        left_s = self.silent_until - time.monotonic()
+        if left_s > 0:
+            await asyncio.sleep(left_s if limit_s is None else min(left_s, limit_s))
+            if limit_s is not None and left_s > limit_s:
+                raise Problem(408, "Timeout")
 
     def unreachable(self, service: str) -> Problem:
         """What yagna's central net says of a service of a node that is not there."""

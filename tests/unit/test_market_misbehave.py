@@ -123,6 +123,24 @@ async def test_a_provider_that_cannot_be_reached_for_a_while(market: Served) -> 
     assert len(await market.call("GET", INVOICES)) == 1
 
 
+async def test_a_provider_that_does_not_answer(market: Served) -> None:
+    requestor = Requestor(market)
+    agreement = await requestor.agree()
+    activity = await requestor.activity(agreement)
+    await market.call("POST", "/devnet/silence", {"provider": "solo", "for_s": 2.5})
+    results = f"/activity-api/v1/activity/{activity}/exec/none?timeout=0.1"
+    await market.call("GET", results, status=408)
+    # Nobody waits for this to be answered: the provider ends the agreement, and here it stays.
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(requestor.terminate(agreement), 0.3)
+    path = f"/market-api/v1/agreements/{agreement}"
+    [event] = await market.call("GET", "/payment-api/v1/invoiceEvents?timeout=60")
+    assert event["eventType"] == "InvoiceReceivedEvent"
+    assert (await market.call("GET", path))["state"] == "Approved"
+    await requestor.terminate(agreement, status=500)
+    await market.call("POST", "/devnet/silence", {"provider": "none", "for_s": 1}, status=404)
+
+
 async def _assert_unfinished(response: aiohttp.ClientResponse) -> None:
     while said := await response.content.readany():
         assert b"finished" not in said
