@@ -147,7 +147,8 @@ def devnet(
     Prints one JSON line with the addresses when both answer. State survives restarts; the faults
     can be changed while it runs through POST /devnet/faults at the store, and POST
     /devnet/misbehave at the market; POST /devnet/vanish there makes a provider disappear, POST
-    /devnet/restart {"away_s": N} the daemon for so long, and /devnet/freeze {"s": N} silent. All need
+    /devnet/restart {"away_s": N} the daemon for so long, /devnet/freeze {"s": N} makes it silent, and
+    /devnet/silence {"provider": NAME, "for_s": N} a provider. All need
     "Authorization: Bearer" with what is in control.key in the state folder, and so does signing up.
 
     To use it: cpodfs mount --devnet, with this --state as --devnet-state when that is given.

@@ -168,8 +168,9 @@ class MarketApi:
         await self._pace.round_trip()
         if agreement.state == "Approved":
             await agreement.provider.answers(None)
-        if request.transport is None or request.transport.is_closing():
-            # Nobody waits for the provider's answer any more, but it has been told.
+        nobody_waits = request.transport is None or request.transport.is_closing()
+        if nobody_waits and agreement.state == "Approved" and not agreement.provider.gone:
+            # The provider has been told all the same; that it did so is lost.
             agreement.terminated_there = True
             await self._market.close_agreement(agreement, str(reason.get("message", "")))
             return web.Response()

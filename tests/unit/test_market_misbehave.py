@@ -127,9 +127,12 @@ async def test_a_provider_that_does_not_answer(market: Served) -> None:
     requestor = Requestor(market)
     agreement = await requestor.agree()
     activity = await requestor.activity(agreement)
-    await market.call("POST", "/devnet/silence", {"provider": "solo", "for_s": 2.5})
+    await market.call("POST", "/devnet/silence", {"provider": "solo", "for_s": 4})
     results = f"/activity-api/v1/activity/{activity}/exec/none?timeout=0.1"
     await market.call("GET", results, status=408)
+    # It is destroyed there all the same, once it is heard of.
+    destroy = f"/activity-api/v1/activity/{activity}?timeout=0"
+    await market.call("DELETE", destroy, status=408)
     # Nobody waits for this to be answered: the provider ends the agreement, and here it stays.
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(requestor.terminate(agreement), 0.3)
