@@ -1,8 +1,8 @@
 """What the user changes for one run of a pod: ``cpodfs run --set key=value``.
 
 Imports recipe and errors. Kinds of keys: ``golem.exec``, the command; ``golem.runtime.…``, what
-is asked of providers (the value is JSON where it can be read as such, else text), with
-``golem.budget`` and ``golem.stop_after``, what bounds the run; and any plain
+is asked of providers; ``golem.budget`` and ``golem.stop_after``, what bounds the run (all these values
+are JSON where they can be read as such, else text); and any plain
 name, which the program finds in its environment as ``CPODFS_SET_<NAME>`` (not at a provider, where
 programs get no environment).
 """
