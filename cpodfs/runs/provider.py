@@ -43,8 +43,8 @@ from cpodfs.runs.provider_work import Job, Shop, SingleWork
 
 _CANCEL_SETTLE_S = 12.0
 _IMAGE_S = 60.0
-_YAGNA_S = 20.0
-"""How long yagna may take to begin, and to end; it answers in milliseconds, or not at all."""
+_YAGNA_S = 60.0
+"""How long yagna and its gftp may take to begin, and to end, on a machine that is busy."""
 _PAY_EVERY_S = 0.5
 _ALLOCATION_MARGIN = timedelta(days=1)
 """Beyond the run's timeout: invoices may come late. Then yagna releases the money by itself."""

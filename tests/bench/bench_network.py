@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench.report import machine, table
-from tests.mount.compute import run_folders
+from tests.mount.compute import record, run_folders
 from tests.mount.provider_pods import (
     MarketMount,
     check_results,
@@ -52,6 +52,9 @@ def touched(pod: Path, lines: list[float] | None = None) -> Path:
 
 
 def check(mount: MarketMount, folder: Path) -> None:
+    ended = record(folder)
+    if ended["state"] != "finished":
+        raise AssertionError(f"{ended['state']}: {ended['error']}")
     ended = check_tidy(mount, folder)
     assert (ended["state"], ended["exit_code"], ended["error"]) == ("finished", 0, None)
     hired = ended["golem"]["providers"]
@@ -119,8 +122,8 @@ def measured(latency_s: float, rounds: int) -> list[list[str]]:
                     begun = time.monotonic()
                     try:
                         getattr(parts, name)()
-                    except AssertionError as error:
-                        wrong.append(str(error).splitlines()[:1])
+                    except (AssertionError, KeyError) as error:
+                        wrong.append(f"{type(error).__name__} {error}".splitlines()[0])
                     took.append(time.monotonic() - begun)
                 late = (
                     f"{max(parts.late):.2f} of {POLL_S + 6 * latency_s:.2f}"
