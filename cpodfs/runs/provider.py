@@ -36,12 +36,16 @@ from cpodfs.runs.provider_each import EachWork
 from cpodfs.runs.provider_ends import RUN_OVER, Payer, destroy, release, terminate
 from cpodfs.runs.provider_errors import RunFailed, describe
 from cpodfs.runs.provider_files import MAX_BYTES, matching
+from cpodfs.runs.provider_link import GRACE_S
 from cpodfs.runs.provider_market import FAILED, Crew, Strategy
 from cpodfs.runs.provider_remote import Yagna
 from cpodfs.runs.provider_status import OPEN, Reporter, Status
 from cpodfs.runs.provider_work import Job, Shop, SingleWork
 
 _CANCEL_SETTLE_S = 12.0
+_STOP_S = GRACE_S - 11.0
+"""From the request to stop until nothing more is waited for; then money is released, and gftp ends."""
+_LEAVE_S = 3.0
 _IMAGE_S = 60.0
 _YAGNA_S = 60.0
 """How long yagna and its gftp may take to begin, and to end, on a machine that is busy."""
@@ -88,13 +92,17 @@ class Session:
         self._bills = Bills()
         self._books = Books(reporter, self._bills)
         self._stop = asyncio.Event()
+        self._stop_by: float | None = None
         # A little before: yagna's clock may be another.
         self._begun = datetime.now(UTC) - timedelta(minutes=5)
         self.settled = True
         """Nothing is open at the market, for all one knows."""
 
     def stop(self) -> None:
-        """End it soon: what was begun at the market is ended and paid first."""
+        """End it soon: what was begun at the market is ended and paid first, as far as that goes within
+        the supervisor's grace."""
+        if self._stop_by is None:
+            self._stop_by = asyncio.get_running_loop().time() + _STOP_S
         self._stop.set()
 
     async def run(self) -> Outcome:
@@ -123,7 +131,7 @@ class Session:
             await self._unless_stopped(crew.run(payload))
         except RunFailed as error:
             failure = str(error)
-        await self._settle(golem, allocation)
+        await self._settle(golem, yagna, allocation)
         payer.cancel()
         if failure is not None:
             return Outcome(failure, FAILED)
@@ -155,6 +163,7 @@ class Session:
         if not task.done():
             task.cancel()
             await asyncio.wait([task])
+        if task.cancelled():
             raise RunFailed("cancelled")
         return task.result()
 
@@ -220,28 +229,36 @@ class Session:
         )
         return await engine._payment_api.decorate_demand([engine._budget_allocations[0].id])
 
-    async def _settle(self, golem: Golem, allocation: Any) -> None:
+    async def _settle(self, golem: Golem, yagna: Yagna, allocation: Any) -> None:
         """End and pay what is open, leave the market; what cannot be done now is left to others."""
         engine = golem._engine
-        ending = asyncio.create_task(self._end_all(engine))
+        ending = asyncio.create_task(self._end_all(engine, yagna))
         unpaid = await self._books.settle(
-            lambda: _CANCEL_SETTLE_S if self._stop.is_set() else SETTLE_S
+            lambda: self._left_s(_CANCEL_SETTLE_S) if self._stop.is_set() else SETTLE_S
         )
-        await ending
+        await asyncio.wait([ending], timeout=self._left_s(SETTLE_S))
+        ending.cancel()
         if unpaid:
             self._reporter.note(f"not all is paid: {', '.join(unpaid)}")
         status = self._reporter.status
         is_open = any(one.agreement_state in OPEN for one in status.hired.values())
         if not (is_open or status.signing or self._books.owed()):
             # Else the allocation must stay: it is what the rest will be paid from.
-            self.settled = await release(engine._payment_api._api, allocation.id)
+            released = await release(engine._payment_api._api, allocation.id)
+            self.settled = released and await yagna.is_same()
         else:
             self.settled = False
         with contextlib.suppress(Exception):
-            async with asyncio.timeout(_YAGNA_S):
+            async with asyncio.timeout(_LEAVE_S):
                 await golem.stop(wait_for_payments=False)
 
-    async def _end_all(self, engine: Any) -> None:
+    def _left_s(self, usual_s: float) -> float:
+        """How long something may take that usually takes so long at most."""
+        if self._stop_by is None:
+            return usual_s
+        return max(0.0, min(usual_s, self._stop_by - asyncio.get_running_loop().time()))
+
+    async def _end_all(self, engine: Any, yagna: Yagna) -> None:
         """Once more, for all whose end yagna has not confirmed."""
         status, control = self._reporter.status, engine._activity_api._api
         market = engine._market_api._api
@@ -250,11 +267,12 @@ class Session:
             hired = status.hired.get(key)
             if hired is not None and hired.activity is not None:
                 await destroy(control, hired.activity)
-            if await terminate(market, key, RUN_OVER):
-                if hired is None:
-                    status.signing.remove(key)
-                else:
-                    hired.agreement_state = "terminated"
+            if not (await terminate(market, key, RUN_OVER) and await yagna.is_same()):
+                return
+            if hired is not None:
+                hired.agreement_state = "terminated"
+            elif key in status.signing:
+                status.signing.remove(key)
 
         left = [key for key, one in status.hired.items() if one.agreement_state in OPEN]
         await asyncio.gather(*map(end, {*left, *status.signing}))

@@ -71,9 +71,11 @@ class Books:
         return late + [f"{one.name} {one.error}" for one in hired if one.refused]
 
     def paid(self, agreement: str, amount: Decimal) -> None:
-        """An invoice is accepted; a provider sends it when the agreement is over, whatever yagna says."""
+        """An invoice is accepted."""
         hired = self._reporter.status.hired[agreement]
-        hired.agreement_state = "terminated"
+        if hired.activity_state == "ended":
+            # It is sent when the agreement is over, whatever yagna says.
+            hired.agreement_state = "terminated"
         hired.spent, hired.accepted, hired.paid = amount, amount, True
         self._tell()
 

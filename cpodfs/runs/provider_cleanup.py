@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import sys
+import time
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -26,7 +27,7 @@ from yapapi.config import ApiConfig
 from cpodfs.runs.provider_bills import SLACK_S, checked
 from cpodfs.runs.provider_ends import GONE, Payer, destroy, release, terminate, unsubscribe
 from cpodfs.runs.provider_errors import describe
-from cpodfs.runs.provider_link import is_open, is_owed
+from cpodfs.runs.provider_link import GRACE_S, is_open, is_owed
 from cpodfs.runs.provider_remote import Yagna
 from cpodfs.runs.provider_status import Price
 
@@ -34,6 +35,9 @@ INVOICES_S = 15.0
 IDLE_INVOICES_S = 2.0
 """How long invoices are waited for when nobody is known to have worked."""
 _POLL_S = 0.5
+_WAIT_S = GRACE_S - 14.0
+"""From the start until no invoice is waited for any more; the start of this process comes before, the
+release of the money after it."""
 _MESSAGE = "The requestor's process died"
 
 
@@ -87,6 +91,7 @@ class Debts:
 
     def __init__(self, job: dict[str, Any]) -> None:
         self._job = job
+        self._begun = time.monotonic()
         self._limits: dict[str, Decimal] = {}
         self._signing = set(job["signing"])
         self.ended: dict[str, Any] = {one["agreement"]: {} for one in job["agreements"]}
@@ -140,8 +145,11 @@ class Debts:
         begun = datetime.fromisoformat(self._job["begun"]) if self._job["begun"] else None
         payer = Payer(payment._api, allocations, begun, check, on_paid, on_refused)
         worked = any(one["activity"] for one in self._job["agreements"])
+        # What has been learnt is to be told in time: whoever started us waits no longer than `GRACE_S`.
+        left_s = max(0.5, _WAIT_S - (time.monotonic() - self._begun))
+        wait_s = min(left_s, INVOICES_S if worked else IDLE_INVOICES_S)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(INVOICES_S if worked else IDLE_INVOICES_S):
+            async with asyncio.timeout(wait_s):
                 while True:
                     with contextlib.suppress(Exception):
                         await payer.round()
@@ -152,7 +160,8 @@ class Debts:
     async def release(self, payment: Any) -> None:
         """Release the allocations if nothing is open and owed any more."""
         for one in self._now():
-            if self._job["last"] and is_owed(one) and not is_open(one):
+            given_up = self._job["last"] or self._is_expired()
+            if given_up and is_owed(one) and not is_open(one):
                 self.ended[one["agreement"]] |= {
                     "agreement_state": "expired",
                     "error": "never billed",

@@ -29,13 +29,15 @@ _LOG_EVERY_S = 0.2
 
 @dataclass
 class Task:
-    """``failed_on``: the ids of the providers that have failed it, and do not get it again."""
+    """``failed_on``: the ids of the providers that have failed it, and do not get it again.
+    ``exited_on``: those where the program did, which may be the task's own fault."""
 
     number: int
     path: str
     state: str = "waiting"
     attempts: int = 0
     failed_on: set[str] = field(default_factory=set)
+    exited_on: set[str] = field(default_factory=set)
     error: str | None = None
 
 
@@ -153,10 +155,11 @@ class EachWork:
         if exit_code == 0:
             task.state, task.error = "done", None
             # It was not the task's fault, then.
-            self._blamed.update(task.failed_on)
+            self._blamed.update(task.exited_on)
             self._say(f"{task.path}: done by {hired.name} in {took_s:.2f} s")
             self._count()
         else:
+            task.exited_on.add(hired.id)
             self._failed(task, hired, f"exit code {exit_code}")
 
     def _failed(self, task: Task, hired: Hired, error: str) -> None:

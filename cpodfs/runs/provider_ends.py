@@ -20,7 +20,7 @@ from cpodfs.runs.provider_bills import Overbilled
 
 GONE = (404, 410)
 """yagna's words for what it does not know, or not any more."""
-CALL_S = 8.0
+CALL_S = 7.0
 """For one call: yagna's own to a provider that does not answer may have no limit."""
 RUN_OVER = "The run is over"
 _OPEN = ("Approved", "Pending")
@@ -94,6 +94,7 @@ class Payer:
         self._on_paid = on_paid
         self._on_refused = on_refused
         self._settled: set[str] = set()
+        self._paid: set[str] = set()
 
     async def round(self) -> None:
         """Accept all that has come. Raises what yagna says; another round begins where it failed."""
@@ -101,7 +102,9 @@ class Payer:
             for note in await self._api.get_debit_notes(**self._since):
                 await self._accept_note(note)
             for invoice in await self._api.get_invoices(**self._since):
-                await self._accept_invoice(invoice)
+                # One that yagna refuses must not keep the others waiting.
+                with contextlib.suppress(ApiException):
+                    await self._accept_invoice(invoice)
 
     async def forever(self, pause_s: float) -> None:
         """Rounds until cancelled, whatever yagna says: it may be about to come back."""
@@ -125,7 +128,8 @@ class Payer:
 
     async def _accept_invoice(self, invoice: Any) -> None:
         key = invoice.invoice_id
-        if key in self._settled or invoice.status not in ("RECEIVED", "ACCEPTED", "SETTLED"):
+        known = key in self._settled or invoice.agreement_id in self._paid
+        if known or invoice.status not in ("RECEIVED", "ACCEPTED", "SETTLED"):
             return
         try:
             amount = self._check(invoice.agreement_id, invoice.amount)
@@ -137,7 +141,7 @@ class Payer:
             return
         if invoice.status == "RECEIVED":
             await self._accept(self._api.accept_invoice, key, invoice, amount)
-        self._settled.add(key)
+        self._paid.add(invoice.agreement_id)
         self._on_paid(invoice.agreement_id, amount)
 
     async def _accept(self, call: Callable[..., Any], key: str, bill: Any, amount: Decimal) -> None:

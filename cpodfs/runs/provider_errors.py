@@ -59,6 +59,11 @@ def _says(error: BaseException, status: int, words: str = "") -> bool:
 def is_silence(error: BaseException) -> bool:
     """Whether a call failed for want of an answer: yagna's, or the provider's as yagna says."""
     status = getattr(error, "status", None)
-    if isinstance(status, int) and hasattr(error, "body"):
-        return status == 408 or status >= 500
-    return isinstance(error, aiohttp.ClientError | TimeoutError | OSError)
+    says_so = isinstance(status, int) and hasattr(error, "body") and status >= 500
+    return says_so or is_unanswered(error)
+
+
+def is_unanswered(error: BaseException) -> bool:
+    """Whether it cannot be told what became of a call."""
+    unanswered = isinstance(error, aiohttp.ClientError | TimeoutError | OSError)
+    return unanswered or getattr(error, "status", None) == 408

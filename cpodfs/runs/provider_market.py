@@ -35,10 +35,11 @@ from cpodfs.runs.provider_errors import (
     Vanished,
     describe,
     is_silence,
+    is_unanswered,
 )
 from cpodfs.runs.provider_pool import Pool, affordable
 from cpodfs.runs.provider_remote import Remote, Yagna
-from cpodfs.runs.provider_status import Hired, Reporter, Status
+from cpodfs.runs.provider_status import UNKNOWN, Hired, Reporter, Status
 
 STRIKES = 3
 """A provider that has failed so often in this run is not hired again."""
@@ -47,7 +48,8 @@ FAILED = 125
 _EXPIRY_MARGIN = timedelta(minutes=5)
 _WATCH_S = 1.0
 _ANSWER_S = 5.0
-_LANES_END_S = 17.0
+_LANES_END_S = 10.0
+_LEFT_END_S = 3.0
 _RETRY_S = 0.5
 
 
@@ -137,7 +139,7 @@ class Crew:
         expires = datetime.now(UTC) + timedelta(seconds=self._runtime.timeout_s) + _EXPIRY_MARGIN
         self._status.expires = expires.isoformat(timespec="milliseconds")
         job = Job(self._engine, expires, payload)
-        job.agreements_pool = Pool(job, self._reporter, self._work.wants)
+        job.agreements_pool = Pool(job, self._yagna, self._reporter, self._work.wants)
         self._engine.add_job(job)
         offers = asyncio.create_task(self._find_offers(job))
         self._reporter.phase("searching")
@@ -152,7 +154,11 @@ class Crew:
         finally:
             self._reporter.phase("ending")
             offers.cancel()
-            await self._dismiss(job)
+            ending = asyncio.create_task(self._dismiss(job))
+            while not ending.done():
+                # Asked to stop meanwhile: that is what it does.
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.shield(ending)
             self._engine.finalize_job(job)
 
     async def _find_offers(self, job: Any) -> None:
@@ -220,8 +226,16 @@ class Crew:
             for hired in (hired_for(self._status, agreement) for agreement in signed):
                 # Else it was the end of a lane, which has been dealt with.
                 if hired.activity is None:
-                    self._lane_over(hired, f"no activity: {describe(error)}")
+                    self._no_activity(hired, error)
         self._news.set()
+
+    def _no_activity(self, hired: Hired, error: BaseException) -> None:
+        if is_unanswered(error):
+            # yagna was away: there may be one, which will be billed, and nobody is to blame.
+            hired.activity = UNKNOWN
+            self._lane_over(hired, None)
+        else:
+            self._lane_over(hired, f"no activity: {describe(error)}")
 
     async def _wait_for_news(self, timeout_s: float) -> None:
         waits = [asyncio.create_task(e.wait()) for e in (self._news, self._work.over)]
@@ -370,5 +384,5 @@ class Crew:
             for worker in late:
                 worker.cancel()
         with contextlib.suppress(Exception):
-            async with asyncio.timeout(_LANES_END_S):
+            async with asyncio.timeout(_LEFT_END_S):
                 await job.agreements_pool.terminate_all(reason={})

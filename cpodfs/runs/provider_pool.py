@@ -17,6 +17,7 @@ from yapapi.engine import Job
 
 from cpodfs.runs.provider_bills import price_of
 from cpodfs.runs.provider_ends import RUN_OVER, is_over, terminate
+from cpodfs.runs.provider_remote import Yagna
 from cpodfs.runs.provider_status import Reporter
 
 
@@ -30,9 +31,12 @@ class Pool(AgreementsPool):  # type: ignore[misc]
     """Signs what the run can afford, with those whom it ``wants`` (by provider id). Offers of others
     stay where they are, for later."""
 
-    def __init__(self, job: Job, reporter: Reporter, wants: Callable[[str], bool]) -> None:
+    def __init__(
+        self, job: Job, yagna: Yagna, reporter: Reporter, wants: Callable[[str], bool]
+    ) -> None:
         engine = job.engine
         super().__init__(job.emit, engine.recycle_offer, market_api=engine._market_api)
+        self._yagna = yagna
         self._reporter = reporter
         self._status = reporter.status
         self._wants = wants
@@ -65,7 +69,10 @@ class Pool(AgreementsPool):  # type: ignore[misc]
         self._status.signing.append(agreement.id)
         self._reporter.tell()
         confirmed = await super()._prepare_agreement(agreement, proposal, requires_confirmation)
-        if confirmed is not None or await is_over(self._market_api._api, agreement.id):
+        sure = confirmed is not None or (
+            await is_over(self._market_api._api, agreement.id) and await self._yagna.is_same()
+        )
+        if sure and agreement.id in self._status.signing:
             self._status.signing.remove(agreement.id)
         return confirmed
 
@@ -76,7 +83,8 @@ class Pool(AgreementsPool):  # type: ignore[misc]
         """Terminate an agreement, which is not used again. Whoever settles tries once more if need be."""
         self._agreements.pop(agreement_id, None)
         hired = self._status.hired.get(agreement_id)
-        if await terminate(self._market_api._api, agreement_id, RUN_OVER) and hired is not None:
+        ended = await terminate(self._market_api._api, agreement_id, RUN_OVER)
+        if ended and hired is not None and await self._yagna.is_same():
             hired.agreement_state = "terminated"
             self._reporter.changed()
 

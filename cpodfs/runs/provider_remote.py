@@ -44,6 +44,8 @@ failed and there will be no more: so not for long."""
 _ANSWER_S = 15.0
 """Beyond what a call may take for its own reasons."""
 
+_GFTP_S = 60.0
+
 _T = TypeVar("_T")
 
 
@@ -76,6 +78,11 @@ class Yagna:
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, AttributeError):
             return None
 
+    async def is_same(self) -> bool:
+        """Whether the yagna that answers now is the one that the run began with: what another one does
+        not know proves nothing."""
+        return await self.look() == self.identity
+
     async def wait(self) -> None:
         """Return when it is there. Raises RunFailed for another yagna."""
         async with self._looking:
@@ -107,7 +114,6 @@ class Remote:
         self._context = context
         self._yagna = yagna
         self._api = context._activity._api
-        self._heard = asyncio.get_running_loop().time()
 
     @property
     def id(self) -> str:
@@ -123,7 +129,8 @@ class Remote:
         script = self._context.new_script()
         for command in commands:
             script.add(command)
-        await script._before()
+        async with asyncio.timeout(_GFTP_S):
+            await script._before()
         words, again = script._evaluate(), False
         while True:
             batch, again = await self._send(words, opening, again=again)
@@ -154,7 +161,9 @@ class Remote:
         return await self.patiently(send)
 
     async def _is_begun(self) -> bool:
-        now, coming = [*(await self._context.get_raw_state()).state, None][:2]
+        async with asyncio.timeout(_ANSWER_S):
+            state = await self._context.get_raw_state()
+        now, coming = [*state.state, None][:2]
         return coming is not None or now not in ("New", "Initialized")
 
     async def _results(self, batch: str, count: int) -> list[Any]:
@@ -180,23 +189,23 @@ class Remote:
         for another yagna; other refusals of yagna's unchanged.
         """
         loop = asyncio.get_running_loop()
-        refused: float | None = None
+        begun, refused = loop.time(), None
         while True:
             try:
                 answer = await call()
             except Exception as error:
                 if is_lost(error):
+                    await self._yagna.wait()
                     raise LaneFailed(f"activity lost: {describe(error)}") from None
                 if not is_silence(error):
                     raise
                 why = error
             else:
-                self._heard = loop.time()
                 return answer
             await self._yagna.wait()
             now, back_at = loop.time(), self._yagna.back_at
             refused = (refused or now) if is_gone(why) else None
-            silent = now - max(self._heard, back_at) > SILENCE_S
+            silent = now - max(begun, back_at) > SILENCE_S
             gone = refused is not None and now - refused >= REFUSED_S and now - back_at > ROUTES_S
             if silent or gone:
                 raise Vanished(f"provider vanished: {describe(why)}")

@@ -159,7 +159,9 @@ archive() {  # OUTPUT TEST ...: files and folders in it that pass; 0 or 1: all t
     rm -f "$base/cpodfs.out" "$state/failed"
     if tar --version 2>/dev/null | grep -q GNU; then
         find "./$out" \( -type f -o -type d \) "$@" -print0 > "$state/list" 2> "$state/tar"
-        tar --null --no-recursion -cf "$base/cpodfs.out" -T "$state/list" 2>> "$state/tar"
+        # A program that goes on may have renamed what was there a moment ago: that comes the next time.
+        lenient=; [ "$done" = - ] && lenient=--ignore-failed-read
+        tar --null --no-recursion $lenient -cf "$base/cpodfs.out" -T "$state/list" 2>> "$state/tar"
     else
         # Not every busybox has a tar that takes a list of names.
         rm -rf "$state/stage"; mkdir -p "$state/stage/$out"; : > "$state/list"

@@ -20,6 +20,8 @@ STATUS_EVERY_S = 0.2
 AHEAD_S = 3
 """From a look at the costs to the next one, and until a provider has stopped."""
 FAILED_SHOWN = 100
+UNKNOWN = "unknown"
+"""In place of an activity's id: there may be one."""
 OPEN = ("approved", "vanished")
 """States of an agreement that is to be ended."""
 _DATA_BYTES = 16384

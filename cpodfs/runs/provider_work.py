@@ -45,6 +45,8 @@ _SLICE_BYTES = 16 << 20
 """Of one stream of a program's output, fetched as a file: for programs that print a lot."""
 _FIRST_LOOK_S = 0.5
 """The next ones take twice as long each, up to the recipe's ``poll``."""
+_ANSWER_CHARS = 1 << 20
+_COMPLAINT_CHARS = 1 << 16
 _SET_UP = 2
 """Commands at the beginning of an activity that can only be given once."""
 
@@ -206,6 +208,8 @@ class Watch:
             [*begin, Say("watch", *words, self._shop.job.output, self._when)]
         )
         said = results[-1]
+        if len(said.stdout or "") > _ANSWER_CHARS:
+            raise LaneFailed("the provider answers nonsense: too much of it")
         try:
             answer = parse_answer(str(said.stdout or ""), out_at, err_at)
         except ValueError as error:
@@ -214,7 +218,8 @@ class Watch:
         self._take_output("err", answer.err)
         if said.stderr and said.stderr != self._complaint:
             self._complaint = said.stderr
-            self._on_output("stderr", said.stderr.encode(errors="backslashreplace"))
+            told = str(said.stderr)[:_COMPLAINT_CHARS]
+            self._on_output("stderr", told.encode(errors="backslashreplace"))
         return answer
 
     def _take_output(self, name: str, data: bytes) -> None:

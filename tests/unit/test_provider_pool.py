@@ -58,7 +58,7 @@ def pool(status: Status) -> Pool:
     engine = SimpleNamespace(recycle_offer=lambda _offer: None, _market_api=None)
     job = SimpleNamespace(engine=engine, emit=lambda *_, **__: None)
     reporter = Reporter(status, io.BytesIO())
-    return Pool(job, reporter, lambda name: name != "unwanted")  # type: ignore[arg-type]
+    return Pool(job, None, reporter, lambda name: name != "unwanted")  # type: ignore[arg-type]
 
 
 async def sign(offers: Pool) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -152,7 +153,7 @@ async def test_a_provider_that_yagna_does_not_find_has_vanished() -> None:
 async def test_a_yagna_that_has_just_come_back_may_not_find_it_yet() -> None:
     yagna = Yagna()
     remote = yagna.remote()
-    yagna.back_at = remote._heard
+    yagna.back_at = asyncio.get_running_loop().time()
     yagna.on_results = iter([refused(500, GONE)] * 10)
     await remote.do([Say("watch")])
     yagna.on_results = iter([refused(500, GONE)] * 1000)
@@ -178,6 +179,10 @@ async def test_what_yagna_does_not_know_is_lost(status: int, message: str) -> No
     yagna = Yagna()
     yagna.on_results = iter([refused(status, message)])
     with pytest.raises(LaneFailed, match=f"activity lost: yagna said {status}"):
+        await yagna.remote().do([Say("watch")])
+    yagna.on_results = iter([refused(status, message)])
+    yagna.identity = RunFailed("another yagna is there")
+    with pytest.raises(RunFailed, match="another yagna"):
         await yagna.remote().do([Say("watch")])
 
 
