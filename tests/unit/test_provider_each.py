@@ -182,6 +182,16 @@ async def test_a_lane_that_is_lost_gives_its_task_back(work: EachWork) -> None:
     assert (task.state, task.attempts) == ("waiting", 1)
 
 
+async def test_a_lane_that_is_lost_counts_once(work: EachWork) -> None:
+    for _ in range(2):
+        task = work._next(lane("one"))
+        assert task is not None
+        work.lane_ended(lane("one"), "provider vanished")
+        assert work._next(lane("two")) is task
+        work._finish(task, lane("two"), 0, 0.1)
+    assert work.wants("0xone")
+
+
 async def test_providers_that_only_fail_end_the_run(work: EachWork) -> None:
     for _ in range(LANE_FAILURES - 1):
         work.lane_ended(lane("one"), "no")

@@ -158,6 +158,27 @@ async def test_only_our_own_bills_are_paid_once() -> None:
     assert api.since[0] == {"after_timestamp": datetime(2026, 1, 1, tzinfo=UTC)}
 
 
+async def test_a_bill_that_yagna_refuses_keeps_no_other_waiting() -> None:
+    left = {"a1": Decimal("0.5")}
+    bills = [
+        invoice("i1", "dear", "0.05"),
+        invoice("i2", "ours", "0.6"),
+        invoice("i3", "ours", "0.2"),
+    ]
+    api, told = Payments(*bills, allocations=left), dict[str, Any]()
+    await payer(api, "a1", told=told).round()
+    assert told == {"dear": Decimal("0.05"), "ours": Decimal("0.2")}
+
+
+async def test_an_agreement_is_paid_once() -> None:
+    api, told = (
+        Payments(invoice("i1", "ours", "0.2"), invoice("i2", "ours", "0.3")),
+        dict[str, Any](),
+    )
+    await payer(api, "a1", told=told).round()
+    assert api.accepted == [("i1", "a1", "0.2")]
+
+
 async def test_what_somebody_has_accepted_already_is_paid() -> None:
     api, told = Payments(invoice("i1", "ours", "0.2", "ACCEPTED")), dict[str, Any]()
     await payer(api, "a1", told=told).round()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ya_market import ApiException
 from yapapi.agreements_pool import BufferedAgreement
 
 from cpodfs.runs.provider_pool import Pool
@@ -87,6 +88,35 @@ async def test_start_prices_are_set_aside_from_the_signature_on() -> None:
     await offers.add_proposal(2.0, Proposal("unwanted", 0.0))  # type: ignore[arg-type]
     await offers.add_proposal(0.1, Proposal("free", 0.0))  # type: ignore[arg-type]
     assert await sign(offers) == "agreement free"
+
+
+async def test_what_another_yagna_does_not_know_is_not_over() -> None:
+    """The signature's answer was lost, and then somebody else answered."""
+    status = Status(Decimal(1))
+    gone = ApiException(status=404)
+
+    async def unknown(_key: str, **_: Any) -> None:
+        raise gone
+
+    api = SimpleNamespace(get_agreement=unknown, terminate_agreement=unknown)
+    same = [False]
+
+    async def is_same() -> bool:
+        return same[0]
+
+    offers = pool(status)
+    offers._market_api = SimpleNamespace(_api=api)
+    offers._yagna = SimpleNamespace(is_same=is_same)  # type: ignore[assignment]
+    agreement = Agreement("a", 0.0)
+    agreement.confirm = offers.cycle  # type: ignore[method-assign]  # says nothing
+    assert await offers._prepare_agreement(agreement) is None
+    assert status.signing == [agreement.id]
+    status.hired["b"] = Hired("x", "0x", "b")
+    await offers.end("b")
+    assert status.hired["b"].agreement_state == "approved"
+    same[0] = True
+    await offers.end("b")
+    assert status.hired["b"].agreement_state == "terminated"
 
 
 def test_what_is_committed() -> None:

@@ -244,6 +244,20 @@ def test_a_large_archive_is_not_in_the_answer(box: Box) -> None:
     assert talk.files == {"output/much": "x" * 100000}
 
 
+def test_files_that_are_replaced_all_the_time(box: Box) -> None:
+    """As by a program that writes beside a file, and renames: what was found is gone when it is packed."""
+    program = (
+        f"n=0; while [ ! -e {box.gate} ]; do n=$((n + 1)); echo $n > output/.new$n; "
+        "mv output/.new$n output/now; done; echo end > output/now"
+    )
+    talk = Talk(box, "sh", "-c", program)
+    for _ in range(12):
+        assert talk.look(0).exit_code is None
+    box.gate.write_text("")
+    assert talk.to_its_end() == 0
+    assert talk.files["output/now"] == "end\n"
+
+
 def test_files_with_old_dates_and_odd_names_come_too(box: Box) -> None:
     program = (
         'cp -p script/x "output/old one"; touch -d "2001-01-01 00:00" "output/old one"; '
