@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Any
@@ -29,13 +29,8 @@ _OVER_THERE = "Remote Terminate: Can't finish operation"
 
 
 async def destroy(api: Any, activity: str) -> bool:
-    """Destroy an activity; whether yagna has answered. ``api``: ya_activity's for control."""
-    try:
-        async with asyncio.timeout(CALL_S):
-            await api.destroy_activity(activity)
-    except Exception as error:  # noqa: BLE001 - yagna may fail in any way
-        return getattr(error, "status", None) in GONE
-    return True
+    """Destroy an activity; whether it surely is. ``api``: ya_activity's for control."""
+    return await _surely(api.destroy_activity(activity))
 
 
 async def unsubscribe(api: Any, demand: str) -> None:
@@ -164,9 +159,14 @@ class Payer:
 
 async def release(api: Any, allocation: str) -> bool:
     """Release an allocation; whether it surely is. ``api``: ya_payment's."""
+    return await _surely(api.release_allocation(allocation))
+
+
+async def _surely(call: Awaitable[Any]) -> bool:
+    """Whether a call that takes something away has done so, or there is nothing of it."""
     try:
         async with asyncio.timeout(CALL_S):
-            await api.release_allocation(allocation)
+            await call
     except Exception as error:  # noqa: BLE001 - yagna may fail in any way
         return getattr(error, "status", None) in GONE
     return True

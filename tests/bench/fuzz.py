@@ -35,7 +35,7 @@ from cpodfs.recipe import parse_recipe
 from cpodfs.runs import debts, state
 from cpodfs.runs.provider_files import BadArchive, Unpacker
 from cpodfs.runs.provider_link import Link
-from cpodfs.runs.provider_script import parse_report
+from cpodfs.runs.provider_script import parse_answer
 from cpodfs.runs.trust import TrustBook
 from tests.bench.report import table
 
@@ -235,11 +235,13 @@ class Side:
             book.is_boxed(pod)
 
 
-def _report(data: bytes) -> None:
-    """The line of a provider's script."""
-    report = parse_report(data.decode(errors="replace"))
-    assert report.exit_code is None or 0 <= report.exit_code <= 255
-    assert min(report.unsaid, report.size) >= 0
+def _answer(data: bytes) -> None:
+    """What a provider's script says of a program."""
+    answer = parse_answer(data.decode(errors="replace"), 0, 3)
+    assert answer.exit_code is None or 0 <= answer.exit_code <= 255
+    assert min(answer.out_left, answer.err_left, answer.size) >= 0
+    assert answer.archive is None or len(answer.archive) == answer.size
+    assert bool(answer.sha256) == bool(answer.size)
 
 
 class _Spool:
@@ -341,7 +343,6 @@ def targets(scratch: Path) -> dict[str, Target]:
     """All parsers by name; those that need files make them in ``scratch``."""
     side, archives = Side(scratch), Archives(scratch)
     record = state.new_record("20260101T000000Z-abc123", "pod", ["sh", "-c", "true"], "logs/x")
-    line = b"cpodfs 0 12 1 345 " + b"a" * 64
     return {
         "listing": Target((LISTING,), _listing, (BadReply,)),
         "list of pods": Target(
@@ -362,10 +363,17 @@ def targets(scratch: Path) -> dict[str, Target]:
             (_json({"version": 1, "pods": {"pod": {"trusted": "a" * 64}, "..": {"own": True}}}),),
             side.trust,
         ),
-        "provider's report": Target((line, line.replace(b" 0 ", b" - ")), _report, (ValueError,)),
+        "provider's answer": Target(
+            (
+                b"cpodfs - 0 7 0 -\n",
+                b"out 0 2 bYWI=\nerr 3 1 x0a\ncpodfs 0 0 0 3 " + b"a" * 64 + b" bYWJj\n",
+            ),
+            _answer,
+            (ValueError,),
+        ),
         "provider's lines": Target(
             (
-                _json({"log": "stdout", "text": "said"}) + b"\n" + _json({"status": {"a": 1}}),
+                _json({"log": "stdout", "data": "c2FpZA=="}) + b"\n" + _json({"status": {"a": 1}}),
                 _json({"end": {"error": None, "exit_code": 0}}),
             ),
             _link,
