@@ -45,6 +45,8 @@ _ANSWER_S = 15.0
 """Beyond what a call may take for its own reasons."""
 
 _GFTP_S = 60.0
+_GFTP_WITHOUT_YAGNA = "is unavailable"
+"""Called service `/local/identity/Get` is unavailable": it connects again by itself."""
 
 _T = TypeVar("_T")
 
@@ -129,8 +131,8 @@ class Remote:
         script = self._context.new_script()
         for command in commands:
             script.add(command)
-        async with asyncio.timeout(_GFTP_S):
-            await script._before()
+        for command in commands:
+            await self._published(command)
         words, again = script._evaluate(), False
         while True:
             batch, again = await self._send(words, opening, again=again)
@@ -144,6 +146,20 @@ class Remote:
             await asyncio.sleep(RETRY_S)
         await script._after()
         return results
+
+    async def _published(self, command: Command) -> None:
+        """Have gftp offer the command's file, which needs yagna for it."""
+        while True:
+            try:
+                async with asyncio.timeout(_GFTP_S):
+                    await command.before()
+            except Exception as error:
+                if _GFTP_WITHOUT_YAGNA not in str(error):
+                    raise
+            else:
+                return
+            await asyncio.sleep(RETRY_S)
+            await self._yagna.wait()
 
     async def _send(self, commands: list[Any], opening: int, *, again: bool) -> tuple[str, bool]:
         """The batch's id, and whether it may have been sent before."""

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from ya_activity import ApiException
 from yapapi.script import Script
-from yapapi.script.command import Deploy, Start
+from yapapi.script.command import Deploy, SendBytes, SendFile, Start
 
 from cpodfs.runs import provider_remote
 from cpodfs.runs.provider_errors import CommandFailed, LaneFailed, RunFailed, Vanished
@@ -141,6 +141,30 @@ async def test_an_activity_is_readied_once(state: list[str | None], second: list
     await yagna.remote().do([Deploy(), Start(), Say("setup")], opening=2)
     names = [[next(iter(command)) for command in batch] for batch in yagna.sent]
     assert names == [["deploy", "start", "run"], second]
+
+
+async def test_files_are_offered_when_yagna_is_back() -> None:
+    """gftp asks yagna, too; a file that was offered already is not offered again."""
+    yagna, offered = Yagna(), []
+    words = "(-32000, 'Called service `/local/identity/Get` is unavailable')"
+    on_upload = iter([None, OSError(words), OSError(words)])
+
+    async def upload(what: Any) -> Any:
+        error = next(on_upload, None)
+        if error is not None:
+            raise error
+        offered.append(str(what))
+        return SimpleNamespace(download_url="gftp://x")
+
+    async def release(_source: Any) -> None:
+        return
+
+    remote = yagna.remote()
+    remote._context._storage = SimpleNamespace(
+        upload_bytes=upload, upload_file=upload, release_source=release
+    )
+    await remote.do([SendBytes(b"a", "/golem/a"), SendFile("b", "/golem/b")])
+    assert (offered, yagna.waits) == (["b'a'", "b"], 2)
 
 
 async def test_a_provider_that_yagna_does_not_find_has_vanished() -> None:
