@@ -33,7 +33,7 @@ from cpodfs.recipe import Runtime
 from cpodfs.runs.provider_bills import Bills
 from cpodfs.runs.provider_books import SETTLE_S, Books
 from cpodfs.runs.provider_each import EachWork
-from cpodfs.runs.provider_ends import RUN_OVER, Payer, destroy, release, terminate
+from cpodfs.runs.provider_ends import CALL_S, RUN_OVER, Payer, destroy, release, terminate
 from cpodfs.runs.provider_errors import RunFailed, describe
 from cpodfs.runs.provider_files import MAX_BYTES, matching
 from cpodfs.runs.provider_link import GRACE_S
@@ -95,6 +95,7 @@ class Session:
         self._stop_by: float | None = None
         # A little before: yagna's clock may be another.
         self._begun = datetime.now(UTC) - timedelta(minutes=5)
+        self._expires = self._begun + timedelta(seconds=runtime.timeout_s) + _ALLOCATION_MARGIN
         self.settled = True
         """Nothing is open at the market, for all one knows."""
 
@@ -121,6 +122,7 @@ class Session:
         except NoPaymentAccountError as error:
             return Outcome(str(error), FAILED)
         except Exception as error:  # noqa: BLE001 - yagna may fail in any way
+            await self._take_back(engine)
             return Outcome(f"yagna cannot be used: {describe(error)}", FAILED)
         allocation = engine._budget_allocations[0]
         yagna = self._begin(engine, allocation)
@@ -150,6 +152,22 @@ class Session:
         yagna = Yagna(session, root, self._reporter.note)
         yagna.identity = allocation.payment_address
         return yagna
+
+    async def _take_back(self, engine: Any) -> None:
+        """Release what half a start has set aside; what cannot be now is left to who settles debts."""
+        found = {one.id for one in engine._budget_allocations}
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(CALL_S):
+                # One that was made though the answer was lost: nobody else's is over just then.
+                found |= {
+                    one.id
+                    async for one in engine._payment_api.allocations()
+                    if abs(one.expires - self._expires) < timedelta(milliseconds=1)
+                }
+        for key in found:
+            if not await release(engine._payment_api._api, key):
+                self.settled = False
+                self._reporter.status.allocation = key
 
     def _payer(self, engine: Any, allocation: Any) -> Payer:
         books, api = self._books, engine._payment_api._api
@@ -222,9 +240,7 @@ class Session:
                     (engine._payment_driver, engine._payment_network, engine._payment_token)
                 ),
                 payment_address=await engine._id(),
-                expires=self._begun
-                + timedelta(seconds=self._runtime.timeout_s)
-                + _ALLOCATION_MARGIN,
+                expires=self._expires,
             ).__aenter__()
         )
         return await engine._payment_api.decorate_demand([engine._budget_allocations[0].id])

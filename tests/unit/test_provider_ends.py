@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ya_payment import ApiException
 
+from cpodfs.recipe import parse_recipe
 from cpodfs.runs import provider_cleanup, provider_ends
+from cpodfs.runs.provider import Session
 from cpodfs.runs.provider_bills import Overbilled
 from cpodfs.runs.provider_cleanup import Debts
 from cpodfs.runs.provider_ends import Payer, release, terminate
+from cpodfs.runs.provider_status import Reporter, Status
+from cpodfs.runs.provider_work import Job
 
 pytestmark = pytest.mark.anyio
 
@@ -282,3 +289,30 @@ async def test_a_signature_that_may_have_been_given_is_ended() -> None:
     assert (await settled(debts, Market(refused(500), "Approved"))).released == []
     debts = Debts(job(60, agreements=[], signing=["s"]))
     assert (await settled(debts, Market(refused(500), "Rejected"))).released == ["a1"]
+
+
+@pytest.mark.parametrize("error", [None, OSError()])
+async def test_half_a_start_leaves_no_money_set_aside(
+    tmp_path: Path, error: Exception | None
+) -> None:
+    """Also where the answer was lost, and the allocation is known by when it is over only."""
+    recipe = b'{"golem": {"exec": "x", "runtime": {"image": "x", "budget": 1}}}'
+    runtime = parse_recipe(recipe, file="a.recipe").runtime
+    assert runtime is not None
+    job = Job(tmp_path, ("x",), "script", "payload", "output", "logs/x", tmp_path)
+    session = Session(job, runtime, Reporter(Status(Decimal(1)), io.BytesIO()))
+    released: list[str] = []
+
+    async def release_allocation(key: str) -> None:
+        released.append(key)
+        if error is not None:
+            raise error
+
+    async def listed() -> AsyncIterator[Any]:
+        yield SimpleNamespace(id="others", expires=session._expires + timedelta(seconds=1))
+        yield SimpleNamespace(id="ours", expires=session._expires)
+
+    api = SimpleNamespace(release_allocation=release_allocation)
+    payments = SimpleNamespace(allocations=listed, _api=api)
+    await session._take_back(SimpleNamespace(_budget_allocations=[], _payment_api=payments))
+    assert (released, session.settled) == (["ours"], error is None)
