@@ -24,6 +24,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
+import aiohttp
 from yapapi import Golem
 from yapapi.engine import NoPaymentAccountError
 from yapapi.payload import Payload, vm
@@ -38,7 +39,7 @@ from cpodfs.runs.provider_errors import RunFailed, describe
 from cpodfs.runs.provider_files import MAX_BYTES, matching
 from cpodfs.runs.provider_link import GRACE_S
 from cpodfs.runs.provider_market import FAILED, Crew, Strategy
-from cpodfs.runs.provider_remote import Yagna
+from cpodfs.runs.provider_remote import PROBE_S, RETRY_S, Yagna
 from cpodfs.runs.provider_status import OPEN, Reporter, Status
 from cpodfs.runs.provider_work import Job, Shop, SingleWork
 
@@ -49,6 +50,7 @@ _LEAVE_S = 3.0
 _IMAGE_S = 60.0
 _YAGNA_S = 60.0
 """How long yagna and its gftp may take to begin, and to end, on a machine that is busy."""
+_RESTART_S = 10.0
 _PAY_EVERY_S = 0.5
 _ALLOCATION_MARGIN = timedelta(days=1)
 """Beyond the run's timeout: invoices may come late. Then yagna releases the money by itself."""
@@ -116,6 +118,10 @@ class Session:
         golem, strategy = self._golem()
         engine = golem._engine
         try:
+            await self._unless_stopped(self._await_yagna(engine._api_config))
+        except RunFailed as error:
+            return Outcome(str(error), FAILED)
+        try:
             # To its end even when stopped: half a start leaves money set aside.
             async with asyncio.timeout(_YAGNA_S):
                 await golem.start()
@@ -138,6 +144,17 @@ class Session:
         if failure is not None:
             return Outcome(failure, FAILED)
         return Outcome(work.error, work.exit_code if work.exit_code is not None else FAILED)
+
+    async def _await_yagna(self, config: Any) -> None:
+        """Give a yagna that is being restarted the time to come back; what is wrong with one that does
+        not, the start will say."""
+        deadline = asyncio.get_running_loop().time() + _RESTART_S
+        async with aiohttp.ClientSession() as session:
+            while asyncio.get_running_loop().time() < deadline:
+                with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+                    async with asyncio.timeout(PROBE_S), session.get(f"{config.root_url}/me"):
+                        return
+                await asyncio.sleep(RETRY_S)
 
     def _begin(self, engine: Any, allocation: Any) -> Yagna:
         """Write down what is set aside, and take paying into our own hands: yapapi stops for good when

@@ -221,7 +221,8 @@ class Remote:
             await self._yagna.wait()
             now, back_at = loop.time(), self._yagna.back_at
             refused = (refused or now) if is_gone(why) else None
-            silent = now - max(begun, back_at) > SILENCE_S
+            # With routes to be found anew, the first call may take that long by itself.
+            silent = now - max(begun, back_at + SILENCE_S) > SILENCE_S
             gone = refused is not None and now - refused >= REFUSED_S and now - back_at > ROUTES_S
             if silent or gone:
                 raise Vanished(f"provider vanished: {describe(why)}")

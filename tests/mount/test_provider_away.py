@@ -69,6 +69,14 @@ def test_tasks_go_on_when_yagna_is_back(market: MarketMount) -> None:
     assert len(ended["golem"]["providers"]) == 3
 
 
+def test_a_run_begins_when_yagna_is_back(market: MarketMount) -> None:
+    pod = provider_pod(market, "start", "sh script/run.sh", "echo done")
+    market.post("restart", {"away_s": 4.0})
+    run("touch", pod / ".run")
+    wait_gone(pod)
+    assert check_tidy(market, run_folders(pod)[0])["state"] == "finished"
+
+
 def test_offers_are_looked_for_again(market: MarketMount) -> None:
     """A yagna that was away has forgotten the demand, and knows no offers for a while."""
     market.misbehave(no_offers=True)
