@@ -79,7 +79,7 @@ async def main():
         step = 10
         tasks = [Task(data=(at, at + step - 1)) for at in range(1, total + 1, step)]
         async for _task in golem.execute_tasks(
-            solve, tasks, payload=package, max_workers=WORKERS, timeout=timedelta(minutes=5)
+            solve, tasks, payload=package, max_workers=WORKERS, timeout=timedelta(minutes=10)
         ):
             pass
     print(json.dumps({"total": total, "counts": counts, "providers": sorted(providers)}))

@@ -77,7 +77,7 @@ async def main(bands: list[Path]) -> None:
     async with Golem(budget=1.0) as golem:
         tasks = [Task(data=band) for band in bands]
         async for task in golem.execute_tasks(
-            worker, tasks, payload=package, max_workers=3, timeout=timedelta(minutes=5)
+            worker, tasks, payload=package, max_workers=3, timeout=timedelta(minutes=10)
         ):
             done += 1
             print(f"{task.data.stem}: {task.result} ({done} of {len(bands)})", flush=True)
