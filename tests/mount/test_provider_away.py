@@ -17,7 +17,6 @@ from tests.mount.provider_pods import (
     check_results,
     check_tidy,
     foreach_pod,
-    market_mounted,
     provider_pod,
 )
 from tests.patience import until
@@ -27,8 +26,15 @@ SLOW = "for i in 1 2 3 4 5 6 7 8; do echo line $i; echo $i >> output/lines; slee
 
 @pytest.fixture(scope="module")
 def market(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MarketMount]:
-    with market_mounted(tmp_path_factory.mktemp("market")) as mount:
+    mount = MarketMount(tmp_path_factory.mktemp("market"))
+    # Or a yagna that was restarted would know few offers for minutes.
+    mount.env["CPODFS_DEVNET_OFFER_INTERVAL"] = "1"
+    try:
+        mount.start()
         yield mount
+    finally:
+        if mount.process is not None:
+            mount.stop()
 
 
 def begun(pod: Path) -> Path:
@@ -85,7 +91,8 @@ def test_offers_are_looked_for_again(market: MarketMount) -> None:
     until(lambda: run_folders(pod) and '"searching"' in text(pod / ".run"))
     (folder,) = run_folders(pod)
     market.post("restart", {"away_s": 1.0})
-    until(lambda: "begins again" in text(folder / "stderr.log"))
+    until(lambda: "answers again" in text(folder / "stderr.log"))
+    assert "begins again" in text(folder / "stderr.log")
     market.misbehave()
     wait_gone(pod)
     assert check_tidy(market, folder)["state"] == "finished"
