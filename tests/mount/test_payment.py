@@ -113,16 +113,21 @@ def test_a_yagna_that_does_not_answer_holds_no_touch_up(
             assert "YAGNA_PAYMENT_NETWORK=hoodi\n" in (folder / "stdout.log").read_text()
 
 
+def asked_once(mount: DevnetMount) -> tuple[dict[str, str], dict[str, str]]:
+    """What a program of a mount hears, which is there for that only."""
+    try:
+        mount.start()
+        return asked(mount)
+    finally:
+        if mount.process is not None:
+            mount.stop()
+
+
 def test_a_yagna_of_ones_own_with_the_local_store(tmp_path: Path) -> None:
     with yagna(ME) as url:
         mount = DevnetMount(tmp_path, "--yagna-url", url, "--network", "polygon")
         mount.env |= {"YAGNA_APPKEY": "key", "GSB_URL": "unix:/none/yagna.sock"}
-        try:
-            mount.start()
-            me, env = asked(mount)
-        finally:
-            if mount.process is not None:
-                mount.stop()
+        me, env = asked_once(mount)
     assert me == {"identity": "0xabc"}
     assert env == {
         "GSB_URL": "unix:/none/yagna.sock",
@@ -135,12 +140,7 @@ def test_a_variable_for_other_purposes_does_not_cost_money(tmp_path: Path) -> No
     with yagna(ME) as url:
         mount = DevnetMount(tmp_path)
         mount.env |= {"YAGNA_API_URL": url, "YAGNA_APPKEY": "key"}
-        try:
-            mount.start()
-            me, env = asked(mount)
-        finally:
-            if mount.process is not None:
-                mount.stop()
+        me, env = asked_once(mount)
     assert me["identity"] != "0xabc"
     assert "CPODFS_GFTP_DIR" in env
 
