@@ -110,15 +110,12 @@ class Session:
 
     async def run(self) -> Outcome:
         """Never raises for what can go wrong at a market. Not to be cancelled: see `stop`."""
-        try:
-            work = await self._unless_stopped(self._work())
-            payload = await self._unless_stopped(self._payload())
-        except RunFailed as error:
-            return Outcome(str(error), FAILED)
         golem, strategy = self._golem()
         engine = golem._engine
         try:
+            work = await self._unless_stopped(self._work())
             await self._unless_stopped(self._await_yagna(engine._api_config))
+            payload = await self._unless_stopped(self._payload())
         except RunFailed as error:
             return Outcome(str(error), FAILED)
         try:
